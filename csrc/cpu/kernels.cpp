@@ -1,0 +1,17 @@
+// Compiled once for each instruction set: PACELINE_ISA names the namespace, PACELINE_<NAME> selects intrinsics.
+#include "kernels.hpp"
+
+#include "attention.hpp"
+#include "matmul.hpp"
+#include "rows.hpp"
+
+#define PACELINE_STRING_(x) #x
+#define PACELINE_STRING(x) PACELINE_STRING_(x)
+
+namespace PACELINE_ISA {
+
+extern const paceline::Kernels table;
+const paceline::Kernels table = {PACELINE_STRING(PACELINE_ISA), prepare, matmul, gated, rms_norm, add_scaled, axpy, rope,
+                                 append, attend, softcap, arg_max};
+
+}  // namespace PACELINE_ISA

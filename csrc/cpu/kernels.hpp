@@ -1,0 +1,76 @@
+// The arithmetic of one batch row, compiled once for each instruction set and chosen at run time.
+//
+// Nothing here depends on how many rows a batch has or how many threads run: every output is summed by one thread in
+// one fixed order, so a row's result is bitwise the same in every batch.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "formats.hpp"
+
+namespace paceline {
+
+// Where the keys and values of one layer and slot lie. Rows live at position % ring (ring is a multiple of 16).
+struct CacheView {
+  bool bf16 = true;
+  int64_t ring = 0, head_dim = 0;
+  void* keys = nullptr;    // [kv head][ring / 16][head_dim][16]: sixteen keys side by side
+  void* values = nullptr;  // [kv head][ring][head_dim]
+
+  int64_t element() const { return bf16 ? 2 : 4; }
+  uint8_t* key_head(int64_t h) const { return static_cast<uint8_t*>(keys) + h * ring * head_dim * element(); }
+  uint8_t* value_head(int64_t h) const { return static_cast<uint8_t*>(values) + h * ring * head_dim * element(); }
+};
+
+struct Kernels {
+  const char* name;
+
+  // Put row x [n] into lane `row % lanes` of its tile of `act`; columns past n are zeros.
+  void (*prepare)(const ActView& act, int64_t row, const float* x, int64_t n);
+
+  // out [rows][ld]: out[r][32 u ..] = W a_r for units u in [begin, end) of 32 outputs. ld covers whole panels.
+  void (*matmul)(const MatrixView& w, const ActView& act, int64_t rows, int64_t begin, int64_t end, float* out,
+                 int64_t ld);
+
+  // gelu(gate a_r) * (up a_r), prepared for the next matrix; `up` may be empty, then `factor` [rows][ld] multiplies.
+  void (*gated)(const MatrixView& gate, const MatrixView* up, const float* factor, int64_t ld, const ActView& act,
+                int64_t rows, int64_t begin, int64_t end, const ActView& out);
+
+  // out = x / rms(x) * weight (weight may be null); n is a multiple of 16 or the rows are padded with zeros.
+  void (*rms_norm)(const float* x, const float* weight, int64_t n, float eps, float* out);
+
+  // x = (x + y) * scale.
+  void (*add_scaled)(float* x, const float* y, int64_t n, float scale);
+
+  // y += a * x.
+  void (*axpy)(float* y, const float* x, int64_t n, float a);
+
+  // Rotate pairs (i, i + n / 2) for i < pairs.
+  void (*rope)(float* x, int64_t n, const float* cos, const float* sin, int64_t pairs);
+
+  // Write one key and one value row of a head at `position`.
+  void (*append)(const CacheView& cache, int64_t head, int64_t position, const float* key, const float* value);
+
+  // out [heads][head_dim]: softmax over rows first..last of the cache for `heads` (1 to 4) queries that share a K/V
+  // head. `scratch` holds heads * round_up(last - first + 32, 16) floats.
+  void (*attend)(const CacheView& cache, int64_t head, const float* queries, int heads, int64_t first, int64_t last,
+                 float* scratch, float* out);
+
+  // x = cap * tanh(x / cap); n is a multiple of 16.
+  void (*softcap)(float* x, int64_t n, float cap);
+
+  // Index of the largest value (the lowest such index) and its softmax probability among the n.
+  int64_t (*arg_max)(const float* x, int64_t n, float* probability);
+};
+
+// The kernels of `isa`, or of the best instruction set this processor has if it is empty.
+// Throws std::invalid_argument if it is unknown, not compiled in, or not supported by the processor.
+const Kernels& select_kernels(const std::string& isa);
+
+// Names of the instruction sets that work here, best first.
+std::vector<std::string> usable_isas();
+
+constexpr int kQueryHeads = 4;  // most heads of one attend call
+
+}  // namespace paceline

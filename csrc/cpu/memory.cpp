@@ -1,0 +1,84 @@
+#include "memory.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+#include <string>
+
+namespace paceline {
+
+Matrix::Matrix(Format format, int64_t rows, int64_t cols) {
+  if (rows <= 0 || cols <= 0) throw std::invalid_argument("a matrix needs at least one row and one column");
+  view_.format = format;
+  view_.rows = rows;
+  view_.cols = cols;
+  view_.padded_cols = round_up(cols, kGroup);
+  view_.stride = panel_bytes(format, view_.padded_cols);
+  memory_.reserve(bytes());
+  view_.data = memory_.data();
+  if (rows % kPanel)  // the lanes past the end
+    std::fill_n(memory_.data() + (view_.panels() - 1) * view_.stride, view_.stride, uint8_t(0));
+  const int64_t used = view_.padded_cols / kGroup * kPanel * 2, scales = scale_bytes(format, view_.padded_cols);
+  for (int64_t i = 0; i < view_.panels() && used < scales; ++i)  // the padding of the scales
+    std::fill_n(memory_.data() + i * view_.stride + used, scales - used, uint8_t(0));
+}
+
+void Matrix::pack(Source type, const void* source, int64_t first, int64_t count) {
+  if (first < 0 || count < 0 || first + count > view_.rows)
+    throw std::invalid_argument("rows " + std::to_string(first) + " to " + std::to_string(first + count) +
+                                " of a matrix of " + std::to_string(view_.rows));
+  pack_rows(view_, memory_.data(), type, source, first, count);
+}
+
+Cache::Cache(const std::vector<Layer>& layers, int64_t slots, int64_t context, int64_t window, int64_t max_rows,
+             bool bf16)
+    : context_(context), window_(window), max_rows_(max_rows), bf16_(bf16), length_(size_t(slots), 0),
+      high_(size_t(slots), 0) {
+  const int64_t whole = round_up(context, 16);
+  ring_ = std::min(whole, round_up(window + max_rows, 16));
+  for (const Layer& layer : layers) {
+    const int64_t ring = layer.sliding ? ring_ : whole;
+    const int64_t half = layer.own ? layer.kv_heads * ring * layer.head_dim * (bf16 ? 2 : 4) : 0;
+    places_.push_back({ring, layer.head_dim, half, slot_bytes_});
+    slot_bytes_ += size_t(2 * half);
+  }
+  memory_.reserve(slot_bytes_ * size_t(slots));
+}
+
+CacheView Cache::view(int64_t layer, int64_t slot) const {
+  const Place& place = places_[size_t(layer)];
+  uint8_t* p = memory_.data() + size_t(slot) * slot_bytes_ + place.offset;
+  return {bf16_, place.ring, place.head_dim, p, p + place.key_bytes};
+}
+
+void Cache::extend(int64_t slot, int64_t length) {
+  length_.at(size_t(slot)) = length;
+  high_[size_t(slot)] = std::max(high_[size_t(slot)], length);
+}
+
+void Cache::truncate(int64_t slot, int64_t length) {
+  int64_t& current = length_.at(size_t(slot));
+  if (length < 0 || length > current)
+    throw std::invalid_argument("cannot truncate a cache of " + std::to_string(current) + " rows to " +
+                                std::to_string(length));
+  if (ring_ < context_ && std::max<int64_t>(0, length - window_) < high_[size_t(slot)] - ring_)
+    throw std::invalid_argument("cannot roll back to " + std::to_string(length) + ": the sliding rings hold only " +
+                                std::to_string(ring_) + " rows");
+  current = length;
+}
+
+void RopeTable::cover(int64_t positions) {
+  const int64_t have = pairs() ? int64_t(cos_.size()) / pairs() : positions;
+  if (positions <= have) return;
+  const int64_t upto = round_up(positions, 256);
+  cos_.resize(size_t(upto * pairs()));
+  sin_.resize(cos_.size());
+  for (int64_t p = have; p < upto; ++p)
+    for (int64_t i = 0; i < pairs(); ++i) {
+      const float angle = float(p) * frequencies_[size_t(i)];  // in float, as the reference does
+      cos_[size_t(p * pairs() + i)] = float(std::cos(double(angle)));
+      sin_[size_t(p * pairs() + i)] = float(std::sin(double(angle)));
+    }
+}
+
+}  // namespace paceline

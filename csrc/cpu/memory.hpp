@@ -1,0 +1,116 @@
+// Memory that kernels read and write: aligned buffers, packed matrices, tables that stay in a mapped file, KV caches.
+#pragma once
+
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "formats.hpp"
+#include "kernels.hpp"
+
+namespace paceline {
+
+// Bytes aligned for the widest loads; grows, never shrinks, and does not keep its contents when it grows. Untouched
+// pages cost nothing.
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(size_t bytes) { reserve(bytes); }
+  void reserve(size_t bytes) {
+    if (bytes <= bytes_) return;
+    bytes = (bytes + kAlign - 1) / kAlign * kAlign;
+    memory_.reset(static_cast<uint8_t*>(std::aligned_alloc(kAlign, bytes)));
+    if (!memory_) throw std::bad_alloc();
+    bytes_ = bytes;
+  }
+  uint8_t* data() const { return memory_.get(); }
+  float* floats() const { return reinterpret_cast<float*>(memory_.get()); }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  static constexpr size_t kAlign = 4096;
+  struct Free {
+    void operator()(uint8_t* p) const { std::free(p); }
+  };
+  std::unique_ptr<uint8_t[], Free> memory_;
+  size_t bytes_ = 0;
+};
+
+// A packed weight matrix [rows, cols].
+class Matrix {
+ public:
+  Matrix(Format format, int64_t rows, int64_t cols);
+  const MatrixView& view() const { return view_; }
+  size_t bytes() const { return size_t(view_.panels() * view_.stride); }
+
+  // Pack source rows [count, cols] as matrix rows first, first + 1, ...
+  void pack(Source type, const void* source, int64_t first, int64_t count);
+  void row(int64_t i, float* out) const { unpack_row(view_, i, out); }
+
+ private:
+  Buffer memory_;
+  MatrixView view_;
+};
+
+using MatrixPtr = std::shared_ptr<Matrix>;
+
+// A table in a mapped file that is read a row at a time (per-layer embeddings). The caller keeps the mapping alive.
+struct Table {
+  Source type = Source::f32;
+  int64_t rows = 0, cols = 0;
+  const void* data = nullptr;
+};
+
+// Keys and values of every layer that has its own, for a fixed number of slots.
+//
+// Full-attention layers keep every position. Sliding layers keep a ring of window + max_rows positions, so that rows
+// of a rejected draft never overwrite rows that are still visible.
+class Cache {
+ public:
+  struct Layer {
+    bool sliding, own;
+    int64_t kv_heads, head_dim;
+  };
+  Cache(const std::vector<Layer>& layers, int64_t slots, int64_t context, int64_t window, int64_t max_rows, bool bf16);
+
+  CacheView view(int64_t layer, int64_t slot) const;
+  int64_t slots() const { return int64_t(length_.size()); }
+  int64_t context() const { return context_; }
+  int64_t max_rows() const { return max_rows_; }
+  int64_t length(int64_t slot) const { return length_.at(size_t(slot)); }
+  size_t bytes() const { return memory_.bytes(); }
+
+  void extend(int64_t slot, int64_t length);
+  // Throws std::invalid_argument when the rings no longer hold what a row at `length` would see.
+  void truncate(int64_t slot, int64_t length);
+  void clear(int64_t slot) { length_.at(size_t(slot)) = high_.at(size_t(slot)) = 0; }
+
+ private:
+  struct Place {
+    int64_t ring, head_dim, key_bytes;
+    size_t offset;
+  };
+  int64_t context_, window_, max_rows_, ring_;
+  bool bf16_;
+  size_t slot_bytes_ = 0;
+  std::vector<Place> places_;  // a layer
+  std::vector<int64_t> length_, high_;  // a slot; high: one past the highest position ever written
+  Buffer memory_;
+};
+
+// Rotation angles, filled as positions are first used.
+class RopeTable {
+ public:
+  RopeTable() = default;
+  explicit RopeTable(std::vector<float> frequencies) : frequencies_(std::move(frequencies)) {}
+  void cover(int64_t positions);
+  int64_t pairs() const { return int64_t(frequencies_.size()); }
+  const float* cos(int64_t position) const { return cos_.data() + position * pairs(); }
+  const float* sin(int64_t position) const { return sin_.data() + position * pairs(); }
+
+ private:
+  std::vector<float> frequencies_, cos_, sin_;
+};
+
+}  // namespace paceline

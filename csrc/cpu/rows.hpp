@@ -1,0 +1,67 @@
+// What is done to one row at a time: norms, rotary embedding, residuals, soft cap, arg max.
+// Included by kernels.cpp inside the namespace of an instruction set.
+#pragma once
+
+#include <cmath>
+
+#include "vec.hpp"
+
+namespace PACELINE_ISA {
+
+void rms_norm(const float* x, const float* weight, int64_t n, float eps, float* out) {
+  f32x16 squares = splat(0.0f);
+  for (int64_t i = 0; i < n; i += 16) {
+    const f32x16 v = load<f32x16>(x + i);
+    squares = fma(v, v, squares);
+  }
+  const f32x16 inverse = splat(1.0f / std::sqrt(sum(squares) / float(n) + eps));
+  for (int64_t i = 0; i < n; i += 16) {
+    f32x16 v = load<f32x16>(x + i) * inverse;
+    if (weight) v = v * load<f32x16>(weight + i);
+    store(out + i, v);
+  }
+}
+
+void add_scaled(float* x, const float* y, int64_t n, float scale) {
+  for (int64_t i = 0; i < n; i += 16) store(x + i, (load<f32x16>(x + i) + load<f32x16>(y + i)) * splat(scale));
+}
+
+void axpy(float* y, const float* x, int64_t n, float a) {
+  for (int64_t i = 0; i < n; i += 16) store(y + i, fma(load<f32x16>(x + i), splat(a), load<f32x16>(y + i)));
+}
+
+void rope(float* x, int64_t n, const float* cos, const float* sin, int64_t pairs) {
+  float* y = x + n / 2;
+  for (int64_t i = 0; i < pairs; ++i) {
+    const float a = x[i], b = y[i];
+    x[i] = a * cos[i] - b * sin[i];
+    y[i] = b * cos[i] + a * sin[i];
+  }
+}
+
+void softcap(float* x, int64_t n, float cap) {
+  for (int64_t i = 0; i < n; i += 16) store(x + i, splat(cap) * tanh(load<f32x16>(x + i) / splat(cap)));
+}
+
+// The 16 values at x + i, those from n on replaced by a very small number.
+inline f32x16 load_tail(const float* x, int64_t i, int64_t n) {
+  if (i + 16 <= n) return load<f32x16>(x + i);
+  float t[16];
+  for (int64_t j = 0; j < 16; ++j) t[j] = i + j < n ? x[i + j] : -3e38f;
+  return load<f32x16>(t);
+}
+
+int64_t arg_max(const float* x, int64_t n, float* probability) {
+  f32x16 top = splat(-3e38f);
+  for (int64_t i = 0; i < n; i += 16) top = max(load_tail(x, i, n), top);
+  const float best = max_lane(top);
+  f32x16 total = splat(0.0f);
+  int64_t index = n;
+  for (int64_t i = 0; i < n; i += 16) total = total + exp(load_tail(x, i, n) - splat(best));
+  for (int64_t i = 0; i < n && index == n; ++i)
+    if (x[i] == best) index = i;
+  *probability = 1.0f / sum(total);
+  return index == n ? 0 : index;
+}
+
+}  // namespace PACELINE_ISA

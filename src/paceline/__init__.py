@@ -1,0 +1,26 @@
+"""paceline: Gemma 4 with its MTP drafters, the target's own text at several tokens a pass.
+
+    engine = paceline.load("tiny-python")
+    for event in engine.stream("def fibonacci(n):", raw=True):
+        print(event.text, end="")
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from paceline.build import load as load
+    from paceline.engine.engine import Engine as Engine
+    from paceline.engine.engine import Stream as Stream
+
+__version__ = "0.1.0"
+__all__ = ["Engine", "Stream", "__version__", "load"]
+
+_HOMES = {"load": "paceline.build", "Engine": "paceline.engine.engine", "Stream": "paceline.engine.engine"}
+
+
+def __getattr__(name: str) -> Any:
+    """Load the heavy modules on first use, so that `paceline --help` is instant."""
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'paceline' has no attribute {name!r}")

@@ -1,0 +1,52 @@
+"""What a backend does for the engine: three verbs over slots of KV memory.
+
+A backend loads a target and perhaps a drafter, owns the KV cache, and knows nothing of text, sampling or requests.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from paceline.types import Anchors, Batch, Drafts, Output
+
+
+class Backend(Protocol):
+    """A loaded model pair and its KV memory."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def context(self) -> int:
+        """Positions a slot can hold."""
+
+    @property
+    def max_rows(self) -> int:
+        """Most rows of one slot in one batch: the largest prompt chunk and the largest verification."""
+
+    @property
+    def can_draft(self) -> bool:
+        """Whether a drafter is loaded."""
+
+    def open_slot(self) -> int:
+        """Reserve an empty cache and return its number.
+
+        Raises:
+            BackendError: all slots are taken.
+        """
+
+    def close_slot(self, slot: int) -> None:
+        """Give a cache back."""
+
+    def forward(self, batch: Batch) -> Output:
+        """Run all rows through the target, append their keys and values to the caches, return the wanted rows."""
+
+    def draft(self, anchors: Anchors, depth: int) -> Drafts:
+        """Guess the next `depth` tokens of each anchor from the target's cache below the anchor's position."""
+
+    def truncate(self, slot: int, length: int) -> None:
+        """Forget all positions from `length` on.
+
+        Raises:
+            BackendError: the slot is shorter than that, or its sliding rings no longer hold what `length` needs.
+        """

@@ -1,0 +1,5 @@
+"""The native CPU backend."""
+
+from paceline.backends.cpu.backend import CpuBackend
+
+__all__ = ["CpuBackend"]

@@ -1,0 +1,144 @@
+"""Weight formats as NumPy arithmetic: the oracle that the native kernels are tested against.
+
+Formats (GGUF's names in brackets; groups are 32 neighbouring columns of one row):
+
+* `f32`, `bf16`: plain.
+* `q8` [Q8_0]: scale = max |x| / 127 as fp16, q = round(x / scale) in -127..127.
+* `q4` [Q4_0]: scale = x of largest magnitude / -8 as fp16, q = floor(x / scale + 8.5) in 0..15, value (q - 8) * scale.
+
+Activations that meet a quantised matrix are quantised themselves, a row and group at a time: scale = max |x| / 127 in
+float32, q = x / scale rounded to even. A group's products are then summed as integers, exactly.
+
+The packed layout is described in `csrc/cpu/formats.hpp`; `pack` builds the same bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+FORMATS = ("f32", "bf16", "q8", "q4")
+GROUP = 32
+PANEL = 16
+OFFSET = {"q8": 128, "q4": 8}  # added to q so that stored weights are unsigned
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A quantised matrix: values = scales * q."""
+
+    scales: NDArray[np.float16]  # [rows, groups]
+    q: NDArray[np.int8]  # [rows, groups, 32], without offset
+
+
+def to_bf16(x: Floats) -> NDArray[np.uint16]:
+    """Bits of bfloat16, rounded to nearest, ties to even. x: any shape, finite."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def from_bf16(bits: NDArray[np.uint16]) -> Floats:
+    """Values of bfloat16 bits."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def pad_columns(x: Floats) -> Floats:
+    """x [rows, columns] with zero columns up to a multiple of 32."""
+    return np.pad(np.asarray(x, np.float32), ((0, 0), (0, -x.shape[1] % GROUP)))
+
+
+def quantise(x: Floats, fmt: str) -> Quantised:
+    """Quantise weights [rows, columns] to the grid of `q8` or `q4`."""
+    groups = pad_columns(x).reshape(x.shape[0], -1, GROUP)
+    if fmt == "q8":
+        scale = (np.abs(groups).max(-1) / np.float32(127)).astype(np.float32)
+    else:
+        at = np.abs(groups).argmax(-1)[..., None]
+        scale = (np.take_along_axis(groups, at, -1)[..., 0] / np.float32(-8)).astype(np.float32)
+    inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale != 0)
+    scaled = groups * inverse[..., None]
+    if fmt == "q8":
+        q = np.trunc(scaled + np.copysign(np.float32(0.5), scaled))  # half away from zero
+    else:
+        q = np.minimum(15, np.trunc(scaled + np.float32(8.5))) - 8
+    return Quantised(scale.astype(np.float16), q.astype(np.int8))
+
+
+def dequantise(matrix: Quantised, columns: int) -> Floats:
+    """Values [rows, columns] of a quantised matrix."""
+    values = matrix.scales.astype(np.float32)[..., None] * matrix.q.astype(np.float32)
+    return values.reshape(len(values), -1)[:, :columns]
+
+
+def round_trip(x: Floats, fmt: str) -> Floats:
+    """What a matrix [rows, columns] becomes when it is stored in a format."""
+    if fmt == "f32":
+        return np.asarray(x, np.float32)
+    if fmt == "bf16":
+        return from_bf16(to_bf16(x))
+    return dequantise(quantise(x, fmt), x.shape[1])
+
+
+def quantise_activations(x: Floats) -> tuple[Floats, NDArray[np.int8]]:
+    """Scales [rows, groups] and q [rows, groups, 32] of activations x [rows, columns]."""
+    groups = pad_columns(x).reshape(x.shape[0], -1, GROUP)
+    top = np.abs(groups).max(-1)
+    inverse = np.divide(np.float32(127), top, out=np.zeros_like(top), where=top > np.float32(1e-30))
+    return (top / np.float32(127)).astype(np.float32), np.rint(groups * inverse[..., None]).astype(np.int8)
+
+
+def matmul(weights: Floats, x: Floats, fmt: str) -> NDArray[np.float64]:
+    """x [rows, columns] times weights [outputs, columns] transposed, as the format's kernels define it.
+
+    Integer sums within a group are exact; everything else is float64, so kernels differ from it by rounding only.
+    """
+    if fmt in ("q8", "q4"):
+        w = quantise(weights, fmt)
+        scales, q = quantise_activations(x)
+        sums = np.einsum("rgi,ogi->rog", q.astype(np.int64), w.q.astype(np.int64)).astype(np.float64)
+        return np.einsum("rog,rg,og->ro", sums, scales.astype(np.float64), w.scales.astype(np.float64))
+    if fmt == "bf16":
+        x = from_bf16(to_bf16(x))
+    return np.asarray(x.astype(np.float64) @ round_trip(weights, fmt).astype(np.float64).T)
+
+
+def pack(weights: Floats, fmt: str) -> bytes:
+    """The packed bytes of a matrix [outputs, columns]: panels of 16 outputs, see `csrc/cpu/formats.hpp`."""
+    rows = -weights.shape[0] % PANEL
+    x = np.pad(pad_columns(weights), ((0, rows), (0, 0))).reshape(-1, PANEL, weights.shape[1] + -weights.shape[1] % GROUP)
+    panels = []
+    for panel in x:  # [16, columns]
+        if fmt == "f32":
+            panels.append(panel.T.tobytes())
+        elif fmt == "bf16":
+            panels.append(to_bf16(panel).reshape(PANEL, -1, 2).transpose(1, 0, 2).tobytes())
+        else:
+            panels.append(_pack_quantised(quantise(panel, fmt), fmt))
+    if fmt in OFFSET and rows:  # lanes past the last row stay zero bytes
+        panels[-1] = _clear_lanes(panels[-1], fmt, PANEL - rows)
+    return b"".join(panels)
+
+
+def _pack_quantised(panel: Quantised, fmt: str) -> bytes:
+    scales = panel.scales.T.tobytes()  # [groups, 16]
+    unsigned = (panel.q.astype(np.int16) + OFFSET[fmt]).astype(np.uint8).reshape(PANEL, -1)
+    if fmt == "q8":
+        data = unsigned.reshape(PANEL, -1, 4).transpose(1, 0, 2)
+    else:
+        eights = unsigned.reshape(PANEL, -1, 2, 4)
+        data = (eights[:, :, 0] | eights[:, :, 1] << 4).transpose(1, 0, 2)
+    return scales + bytes(-len(scales) % 64) + data.tobytes()
+
+
+def _clear_lanes(panel: bytes, fmt: str, used: int) -> bytes:
+    raw = np.frombuffer(panel, np.uint8).copy()
+    per_group = 32 + (512 if fmt == "q8" else 256)
+    groups = len(raw) // per_group
+    start = groups * 32 + (-groups * 32) % 64
+    raw[: groups * 32].reshape(-1, PANEL, 2)[:, used:] = 0
+    raw[start:].reshape(-1, PANEL, 4)[:, used:] = 0
+    return raw.tobytes()

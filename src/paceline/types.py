@@ -1,0 +1,132 @@
+"""The nouns that every room shares: rows to run, what came out, what was drafted, what was committed.
+
+A prompt chunk, a plain decode step and a verification are the same thing, a `Batch` of rows, so the path through the
+model exists once. This module knows nothing of models, files or processors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int32 = NDArray[np.int32]
+Float32 = NDArray[np.float32]
+Bool = NDArray[np.bool_]
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A ragged set of R rows to run through the target in one pass.
+
+    The rows of a slot stand together with ascending, adjacent positions; the first continues the slot's cache. A row
+    sees its slot's cache up to and including its own position.
+    """
+
+    slots: Int32  # [R] which cache each row belongs to
+    positions: Int32  # [R] absolute position in the sequence, from 0
+    tokens: Int32  # [R] token ids
+    wanted: Bool  # [R] rows whose logits and hidden state are needed
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a forward pass gives for the W wanted rows of its batch, in batch order."""
+
+    logits: Float32  # [W, vocabulary] after the soft cap
+    hidden: Float32  # [W, hidden] after the final norm: what the drafter continues from
+
+
+@dataclass(frozen=True)
+class Anchors:
+    """Where A sequences stand at the start of a round: each one's newest token, which is not in the cache yet."""
+
+    slots: Int32  # [A]
+    positions: Int32  # [A] position P of the newest token; the drafter sees cache rows below P
+    tokens: Int32  # [A] the newest token
+    hidden: Float32  # [A, hidden] the target's hidden state at the row that produced it (position P - 1)
+
+
+@dataclass(frozen=True)
+class Drafts:
+    """K guesses for each of A anchors."""
+
+    tokens: Int32  # [A, K]
+    confidence: Float32  # [A, K] the drafter's own probability of its guess, in 0..1
+
+
+@dataclass(frozen=True)
+class Commit:
+    """What a verification settled for one sequence: the accepted drafts and then one token of the target's own."""
+
+    tokens: tuple[int, ...]
+    accepted: int  # how many of them were drafted; always len(tokens) - 1
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One committed token and the text that became certain with it (empty inside a multi-byte character)."""
+
+    token: int
+    text: str
+    depth: int  # 1 for the first drafted token of its round, 2 for the second, ...; 0 for the target's own
+
+
+@dataclass(frozen=True)
+class Event:
+    """What one round added to one sequence."""
+
+    pieces: tuple[Piece, ...]
+    drafted: int
+    accepted: int
+    finish: FinishReason | None = None
+
+    @property
+    def text(self) -> str:
+        return "".join(piece.text for piece in self.pieces)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Counts and times of one generation."""
+
+    prompt_tokens: int = 0
+    prompt_seconds: float = 0.0  # until the first token
+    tokens: int = 0  # tokens generated
+    seconds: float = 0.0  # from the first token to the last
+    rounds: int = 0  # verification passes after the first token; a plain step counts as one
+    drafted: int = 0
+    accepted: int = 0
+    accepted_at_depth: tuple[int, ...] = ()  # rounds whose draft at depth 1, 2, ... was accepted
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decoding speed; the first token belongs to the prompt and is not counted."""
+        return (self.tokens - 1) / self.seconds if self.seconds > 0 and self.tokens > 1 else 0.0
+
+    @property
+    def acceptance_length(self) -> float:
+        """Tokens per round, the target's own included; 1 for plain decoding."""
+        return (self.tokens - 1) / self.rounds if self.rounds else 0.0
+
+    @property
+    def acceptance_by_depth(self) -> tuple[float, ...]:
+        """Share of all rounds whose draft at depth 1, 2, ... was accepted; it never rises with depth."""
+        return tuple(count / self.rounds for count in self.accepted_at_depth) if self.rounds else ()
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A finished generation."""
+
+    text: str
+    tokens: tuple[int, ...]
+    finish: FinishReason
+    statistics: Statistics
