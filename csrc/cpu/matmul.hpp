@@ -55,7 +55,7 @@ inline void panel_bf16(const uint8_t* w, const ActView& act, f32x16* out) {
   for (int m = 0; m < M; ++m) out[m] = even[m] + odd[m];
 }
 
-// One group of 32 columns as integers, then scaled: out += (W_q a_q) * (weight scale * activation scale).
+// One group of 32 columns as integers, then scaled: total += (W_q a_q) * (weight scale * activation scale).
 template <int M, bool Nibbles>
 inline void panel_quantised(const uint8_t* panel, const ActView& act, f32x16* out) {
   const int step = act.lanes * 4;
@@ -64,7 +64,8 @@ inline void panel_quantised(const uint8_t* panel, const ActView& act, f32x16* ou
   const int32_t* start = act.start;
   const uint16_t* weight_scale = reinterpret_cast<const uint16_t*>(panel);
   const uint8_t* w = panel + paceline::scale_bytes(Nibbles ? Format::q4 : Format::q8, act.padded_cols);
-  for (int m = 0; m < M; ++m) out[m] = splat(0.0f);
+  f32x16 total[M];
+  for (int m = 0; m < M; ++m) total[m] = splat(0.0f);
   for (int64_t k = 0; k < act.padded_cols; k += kGroup, weight_scale += kPanel, scale += act.lanes, start += act.lanes) {
     i32x16 acc[M];
     for (int m = 0; m < M; ++m) acc[m] = splat(start[m]);
@@ -81,8 +82,10 @@ inline void panel_quantised(const uint8_t* panel, const ActView& act, f32x16* ou
       }
     }
     const f32x16 ws = from_half(weight_scale);
-    for (int m = 0; m < M; ++m) out[m] = fma(__builtin_convertvector(acc[m], f32x16), ws * splat(scale[m]), out[m]);
+    for (int m = 0; m < M; ++m)
+      total[m] = fma(__builtin_convertvector(acc[m], f32x16), ws * splat(scale[m]), total[m]);
   }
+  for (int m = 0; m < M; ++m) out[m] = total[m];
 }
 
 template <int M>

@@ -1,8 +1,8 @@
 """paceline: Gemma 4 with its MTP drafters, the target's own text at several tokens a pass.
 
-    engine = paceline.load("tiny-python")
-    for event in engine.stream("def fibonacci(n):", raw=True):
-        print(event.text, end="")
+>>> engine = paceline.load("tiny-python")
+>>> for event in engine.stream("def fibonacci(n):", raw=True):
+...     print(event.text, end="")
 """
 
 from importlib import import_module

@@ -268,7 +268,9 @@ def _layer_types(text: Mapping[str, Any], count: int) -> list[str]:
         "full_attention" if (i + 1) % 6 == 0 or i == count - 1 else "sliding_attention" for i in range(count)
     ]
     if len(types) != count or not set(types) <= {"sliding_attention", "full_attention"}:
-        raise CheckpointError(f"config: layer_types names {len(types)} layers of kinds {sorted(set(types))}, not {count}")
+        raise CheckpointError(
+            f"config: layer_types names {len(types)} layers of kinds {sorted(set(types))}, not {count}"
+        )
     return list(types)
 
 

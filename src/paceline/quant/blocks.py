@@ -100,7 +100,8 @@ def matmul(weights: Floats, x: Floats, fmt: str) -> NDArray[np.float64]:
         w = quantise(weights, fmt)
         scales, q = quantise_activations(x)
         sums = np.einsum("rgi,ogi->rog", q.astype(np.int64), w.q.astype(np.int64)).astype(np.float64)
-        return np.einsum("rog,rg,og->ro", sums, scales.astype(np.float64), w.scales.astype(np.float64))
+        result: NDArray[np.float64] = np.einsum("rog,rg,og->ro", sums, scales.astype(np.float64), w.scales.astype(float))
+        return result
     if fmt == "bf16":
         x = from_bf16(to_bf16(x))
     return np.asarray(x.astype(np.float64) @ round_trip(weights, fmt).astype(np.float64).T)
@@ -109,7 +110,9 @@ def matmul(weights: Floats, x: Floats, fmt: str) -> NDArray[np.float64]:
 def pack(weights: Floats, fmt: str) -> bytes:
     """The packed bytes of a matrix [outputs, columns]: panels of 16 outputs, see `csrc/cpu/formats.hpp`."""
     rows = -weights.shape[0] % PANEL
-    x = np.pad(pad_columns(weights), ((0, rows), (0, 0))).reshape(-1, PANEL, weights.shape[1] + -weights.shape[1] % GROUP)
+    x = np.pad(pad_columns(weights), ((0, rows), (0, 0))).reshape(
+        -1, PANEL, weights.shape[1] + -weights.shape[1] % GROUP
+    )
     panels = []
     for panel in x:  # [16, columns]
         if fmt == "f32":
@@ -126,12 +129,10 @@ def pack(weights: Floats, fmt: str) -> bytes:
 def _pack_quantised(panel: Quantised, fmt: str) -> bytes:
     scales = panel.scales.T.tobytes()  # [groups, 16]
     unsigned = (panel.q.astype(np.int16) + OFFSET[fmt]).astype(np.uint8).reshape(PANEL, -1)
-    if fmt == "q8":
-        data = unsigned.reshape(PANEL, -1, 4).transpose(1, 0, 2)
-    else:
-        eights = unsigned.reshape(PANEL, -1, 2, 4)
-        data = (eights[:, :, 0] | eights[:, :, 1] << 4).transpose(1, 0, 2)
-    return scales + bytes(-len(scales) % 64) + data.tobytes()
+    lanes = unsigned.reshape(PANEL, -1, 4)
+    if fmt == "q4":
+        lanes = lanes[:, ::2] | lanes[:, 1::2] << 4
+    return scales + bytes(-len(scales) % 64) + lanes.transpose(1, 0, 2).tobytes()
 
 
 def _clear_lanes(panel: bytes, fmt: str, used: int) -> bytes:

@@ -61,8 +61,8 @@ class Loader:
 
     def scale(self, name: str, value: float) -> float:
         """An embedding's factor, rounded as the reference rounds it: to the table's own type."""
-        rounded = np.float32(value)
-        return float(from_bf16(to_bf16(rounded)) if self.tensors[name].dtype == "BF16" else rounded)
+        exact = np.array([value], np.float32)
+        return float((from_bf16(to_bf16(exact)) if self.tensors[name].dtype == "BF16" else exact)[0])
 
     def _count(self, matrix: _cpu.Matrix, file_bytes: int) -> _cpu.Matrix:
         self.weight_bytes += matrix.nbytes
@@ -72,7 +72,7 @@ class Loader:
 
 def as_float32(values: NDArray[Any]) -> NDArray[np.float32]:
     """Checkpoint values (bf16 as its bits) in float32."""
-    return from_bf16(values) if values.dtype == np.uint16 else values.astype(np.float32)
+    return from_bf16(values) if values.dtype == np.uint16 else np.asarray(values, np.float32)
 
 
 def load_target(config: TargetConfig, loader: Loader) -> _cpu.TargetWeights:
@@ -202,7 +202,7 @@ def _frequencies(config: Stack, sliding: bool) -> NDArray[np.float32]:
         return np.zeros(0, np.float32)
     rope: Rope = config.rope(layer)
     exponents = np.arange(0, 2 * rope.rotating_pairs(layer.head_dim), 2, dtype=np.float32) / np.float32(layer.head_dim)
-    return (1.0 / np.power(np.float32(rope.theta), exponents)).astype(np.float32)
+    return np.asarray(1.0 / np.power(np.float32(rope.theta), exponents), np.float32)
 
 
 def _check_widths(config: Stack, other: int) -> None:

@@ -1,0 +1,134 @@
+"""Types of the native module; `csrc/cpu/bind.cpp` is the other half."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = Sequence[float] | NDArray[np.float32]
+Rows = NDArray[Any]  # float32, float16, or uint16 with the bits of bfloat16
+
+def usable_isas() -> list[str]: ...
+def matmul(
+    matrix: Matrix, x: NDArray[np.float32], out: NDArray[np.float32], isa: str = "", threads: int = 1
+) -> None: ...
+
+class Matrix:
+    def __init__(self, format: str, rows: int, cols: int) -> None: ...
+    def pack(self, source: Rows, first: int = 0) -> None: ...
+    def row(self, index: int) -> NDArray[np.float32]: ...
+    def bytes(self) -> bytes: ...
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    @property
+    def nbytes(self) -> int: ...
+
+class Experts:
+    active: int
+    router: Matrix
+    router_norm: Floats
+    per_expert_scale: Floats
+    post_norm_dense: Floats
+    pre_norm: Floats
+    post_norm: Floats
+    gate: Sequence[Matrix]
+    up: Sequence[Matrix]
+    down: Sequence[Matrix]
+
+class Layer:
+    sliding: bool
+    head_dim: int
+    kv_heads: int
+    kv_source: int
+    scalar: float
+    input_norm: Floats
+    post_attention_norm: Floats
+    pre_feedforward_norm: Floats
+    post_feedforward_norm: Floats
+    q_norm: Floats
+    k_norm: Floats
+    q: Matrix
+    k: Matrix
+    v: Matrix
+    o: Matrix
+    gate: Matrix
+    up: Matrix
+    down: Matrix
+    ple_gate: Matrix
+    ple_projection: Matrix
+    ple_norm: Floats
+    experts: Experts
+
+class TargetWeights:
+    vocab: int
+    window: int
+    hidden: int
+    heads: int
+    eps: float
+    embed_scale: float
+    softcap: float
+    rope_sliding: Floats
+    rope_full: Floats
+    embedding: Matrix
+    final_norm: Floats
+    layers: Sequence[Layer]
+    ple_size: int
+    ple_scale: float
+    ple_projection: Matrix
+    ple_norm: Floats
+    def set_ple_table(self, table: Rows) -> None: ...
+
+class Target:
+    threads: int
+    def __init__(
+        self,
+        weights: TargetWeights,
+        *,
+        isa: str,
+        threads: int,
+        slots: int,
+        context: int,
+        max_rows: int,
+        bf16_cache: bool,
+    ) -> None: ...
+    def forward(
+        self,
+        slots: NDArray[np.int32],
+        positions: NDArray[np.int32],
+        tokens: NDArray[np.int32],
+        wanted: NDArray[np.bool_],
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]: ...
+    def length(self, slot: int) -> int: ...
+    def truncate(self, slot: int, length: int) -> None: ...
+    def clear(self, slot: int) -> None: ...
+    @property
+    def isa(self) -> str: ...
+    @property
+    def cache_bytes(self) -> int: ...
+
+class DrafterWeights:
+    vocab: int
+    backbone: int
+    hidden: int
+    heads: int
+    eps: float
+    pre_projection: Matrix
+    post_projection: Matrix
+    final_norm: Floats
+    layers: Sequence[Layer]
+    head: Matrix
+    centroids: Matrix
+    centroid_top_k: int
+    tokens: Sequence[int]
+
+class Drafter:
+    def __init__(self, weights: DrafterWeights, target: Target) -> None: ...
+    def draft(
+        self,
+        slots: NDArray[np.int32],
+        positions: NDArray[np.int32],
+        newest: NDArray[np.int32],
+        hidden: NDArray[np.float32],
+        depth: int,
+    ) -> tuple[NDArray[np.int32], NDArray[np.float32]]: ...

@@ -1,0 +1,108 @@
+"""A backend without a model, for tests of everything above backends.
+
+Its "language" is a hash: the logits at a row depend on all tokens of the slot up to it, so a wrong position, a stale
+cache row or a mixed-up slot shows in the text. Its drafter knows the truth and lies at a chosen rate. It checks the
+contract of `backends.base` that callers must keep.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+
+from paceline.errors import BackendError
+from paceline.types import Anchors, Batch, Drafts, Float32, Output
+
+HIDDEN = 4
+
+
+class FakeBackend:
+    """Deterministic stand-in for a model pair.
+
+    Args:
+        vocab_size: number of tokens.
+        context: positions a slot can hold.
+        slots: sequences held at once.
+        max_rows: most rows of one slot in one batch.
+        truth: share of drafted tokens that are what the target will draw greedily, in 0..1.
+        can_draft: whether it has a drafter.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int = 64,
+        *,
+        context: int = 512,
+        slots: int = 4,
+        max_rows: int = 32,
+        truth: float = 0.7,
+        can_draft: bool = True,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.context = context
+        self.max_rows = max_rows
+        self.can_draft = can_draft
+        self._truth = truth
+        self._free = list(range(slots))[::-1]
+        self._cache: dict[int, list[int]] = {}
+
+    def open_slot(self) -> int:
+        if not self._free:
+            raise BackendError("all cache slots are taken; finish or cancel a sequence first")
+        slot = self._free.pop()
+        self._cache[slot] = []
+        return slot
+
+    def close_slot(self, slot: int) -> None:
+        del self._cache[slot]
+        self._free.append(slot)
+
+    def forward(self, batch: Batch) -> Output:
+        logits, hidden = [], []
+        for slot, position, token, wanted in zip(
+            batch.slots.tolist(), batch.positions.tolist(), batch.tokens.tolist(), batch.wanted.tolist(), strict=True
+        ):
+            cache = self._cache[slot]
+            if position != len(cache) or position >= self.context:
+                raise BackendError(f"row at position {position} where slot {slot} continues at {len(cache)}")
+            cache.append(token)
+            if wanted:
+                logits.append(self._logits(cache))
+                hidden.append(self._hidden(cache))
+        return Output(
+            np.array(logits, np.float32).reshape(-1, self.vocab_size), np.array(hidden, np.float32).reshape(-1, HIDDEN)
+        )
+
+    def draft(self, anchors: Anchors, depth: int) -> Drafts:
+        tokens = np.zeros((len(anchors.tokens), depth), np.int32)
+        for row, (slot, position, newest) in enumerate(
+            zip(anchors.slots.tolist(), anchors.positions.tolist(), anchors.tokens.tolist(), strict=True)
+        ):
+            cache = self._cache[slot]
+            if position != len(cache) or not np.array_equal(anchors.hidden[row], self._hidden(cache)):
+                raise BackendError(f"an anchor at {position} with a hidden state that is not of row {len(cache) - 1}")
+            line = [*cache, newest]
+            for step in range(depth):
+                token = int(self._logits(line).argmax())
+                if self._hash(line, "lie") % 1000 >= 1000 * self._truth:
+                    token = (token + 1) % self.vocab_size
+                tokens[row, step] = token
+                line.append(token)
+        return Drafts(tokens, np.full(tokens.shape, self._truth, np.float32))
+
+    def truncate(self, slot: int, length: int) -> None:
+        if length > len(self._cache[slot]):
+            raise BackendError(f"cannot truncate {len(self._cache[slot])} rows to {length}")
+        del self._cache[slot][length:]
+
+    def _logits(self, tokens: list[int]) -> Float32:
+        generator = np.random.default_rng(self._hash(tokens, "logits"))
+        return generator.standard_normal(self.vocab_size, np.float32)
+
+    def _hidden(self, tokens: list[int]) -> Float32:
+        return np.full(HIDDEN, self._hash(tokens, "hidden") % 65536, np.float32)
+
+    @staticmethod
+    def _hash(tokens: list[int], what: str) -> int:
+        return zlib.crc32(np.array(tokens, np.int32).tobytes(), zlib.crc32(what.encode()))
