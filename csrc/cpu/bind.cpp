@@ -61,6 +61,24 @@ void matmul(const Matrix& matrix, const Array<float, 2>& x, nb::ndarray<float, n
   });
 }
 
+constexpr int64_t kChunk = 1 << 20;  // bytes a check value covers before it is folded into the whole
+
+uint64_t checksum(const Array<uint8_t, 1>& data, int threads) {
+  const int64_t n = int64_t(data.size()), chunks = (n + kChunk - 1) / kChunk;
+  if (n % 512) throw std::invalid_argument("a checksum takes a multiple of 512 bytes");
+  const Kernels& kernels = select_kernels("");
+  std::vector<uint32_t> parts(static_cast<size_t>(chunks));
+  nb::gil_scoped_release release;
+  Team(threads).run([&](const Member& m) {
+    LayerRunner::each(m, chunks, [&](int64_t i) {
+      parts[size_t(i)] = kernels.checksum(data.data() + i * kChunk, std::min(kChunk, n - i * kChunk));
+    });
+  });
+  uint64_t total = 0xcbf29ce484222325u;
+  for (uint32_t part : parts) total = (total ^ part) * 0x100000001b3u;
+  return total;
+}
+
 nb::tuple forward(nb::handle self, const Array<int32_t, 1>& slots, const Array<int32_t, 1>& positions,
                   const Array<int32_t, 1>& tokens, const Array<bool, 1>& wanted) {
   Target& target = nb::cast<Target&>(self);
@@ -110,6 +128,9 @@ NB_MODULE(_cpu, module) {
   module.def("matmul", &matmul, "matrix"_a, "x"_a, "out"_a, "isa"_a = "", "threads"_a = 1,
              "out [rows, padded matrix rows] = x [rows, cols] times the matrix transposed.");
 
+  module.def("checksum", &checksum, "data"_a, "threads"_a,
+             "Check value of a multiple of 512 bytes, read at the speed of memory.");
+
   nb::class_<Matrix>(module, "Matrix", "A packed weight matrix.")
       .def("__init__", [](Matrix* self, const std::string& format, int64_t rows, int64_t cols) {
         new (self) Matrix(format_from(format), rows, cols);
@@ -120,12 +141,19 @@ NB_MODULE(_cpu, module) {
         nb::gil_scoped_release release;
         self.pack(type, source.data(), first, int64_t(source.shape(0)));
       }, "source"_a, "first"_a = 0, "Pack rows [count, cols] of a checkpoint tensor from matrix row `first` on.")
+      .def_static("mapped", [](const std::string& format, int64_t rows, int64_t cols, const Array<uint8_t, 1>& packed) {
+        check_cols(int64_t(packed.size()), Matrix::bytes_of(format_from(format), rows, cols));
+        return std::make_shared<Matrix>(format_from(format), rows, cols, packed.data());
+      }, "format"_a, "rows"_a, "cols"_a, "packed"_a, nb::keep_alive<0, 4>(), "A matrix over packed bytes, in place.")
+      .def("fill_random", &Matrix::fill_random, "seed"_a, nb::call_guard<nb::gil_scoped_release>(),
+           "Fill with plausible values without meaning, for measurements.")
       .def("row", &row_of, "index"_a, "One row, unpacked to float32 [cols].")
       .def_prop_ro("shape", [](const Matrix& self) { return nb::make_tuple(self.view().rows, self.view().cols); })
+      .def_prop_ro("format", [](const Matrix& self) { return format_name(self.view().format); })
       .def_prop_ro("nbytes", &Matrix::bytes)
-      .def("bytes", [](const Matrix& self) {
-        return nb::bytes(reinterpret_cast<const char*>(self.view().data), self.bytes());
-      }, "The packed bytes, a copy.");
+      .def("packed", [](const Matrix& self) {
+        return Result<const uint8_t, 1>(self.view().data, {self.bytes()});
+      }, nb::rv_policy::reference_internal, "The packed bytes, in place.");
 
   nb::class_<Experts>(module, "Experts").def(nb::init<>())
       .def_rw("active", &Experts::active).def_rw("router", &Experts::router)

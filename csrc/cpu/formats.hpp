@@ -35,6 +35,11 @@ inline Format format_from(const std::string& name) {
   throw std::invalid_argument("unknown weight format " + name + " (f32, bf16, q8 or q4)");
 }
 
+inline const char* format_name(Format f) {
+  constexpr const char* names[] = {"f32", "bf16", "q8", "q4"};
+  return names[int(f)];
+}
+
 inline bool quantised(Format f) { return f == Format::q8 || f == Format::q4; }
 
 // Columns held by the four bytes of one activation lane: one float, two bfloat16 or four int8.

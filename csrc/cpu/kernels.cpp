@@ -12,6 +12,6 @@ namespace PACELINE_ISA {
 
 extern const paceline::Kernels table;
 const paceline::Kernels table = {PACELINE_STRING(PACELINE_ISA), prepare, matmul, gated, rms_norm, add_scaled, axpy, rope,
-                                 append, attend, softcap, arg_max};
+                                 append, attend, softcap, arg_max, checksum};
 
 }  // namespace PACELINE_ISA

@@ -16,7 +16,7 @@ using paceline::kPanel;
 using paceline::kTile;
 using paceline::MatrixView;
 
-constexpr int kAhead = 2048;  // bytes to prefetch ahead of a weight load
+constexpr int kAhead = 4096;  // bytes to prefetch ahead of a weight load
 
 template <int M>
 inline void panel_f32(const uint8_t* w, const ActView& act, f32x16* out) {

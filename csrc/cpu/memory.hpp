@@ -12,24 +12,17 @@
 namespace paceline {
 
 // Bytes aligned for the widest loads; grows, never shrinks, and does not keep its contents when it grows. Untouched
-// pages cost nothing.
+// pages cost nothing. `huge` asks for huge pages, which suit memory that is written whole and then streamed.
 class Buffer {
  public:
   Buffer() = default;
   explicit Buffer(size_t bytes) { reserve(bytes); }
-  void reserve(size_t bytes) {
-    if (bytes <= bytes_) return;
-    bytes = (bytes + kAlign - 1) / kAlign * kAlign;
-    memory_.reset(static_cast<uint8_t*>(std::aligned_alloc(kAlign, bytes)));
-    if (!memory_) throw std::bad_alloc();
-    bytes_ = bytes;
-  }
+  void reserve(size_t bytes, bool huge = false);
   uint8_t* data() const { return memory_.get(); }
   float* floats() const { return reinterpret_cast<float*>(memory_.get()); }
   size_t bytes() const { return bytes_; }
 
  private:
-  static constexpr size_t kAlign = 4096;
   struct Free {
     void operator()(uint8_t* p) const { std::free(p); }
   };
@@ -37,15 +30,20 @@ class Buffer {
   size_t bytes_ = 0;
 };
 
-// A packed weight matrix [rows, cols].
+// A packed weight matrix [rows, cols], in memory of its own or in memory that the caller keeps alive.
 class Matrix {
  public:
   Matrix(Format format, int64_t rows, int64_t cols);
+  Matrix(Format format, int64_t rows, int64_t cols, const uint8_t* packed);
+  static int64_t bytes_of(Format format, int64_t rows, int64_t cols);
   const MatrixView& view() const { return view_; }
   size_t bytes() const { return size_t(view_.panels() * view_.stride); }
 
   // Pack source rows [count, cols] as matrix rows first, first + 1, ...
   void pack(Source type, const void* source, int64_t first, int64_t count);
+
+  // Weights for measurements: plausible values without meaning, the same for the same seed.
+  void fill_random(uint64_t seed);
   void row(int64_t i, float* out) const { unpack_row(view_, i, out); }
 
  private:

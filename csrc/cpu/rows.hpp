@@ -64,4 +64,21 @@ int64_t arg_max(const float* x, int64_t n, float* probability) {
   return index == n ? 0 : index;
 }
 
+uint32_t checksum(const uint8_t* data, int64_t n) {
+  u32x16 hash[8];  // eight chains hide the multiplication's latency
+  for (auto& h : hash) h = (u32x16)splat(int32_t(0x811c9dc5));
+  for (int64_t i = 0; i < n; i += 512)
+    for (int j = 0; j < 8; ++j) {
+      prefetch(data + i + 64 * j + 4096);
+      hash[j] = (hash[j] + load<u32x16>(data + i + 64 * j)) * 0x9e3779b1u;
+    }
+  uint32_t total = uint32_t(n);
+  for (const auto& h : hash) {
+    uint32_t lanes[16];
+    store(lanes, h);
+    for (uint32_t lane : lanes) total = (total ^ lane) * 0x01000193u;
+  }
+  return total;
+}
+
 }  // namespace PACELINE_ISA

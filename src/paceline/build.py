@@ -6,7 +6,10 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from paceline.backends.cpu.backend import CpuBackend, default_threads
+from paceline.backends.cpu.backend import DRAFTER_FORMAT, CpuBackend, default_threads
+from paceline.backends.cpu.pack_cache import LEAST_BYTES, fingerprint, pack_path
+from paceline.backends.cpu.packfile import PackedWeights, StalePack, open_pack, write_pack
+from paceline.backends.cpu.weights import CheckpointWeights
 from paceline.checkpoint import Checkpoint, Tensors, locate, locate_drafter, resolve
 from paceline.checkpoint.sizes import weight_bytes
 from paceline.config import DrafterConfig, TargetConfig, check_pair
@@ -58,23 +61,29 @@ def load(
     folder = locate(model)
     checkpoint = Checkpoint.open(folder)
     config = checkpoint.target_config()
+    draft_checkpoint = _open_drafter(model, folder, drafter, notify)
+    draft_config = draft_checkpoint.drafter_config() if draft_checkpoint else None
+    if draft_config:
+        check_pair(config, draft_config)
     tensors = resolve(checkpoint, config)
-    draft_config, draft_tensors = _open_drafter(model, folder, drafter, config, notify)
-    if quant == "auto":
-        quant = choose_quant(config, draft_config, tensors["embed_tokens.weight"].dtype, available_memory())
-        notify(f"weights: {quant} (chosen for the memory at hand)")
-    elif quant not in FORMATS:
-        raise SettingsError(f"unknown quantisation {quant!r}; use one of {', '.join(FORMATS)} or auto")
+    quant = _settle_quant(quant, config, draft_config, tensors, notify)
+    threads = threads or default_threads()
+    target = _Source(checkpoint, tensors, quant, threads, progress)
+    pair = None
+    if draft_checkpoint and draft_config:
+        draft_tensors = resolve(draft_checkpoint, draft_config)
+        pair = _Source(draft_checkpoint, draft_tensors, DRAFTER_FORMAT[quant], threads, progress)
     backend = CpuBackend(
-        (config, tensors),
-        (draft_config, draft_tensors) if draft_config and draft_tensors else None,
-        quant=quant,
-        threads=threads or default_threads(),
+        (config, target.weights),
+        (draft_config, pair.weights) if draft_config and pair else None,
+        threads=threads,
         context=min(context or DEFAULT_CONTEXT, config.max_positions),
         max_rows=max(prompt_chunk, 16),
         isa=os.environ.get("PACELINE_ISA", ""),
-        progress=progress,
     )
+    for source in (target, pair):
+        if source:
+            source.keep(notify)
     generation = checkpoint.generation.get("eos_token_id", config.stop_ids)
     return Engine(
         backend=backend,
@@ -85,7 +94,7 @@ def load(
         stop_ids=frozenset([generation] if isinstance(generation, int) else generation or ()),
         quant=quant,
         threads=backend.threads,
-        weight_bytes=backend.weight_bytes,
+        weight_bytes=target.weights.nbytes + (pair.weights.nbytes if pair else 0),
         draft_tokens=draft_tokens,
         prompt_chunk=prompt_chunk,
     )
@@ -112,18 +121,50 @@ def available_memory() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _open_drafter(
-    model: str, folder: Path, choice: str, target: TargetConfig, notify: Callable[[str], None]
-) -> tuple[DrafterConfig | None, Tensors | None]:
+class _Source:
+    """Weights of one checkpoint: from its pack file if there is a good one, else packed now and kept afterwards."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, tensors: Tensors, quant: str, threads: int, progress: Callable[[int], None]
+    ) -> None:
+        self._path = pack_path(checkpoint, quant)
+        self._fingerprint = fingerprint(checkpoint, quant)
+        self._threads = threads
+        self.weights: CheckpointWeights | PackedWeights
+        try:
+            self.weights = open_pack(self._path, threads, fingerprint=self._fingerprint, tensors=tensors)
+        except StalePack:
+            self.weights = CheckpointWeights(tensors, quant, progress)
+
+    def keep(self, notify: Callable[[str], None]) -> None:
+        """Write the pack file for the next start. A full disk costs nothing but the next start's time."""
+        if not isinstance(self.weights, CheckpointWeights) or self.weights.nbytes < LEAST_BYTES:
+            return
+        try:
+            write_pack(self._path, self.weights, self._fingerprint, self._threads, tables={})
+            notify(f"packed weights kept in {self._path}")
+        except OSError as error:
+            notify(f"packed weights not kept: {self._path}: {error.strerror}")
+
+
+def _settle_quant(
+    quant: str, config: TargetConfig, drafter: DrafterConfig | None, tensors: Tensors, notify: Callable[[str], None]
+) -> str:
+    if quant == "auto":
+        quant = choose_quant(config, drafter, tensors["embed_tokens.weight"].dtype, available_memory())
+        notify(f"weights: {quant} (chosen for the memory at hand)")
+    elif quant not in FORMATS:
+        raise SettingsError(f"unknown quantisation {quant!r}; use one of {', '.join(FORMATS)} or auto")
+    return quant
+
+
+def _open_drafter(model: str, folder: Path, choice: str, notify: Callable[[str], None]) -> Checkpoint | None:
     found = locate_drafter(model, folder, choice)
     if found is None:
         if choice != "none":
             notify(f"drafter: none found beside {model}; decoding without one")
-        return None, None
-    checkpoint = Checkpoint.open(found)
-    config = checkpoint.drafter_config()
-    check_pair(target, config)
-    return config, resolve(checkpoint, config)
+        return None
+    return Checkpoint.open(found)
 
 
 def _check_at_least(name: str, value: int | None, least: int) -> None:

@@ -36,7 +36,7 @@ def times(matrix: _cpu.Matrix, x: np.ndarray, isa: str = "", threads: int = 1) -
 @given(shape=SHAPES, seed=st.integers(0, 99))
 def test_packed_bytes_are_the_oracles(fmt: str, shape: tuple[int, int], seed: int) -> None:
     weights = random_matrix(*shape, seed)
-    assert packed(weights, fmt).bytes() == blocks.pack(weights, fmt)
+    assert packed(weights, fmt).packed().tobytes() == blocks.pack(weights, fmt)
 
 
 @pytest.mark.parametrize("fmt", blocks.FORMATS)
@@ -96,7 +96,7 @@ def test_checkpoint_types_pack_like_their_values(dtype: str) -> None:
         exact = raw.astype(np.float32)
     matrix = _cpu.Matrix("q8", 20, 40)
     matrix.pack(raw)
-    assert matrix.bytes() == blocks.pack(exact, "q8")
+    assert matrix.packed().tobytes() == blocks.pack(exact, "q8")
 
 
 def test_bad_arguments_are_refused() -> None:

@@ -100,7 +100,7 @@ def matmul(weights: Floats, x: Floats, fmt: str) -> NDArray[np.float64]:
         w = quantise(weights, fmt)
         scales, q = quantise_activations(x)
         sums = np.einsum("rgi,ogi->rog", q.astype(np.int64), w.q.astype(np.int64)).astype(np.float64)
-        result: NDArray[np.float64] = np.einsum("rog,rg,og->ro", sums, scales.astype(np.float64), w.scales.astype(float))
+        result: NDArray[np.float64] = np.einsum("rog,rg,og->ro", sums, scales.astype(float), w.scales.astype(float))
         return result
     if fmt == "bf16":
         x = from_bf16(to_bf16(x))
@@ -130,9 +130,8 @@ def _pack_quantised(panel: Quantised, fmt: str) -> bytes:
     scales = panel.scales.T.tobytes()  # [groups, 16]
     unsigned = (panel.q.astype(np.int16) + OFFSET[fmt]).astype(np.uint8).reshape(PANEL, -1)
     lanes = unsigned.reshape(PANEL, -1, 4)
-    if fmt == "q4":
-        lanes = lanes[:, ::2] | lanes[:, 1::2] << 4
-    return scales + bytes(-len(scales) % 64) + lanes.transpose(1, 0, 2).tobytes()
+    packed = lanes if fmt == "q8" else np.bitwise_or(lanes[:, ::2], np.left_shift(lanes[:, 1::2], 4))
+    return scales + bytes(-len(scales) % 64) + packed.transpose(1, 0, 2).tobytes()
 
 
 def _clear_lanes(panel: bytes, fmt: str, used: int) -> bytes:

@@ -1,25 +1,23 @@
 """A model pair on the CPU: the three verbs over the native code.
 
-Holds slots and turns native complaints into `BackendError`. The weights' format is one of f32, bf16, q8 and q4; the
-drafter's follows it, but never below q8. The KV cache is bf16, or f32 with f32 weights, which makes that the format to
-compare with a reference.
+Holds slots and turns native complaints into `BackendError`. The KV cache is bf16, or f32 with f32 weights, which makes
+that the format to compare with a reference.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 
 import numpy as np
 
 from paceline import _cpu
-from paceline.backends.cpu.load import Loader, load_drafter, load_target
-from paceline.checkpoint import Tensors
+from paceline.backends.cpu.load import load_drafter, load_target
+from paceline.backends.cpu.weights import Weights
 from paceline.config import DrafterConfig, TargetConfig, check_pair
 from paceline.errors import BackendError
-from paceline.quant.blocks import FORMATS
 from paceline.types import Anchors, Batch, Drafts, Output
 
+# A drafter's format follows its target's, but not below q8: it is small, and its mistakes cost rounds.
 DRAFTER_FORMAT = {"f32": "f32", "bf16": "bf16", "q8": "q8", "q4": "q8"}
 
 
@@ -28,61 +26,49 @@ class CpuBackend:
 
     def __init__(
         self,
-        target: tuple[TargetConfig, Tensors],
-        drafter: tuple[DrafterConfig, Tensors] | None = None,
+        target: tuple[TargetConfig, Weights],
+        drafter: tuple[DrafterConfig, Weights] | None = None,
         *,
-        quant: str,
         threads: int,
         context: int,
         slots: int = 1,
         max_rows: int = 256,
         isa: str = "",
-        progress: Callable[[int], None] = lambda _: None,
     ) -> None:
-        """Load and pack the weights.
+        """Load the weights.
 
         Args:
-            target: settings and checked tensors.
+            target: settings and weights.
             drafter: the same of the drafter, or None for plain decoding.
-            quant: f32, bf16, q8 or q4.
             threads: worker threads, the caller's included.
             context: positions a slot can hold.
             slots: sequences held at once.
             max_rows: most rows of one slot in one batch; sliding rings are that much longer than the window.
             isa: instruction set, empty for the best one.
-            progress: called with the file bytes of every tensor packed.
 
         Raises:
             BackendError: an instruction set or a width that cannot be used here.
             PairError: the drafter is another target's.
             CheckpointError: a file ended early.
         """
-        if quant not in FORMATS:
-            raise BackendError(f"unknown weight format {quant!r}; use one of {', '.join(FORMATS)}")
-        config, tensors = target
+        config, weights = target
         if drafter:
             check_pair(config, drafter[0])
         if isa not in ("", *_cpu.usable_isas()):
             raise BackendError(f"no {isa} kernels on this processor; usable here: {', '.join(_cpu.usable_isas())}")
-        loader = Loader(tensors, quant, progress)
         self.vocab_size = config.vocab_size
         self.context = context
         self.max_rows = max_rows
         self._target = _cpu.Target(
-            load_target(config, loader),
+            load_target(config, weights),
             isa=isa,
             threads=threads,
             slots=slots,
             context=context,
             max_rows=max_rows,
-            bf16_cache=quant != "f32",
+            bf16_cache=weights.quant != "f32",
         )
-        self.weight_bytes = loader.weight_bytes
-        self._drafter: _cpu.Drafter | None = None
-        if drafter:
-            loader = Loader(drafter[1], DRAFTER_FORMAT[quant], progress)
-            self._drafter = _cpu.Drafter(load_drafter(drafter[0], loader), self._target)
-            self.weight_bytes += loader.weight_bytes
+        self._drafter = _cpu.Drafter(load_drafter(*drafter), self._target) if drafter else None
         self._free = list(range(slots))[::-1]
 
     @property
