@@ -5,6 +5,10 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+#include <array>
+#include <memory>
+
 #include "drafter.hpp"
 #include "target.hpp"
 
@@ -33,12 +37,19 @@ void check_cols(int64_t got, int64_t want) {
     throw std::invalid_argument("rows of " + std::to_string(got) + " columns where " + std::to_string(want) + " belong");
 }
 
+// An array that frees `data` (from new[]) when Python drops it.
+template <class T, int N>
+Result<T, N> owned(T* data, const std::array<size_t, N>& shape) {
+  nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<T*>(p); });
+  return Result<T, N>(data, N, shape.data(), owner);
+}
+
 Result<float, 1> row_of(const Matrix& matrix, int64_t i) {
   if (i < 0 || i >= matrix.view().rows) throw std::out_of_range("no such row");
   const size_t cols = size_t(matrix.view().cols);
   float* out = new float[cols];
   matrix.row(i, out);
-  return Result<float, 1>(out, {cols}, nb::capsule(out, [](void* p) noexcept { delete[] static_cast<float*>(p); }));
+  return owned<float, 1>(out, {cols});
 }
 
 // matrix times rows of x [rows, cols] with `threads` threads: what tests and benchmarks of the kernels call.
@@ -109,15 +120,14 @@ nb::tuple draft(Drafter& drafter, const Array<int32_t, 1>& slots, const Array<in
   const size_t count = anchors * size_t(depth);
   auto* tokens = new int32_t[count];
   auto* confidence = new float[count];
-  nb::capsule own_tokens(tokens, [](void* p) noexcept { delete[] static_cast<int32_t*>(p); });
-  nb::capsule own_confidence(confidence, [](void* p) noexcept { delete[] static_cast<float*>(p); });
+  const auto token_array = owned<int32_t, 2>(tokens, {anchors, size_t(depth)});
+  const auto confidence_array = owned<float, 2>(confidence, {anchors, size_t(depth)});
   {
     nb::gil_scoped_release release;
     drafter.draft(slots.data(), positions.data(), newest.data(), hidden.data(), int64_t(anchors), depth, tokens,
                   confidence);
   }
-  return nb::make_tuple(Result<int32_t, 2>(tokens, {anchors, size_t(depth)}, own_tokens),
-                        Result<float, 2>(confidence, {anchors, size_t(depth)}, own_confidence));
+  return nb::make_tuple(token_array, confidence_array);
 }
 
 }  // namespace
@@ -224,5 +234,13 @@ NB_MODULE(_cpu, module) {
   nb::class_<Drafter>(module, "Drafter", "A loaded drafter over a target's cache.")
       .def(nb::init<DrafterWeights, std::shared_ptr<Target>>(), "weights"_a, "target"_a)
       .def("draft", &draft, "slots"_a, "positions"_a, "newest"_a, "hidden"_a, "depth"_a,
-           "Tokens and confidence [anchors, depth].");
+           "Tokens and confidence [anchors, depth].")
+      .def("last_step", [](const Drafter& self, int64_t row) {
+        auto logits = std::make_unique<float[]>(size_t(self.vocab()));
+        auto hidden = std::make_unique<float[]>(size_t(self.backbone()));
+        self.last_logits(row, logits.get());
+        std::copy_n(self.last_hidden(row), self.backbone(), hidden.get());
+        return nb::make_tuple(owned<float, 1>(logits.release(), {size_t(self.vocab())}),
+                              owned<float, 1>(hidden.release(), {size_t(self.backbone())}));
+      }, "row"_a, "Logits [vocab] (-3e38 where the head did not look) and next hidden state of the last draft step.");
 }

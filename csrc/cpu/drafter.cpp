@@ -153,4 +153,18 @@ void Drafter::centroid_head(const Member& m, int64_t rows, int32_t* token, float
   });
 }
 
+void Drafter::last_logits(int64_t row, float* out) const {
+  const int64_t ld = weights_.head->view().panels() * kPanel;
+  const float* logit = logits_.floats() + row * ld;
+  if (!weights_.centroids) {
+    std::copy_n(logit, weights_.vocab, out);
+    return;
+  }
+  const int64_t width = ld / weights_.centroids->view().rows;
+  std::fill_n(out, weights_.vocab, -3e38f);
+  for (int64_t cluster : clusters_.at(size_t(row)))
+    for (int64_t i = 0; i < width; ++i, ++logit)
+      if (const int32_t token = weights_.tokens[size_t(cluster * width + i)]; token >= 0) out[token] = *logit;
+}
+
 }  // namespace paceline

@@ -32,6 +32,12 @@ class Drafter {
   void draft(const int32_t* slots, const int32_t* positions, const int32_t* newest, const float* hidden,
              int64_t anchors, int64_t depth, int32_t* tokens, float* confidence);
   int64_t backbone() const { return weights_.backbone; }
+  int64_t vocab() const { return weights_.vocab; }
+
+  // The last draft step of anchor `row`, for comparison with a reference: its logits [vocab], -3e38 where the head did
+  // not look, and the hidden state [backbone] that a next step would start from.
+  void last_logits(int64_t row, float* out) const;
+  const float* last_hidden(int64_t row) const { return next_.floats() + row * weights_.backbone; }
 
  private:
   void enter(const Member& m, const std::vector<int32_t>& newest, const float* hidden, int64_t rows);

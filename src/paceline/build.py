@@ -58,6 +58,8 @@ def load(
     _check_at_least("threads", threads, 1)
     _check_at_least("context", context, 2)
     _check_at_least("prompt_chunk", prompt_chunk, 1)
+    if quant not in (*FORMATS, "auto"):
+        raise SettingsError(f"unknown quantisation {quant!r}; use one of {', '.join(FORMATS)} or auto")
     folder = locate(model)
     checkpoint = Checkpoint.open(folder)
     config = checkpoint.target_config()
@@ -153,8 +155,6 @@ def _settle_quant(
     if quant == "auto":
         quant = choose_quant(config, drafter, tensors["embed_tokens.weight"].dtype, available_memory())
         notify(f"weights: {quant} (chosen for the memory at hand)")
-    elif quant not in FORMATS:
-        raise SettingsError(f"unknown quantisation {quant!r}; use one of {', '.join(FORMATS)} or auto")
     return quant
 
 

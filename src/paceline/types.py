@@ -87,10 +87,11 @@ class Event:
     drafted: int
     accepted: int
     finish: FinishReason | None = None
+    rest: str = ""  # at the end: text held back for a character that never became whole
 
     @property
     def text(self) -> str:
-        return "".join(piece.text for piece in self.pieces)
+        return "".join(piece.text for piece in self.pieces) + self.rest
 
 
 @dataclass(frozen=True)

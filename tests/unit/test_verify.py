@@ -1,7 +1,5 @@
 """Acceptance of drafts, and the engine's step over the fake backend."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,8 +9,8 @@ from paceline.backends.fake import FakeBackend
 from paceline.decode.sampling import Greedy
 from paceline.decode.verify import verify
 from paceline.engine.sequence import Sequence
-from paceline.engine.step import step
 from paceline.errors import BackendError
+from tests.support import run, sequence
 
 
 def rows_for(*tokens: int, vocab: int = 8) -> np.ndarray:
@@ -52,28 +50,13 @@ def test_strategies_are_told_the_position_of_the_token_they_draw() -> None:
     assert seen == [42, 43, 44]
 
 
-def sequence(backend: FakeBackend, prompt: list[int], *, draft_tokens: int = 0, max_tokens: int = 20, **other: object):
-    return Sequence(
-        slot=backend.open_slot(),
-        tokens=list(prompt),
-        sampling=Greedy(),
-        draft_tokens=draft_tokens,
-        max_tokens=max_tokens,
-        limit=backend.context,
-        detokenizer=SimpleNamespace(push=lambda token: f"<{token}>", finish=lambda: ""),
-        **{"stop_ids": frozenset(), **other},
-    )
+def tokens_of(backend: FakeBackend, sequences: list[Sequence], chunk: int = 8) -> list[list[int]]:
+    return [finished.tokens for finished in run(backend, sequences, chunk)]
 
 
-def run(backend: FakeBackend, sequences: list[Sequence], chunk: int = 8) -> list[list[int]]:
-    while running := [s for s in sequences if s.finish is None]:
-        step(backend, running, chunk)
-    return [s.generated for s in sequences]
-
-
-def alone(prompt: list[int], max_tokens: int, **other: object) -> list[int]:
+def alone(prompt: list[int], max_tokens: int) -> list[int]:
     backend = FakeBackend()
-    return run(backend, [sequence(backend, prompt, max_tokens=max_tokens, **other)])[0]
+    return tokens_of(backend, [sequence(backend, prompt, max_tokens=max_tokens)])[0]
 
 
 prompts = st.lists(st.integers(0, 63), min_size=1, max_size=40)
@@ -83,7 +66,7 @@ prompts = st.lists(st.integers(0, 63), min_size=1, max_size=40)
 @given(prompt=prompts, truth=st.sampled_from([0.0, 0.5, 0.9, 1.0]), depth=st.integers(0, 15), chunk=st.integers(1, 32))
 def test_text_does_not_depend_on_drafting_or_chunks(prompt: list[int], truth: float, depth: int, chunk: int) -> None:
     backend = FakeBackend(truth=truth)
-    (tokens,) = run(backend, [sequence(backend, prompt, draft_tokens=depth)], chunk)
+    (tokens,) = tokens_of(backend, [sequence(backend, prompt, draft_tokens=depth)], chunk)
     assert tokens == alone(prompt, 20)
 
 
@@ -95,7 +78,7 @@ def test_text_does_not_depend_on_drafting_or_chunks(prompt: list[int], truth: fl
 def test_text_does_not_depend_on_company(requests: list[tuple[list[int], int, int]], chunk: int) -> None:
     backend = FakeBackend()
     sequences = [sequence(backend, p, draft_tokens=depth, max_tokens=most) for p, depth, most in requests]
-    assert run(backend, sequences, chunk) == [alone(p, most) for p, _, most in requests]
+    assert tokens_of(backend, sequences, chunk) == [alone(p, most) for p, _, most in requests]
 
 
 @settings(max_examples=40, deadline=None)
@@ -103,7 +86,7 @@ def test_text_does_not_depend_on_company(requests: list[tuple[list[int], int, in
 def test_a_stop_token_ends_the_text_even_among_accepted_drafts(prompt: list[int], depth: int, stop: int) -> None:
     backend = FakeBackend(truth=1.0)
     s = sequence(backend, prompt, draft_tokens=depth, max_tokens=60, stop_ids=frozenset({stop}))
-    (tokens,) = run(backend, [s])
+    (tokens,) = tokens_of(backend, [s])
     plain = alone(prompt, 60)
     cut = plain.index(stop) if stop in plain else 60
     assert tokens == plain[:cut]

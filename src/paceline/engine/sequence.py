@@ -75,13 +75,10 @@ class Sequence:
             if len(self.generated) >= self.max_tokens or len(self.tokens) >= self.limit:
                 self.finish = "length"
                 break
-        if self.finish:
-            rest = self.detokenizer.finish()
-            if rest and pieces:
-                pieces[-1] = replace(pieces[-1], text=pieces[-1].text + rest)
         accepted = sum(piece.depth > 0 for piece in pieces)
         self._count(first, drafts=len(drafts), accepted=accepted, tokens=len(pieces))
-        return Event(tuple(pieces), len(drafts), accepted, self.finish)
+        rest = self.detokenizer.finish() if self.finish else ""
+        return Event(tuple(pieces), len(drafts), accepted, self.finish, rest)
 
     def _count(self, first: bool, *, drafts: int, accepted: int, tokens: int) -> None:
         now, old = time.perf_counter(), self.statistics

@@ -1,0 +1,44 @@
+"""What the machine itself can do: the limits that figures are compared with."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+import time
+
+import numpy as np
+
+from paceline import _cpu
+
+BUFFER = 1 << 30  # bytes; far more than any cache
+
+
+class ReadBandwidth:
+    """Reads a gigabyte with all threads; call it now and then during a run and take the median of what it saw.
+
+    Args:
+        threads: as many as the measured code uses.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+        self._data = np.ones(BUFFER, np.uint8)  # ones: untouched zero pages would all be one page
+        self.seen: list[float] = []  # GB/s
+
+    def measure(self) -> float:
+        """Bandwidth of one reading, in GB/s."""
+        start = time.perf_counter()
+        _cpu.checksum(self._data, self._threads)
+        self.seen.append(BUFFER / (time.perf_counter() - start) / 1e9)
+        return self.seen[-1]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seen)
+
+
+def peak_memory() -> int:
+    """Bytes of memory this process has held at most."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

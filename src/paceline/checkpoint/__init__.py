@@ -1,0 +1,18 @@
+"""Checkpoint files: where they are, what they hold, under which names. Nothing here computes with weights."""
+
+from paceline.checkpoint.checkpoint import Checkpoint
+from paceline.checkpoint.hub import locate, locate_drafter
+from paceline.checkpoint.names import Tensors, drafter_tensors, resolve, target_tensors
+from paceline.checkpoint.safetensors import TensorRef, read_header
+
+__all__ = [
+    "Checkpoint",
+    "TensorRef",
+    "Tensors",
+    "drafter_tensors",
+    "locate",
+    "locate_drafter",
+    "read_header",
+    "resolve",
+    "target_tensors",
+]

@@ -1,0 +1,145 @@
+"""A model folder: its settings, the tensors of its shards, and where its text files are.
+
+Opening one reads JSON and headers only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from paceline.checkpoint.safetensors import TensorRef, read_header
+from paceline.config import DRAFTER_TYPES, TARGET_TYPES, DrafterConfig, TargetConfig, drafter_config, target_config
+from paceline.errors import CheckpointError
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened model folder, target or drafter."""
+
+    folder: Path
+    config: Mapping[str, Any]  # config.json as it stands
+    generation: Mapping[str, Any]  # generation_config.json, empty if there is none
+    tokenizer_config: Mapping[str, Any]  # tokenizer_config.json, empty if there is none
+    tensors: Mapping[str, TensorRef]  # by the names in the files
+
+    @classmethod
+    def open(cls, folder: Path) -> Checkpoint:
+        """Open a model folder.
+
+        Raises:
+            CheckpointError: the folder or a file is missing, damaged, or not of a Gemma 4 model.
+        """
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder}: no such folder; give a model folder or a hub id such as org/name")
+        config = read_json(folder / "config.json")
+        kind = config.get("model_type")
+        if kind not in TARGET_TYPES + DRAFTER_TYPES:
+            raise CheckpointError(
+                f"{folder / 'config.json'}: not a Gemma 4 model (model_type {kind!r}); "
+                f"give a folder whose model_type is one of {', '.join(TARGET_TYPES + DRAFTER_TYPES)}"
+            )
+        optional = [folder / name for name in ("generation_config.json", "tokenizer_config.json")]
+        generation, tokenizer = (read_json(path) if path.exists() else {} for path in optional)
+        return cls(folder, config, generation, tokenizer, _read_tensors(folder))
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return self.folder / "tokenizer.json"
+
+    @property
+    def chat_template_path(self) -> Path:
+        """Where the template is if it has a file of its own; older checkpoints keep it in `tokenizer_config`."""
+        return self.folder / "chat_template.jinja"
+
+    def target_config(self) -> TargetConfig:
+        """The settings as a target's.
+
+        Raises:
+            CheckpointError: a drafter, or settings that are missing or not supported.
+        """
+        return self._resolve(target_config)
+
+    def drafter_config(self) -> DrafterConfig:
+        """The settings as a drafter's.
+
+        Raises:
+            CheckpointError: a target, or settings that are missing or not supported.
+        """
+        return self._resolve(drafter_config)
+
+    def _resolve(self, read: Callable[[Mapping[str, Any]], Config]) -> Config:
+        path = self.folder / "config.json"
+        try:
+            return read(self.config)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            # A value of the wrong kind, such as a word where a number belongs.
+            raise CheckpointError(f"{path}: holds a value of the wrong kind ({error}); download it again") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        CheckpointError: no such file, or not a JSON object.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        if not path.exists():
+            raise CheckpointError(f"{path}: is missing, so this is not a model folder; download it") from error
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is not valid JSON; download it again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds no JSON object; download it again")
+    return content
+
+
+def shard_names(folder: Path) -> tuple[str, ...]:
+    """The weight files that a folder must hold: one, or those its index names.
+
+    Raises:
+        CheckpointError: there is neither `model.safetensors` nor a readable index.
+    """
+    if (folder / "model.safetensors").exists():
+        return ("model.safetensors",)
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        raise CheckpointError(f"{folder}: has no model.safetensors and no model.safetensors.index.json; download them")
+    return tuple(sorted(set(_weight_map(index).values())))
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    # A shard's name is a plain file name: an index must not reach outside its folder.
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(shard, str) and Path(shard).name == shard != ".." for shard in weight_map.values()
+    ):
+        raise CheckpointError(f"{index}: has no valid weight_map; download it again")
+    return weight_map
+
+
+def _read_tensors(folder: Path) -> dict[str, TensorRef]:
+    tensors: dict[str, TensorRef] = {}
+    shards = shard_names(folder)
+    for shard in shards:
+        path = folder / shard
+        if not path.exists():
+            raise CheckpointError(f"{path}: this shard is missing; download it")
+        for name, ref in read_header(path).items():
+            if name in tensors:
+                raise CheckpointError(f"{path}: the tensor {name} is also in {tensors[name].path.name}; download both")
+            tensors[name] = ref
+    if shards != ("model.safetensors",):
+        for name, shard in _weight_map(folder / "model.safetensors.index.json").items():
+            if name not in tensors or tensors[name].path.name != shard:
+                raise CheckpointError(f"{folder / shard}: lacks the tensor {name} that the index promises; download it")
+    return tensors

@@ -1,0 +1,133 @@
+"""From what the user calls a model to a folder on this machine: a path, the bundled pair, or a hub id."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from paceline.checkpoint.checkpoint import shard_names
+from paceline.errors import CheckpointError
+
+ASSETS = Path(__file__).parents[1] / "assets"
+BUNDLED = ("tiny-python", "tiny-python-assistant")
+DRAFTER_SUFFIX = "-assistant"
+NEEDED_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
+HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*")
+
+
+class NotOnHub(CheckpointError):
+    """The hub has no such repository, or shows it to members only."""
+
+
+class HubUnreachable(CheckpointError):
+    """The repository is not in the cache and the hub cannot be reached."""
+
+
+def locate(model: str) -> Path:
+    """The folder of a model, downloaded first if it is a hub id that is not in the cache.
+
+    The names `tiny-python` and `tiny-python-assistant` always mean the bundled pair; write `./tiny-python` for a
+    folder of that name.
+
+    Raises:
+        CheckpointError: no such folder, no such repository, no access to it, or no network.
+    """
+    if model in BUNDLED:
+        return ASSETS / model
+    folder = _local(model)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise CheckpointError(f"{model}: is a file; give the folder that holds it with its config.json")
+    if not HUB_ID.fullmatch(model):
+        raise CheckpointError(f"{model}: no such folder; give a model folder or a hub id such as org/name")
+    return _cached(model) or _download(model)
+
+
+def locate_drafter(model: str, folder: Path, choice: str) -> Path | None:
+    """The folder of a target's drafter, or None.
+
+    Args:
+        model: what the user called the target.
+        folder: what `locate` made of it.
+        choice: "none"; "auto" for the folder beside the target or the hub repository that carries its name and
+            "-assistant"; or the drafter's own folder or hub id.
+
+    Raises:
+        CheckpointError: the drafter that was asked for cannot be had. With "auto" a drafter that does not exist, or
+            cannot be looked for without a network, is None.
+    """
+    if choice == "none":
+        return None
+    if choice != "auto":
+        return locate(choice)
+    if model in BUNDLED or _local(model).is_dir():
+        sibling = Path(os.path.abspath(folder) + DRAFTER_SUFFIX)  # abspath, so that "." has a name
+        return sibling if sibling.is_dir() else None
+    try:
+        return locate(model + DRAFTER_SUFFIX)
+    except (NotOnHub, HubUnreachable):
+        return None
+
+
+def _local(model: str) -> Path:
+    try:
+        folder = Path(model).expanduser()
+        folder.exists()
+    except (OSError, RuntimeError) as error:  # a name longer than the system allows, a home that does not exist
+        raise CheckpointError(
+            f"{model[:80]}: cannot be the name of a folder; give a model folder or a hub id"
+        ) from error
+    return folder
+
+
+def _cached(repository: str) -> Path | None:
+    """The cached snapshot, if it is whole: an interrupted download leaves a partial one."""
+    # Imported here because it takes 0.2 s: only those who need the hub pay.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(repository, allow_patterns=list(NEEDED_FILES), local_files_only=True))
+        whole = (folder / "config.json").exists() and all((folder / name).exists() for name in shard_names(folder))
+    except (LocalEntryNotFoundError, HFValidationError, CheckpointError):
+        return None
+    return folder if whole else None
+
+
+def _download(repository: str) -> Path:
+    """Fetch the needed files into the hub's cache, with progress bars on stderr."""
+    from httpx import ProxyError
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=list(NEEDED_FILES)))
+    except GatedRepoError as error:
+        raise CheckpointError(
+            f"{repository}: is gated; accept its licence on huggingface.co/{repository} and run `hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise NotOnHub(
+            f"{repository}: no such folder here and no such repository on the hub; check the name, "
+            "or run `hf auth login` if it is private"
+        ) from error
+    except (LocalEntryNotFoundError, ProxyError) as error:
+        raise HubUnreachable(
+            f"{repository}: no such folder here, not in the hub's cache, and the hub cannot be reached; "
+            "check the network, or give a local folder"
+        ) from error
+    except Exception as error:  # the hub client raises many kinds, of three libraries
+        first_line = (str(error).splitlines() or [""])[0]
+        raise CheckpointError(
+            f"{repository}: the download failed ({type(error).__name__}: {first_line}); run the command again to resume"
+        ) from error

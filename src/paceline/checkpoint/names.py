@@ -1,0 +1,209 @@
+"""The one table of tensor names and shapes, and the check of a checkpoint against it.
+
+Canonical names are those of the official files without their prefix: `layers.3.self_attn.q_proj.weight`. Shapes are
+[out, in], as in the files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from paceline.checkpoint.checkpoint import Checkpoint
+from paceline.checkpoint.safetensors import FLOATING, INTEGER, TensorRef
+from paceline.config import DrafterConfig, Stack, TargetConfig
+from paceline.errors import CheckpointError
+
+Shapes = dict[str, tuple[int, ...]]
+
+PREFIXES = ("model.language_model.", "model.")
+TOKEN_ORDERING = "masked_embedding.token_ordering"
+
+# What official files hold beside the text model, by the start of the canonical name.
+SKIPPED_PARTS = {
+    "vision_tower.": "vision",
+    "embed_vision.": "vision",
+    "vision_embedder.": "vision",
+    "audio_tower.": "audio",
+    "embed_audio.": "audio",
+}
+SHARED_KV = re.compile(r"layers\.(\d+)\.self_attn\.(?:[kv]_proj|[kv]_norm)\.weight")
+ROTARY_BUFFER = re.compile(r"(?:layers\.\d+\.self_attn\.)?rotary_emb\.\w*inv_freq")
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """A checkpoint's tensors by canonical name, all present and of the right shape."""
+
+    refs: Mapping[str, TensorRef]
+    skipped: Mapping[str, str]  # file's own name -> why it is not needed
+
+    def __getitem__(self, name: str) -> TensorRef:
+        return self.refs[name]
+
+
+def expected_tensors(config: TargetConfig | DrafterConfig) -> Shapes:
+    """The table for either kind of model."""
+    return target_tensors(config) if isinstance(config, TargetConfig) else drafter_tensors(config)
+
+
+def target_tensors(config: TargetConfig) -> Shapes:
+    """Names and shapes of every tensor of a target's text model."""
+    hidden, ple, layers = config.hidden_size, config.ple_size, len(config.layers)
+    shapes: Shapes = {"embed_tokens.weight": (config.vocab_size, hidden), "norm.weight": (hidden,)}
+    if ple:
+        shapes |= {
+            "embed_tokens_per_layer.weight": (config.ple_vocab_size, layers * ple),
+            "per_layer_model_projection.weight": (layers * ple, hidden),
+            "per_layer_projection_norm.weight": (ple,),
+        }
+    for index in range(layers):
+        shapes |= _layer(config, index)
+        if ple:
+            shapes |= _per_layer_embedding(index, hidden, ple)
+        if config.experts:
+            shapes |= _experts(index, hidden, config.experts.count, config.experts.intermediate_size)
+    return shapes
+
+
+def drafter_tensors(config: DrafterConfig) -> Shapes:
+    """Names and shapes of every tensor of a drafter."""
+    hidden, backbone = config.hidden_size, config.backbone_hidden_size
+    shapes: Shapes = {
+        "embed_tokens.weight": (config.vocab_size, hidden),
+        "norm.weight": (hidden,),
+        "pre_projection.weight": (hidden, 2 * backbone),
+        "post_projection.weight": (backbone, hidden),
+    }
+    if config.centroids:
+        shapes["masked_embedding.centroids.weight"] = (config.centroids, hidden)
+        shapes[TOKEN_ORDERING] = (config.vocab_size,)
+    for index in range(len(config.layers)):
+        shapes |= _layer(config, index)
+    return shapes
+
+
+def _layer(config: Stack, index: int) -> Shapes:
+    layer, hidden = config.layers[index], config.hidden_size
+    queries, keys = config.heads * layer.head_dim, layer.kv_heads * layer.head_dim
+    shapes: Shapes = {
+        "input_layernorm.weight": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
+        "pre_feedforward_layernorm.weight": (hidden,),
+        "post_feedforward_layernorm.weight": (hidden,),
+        "layer_scalar": (1,),
+        "self_attn.q_proj.weight": (queries, hidden),
+        "self_attn.q_norm.weight": (layer.head_dim,),
+        "self_attn.o_proj.weight": (hidden, queries),
+        "mlp.gate_proj.weight": (layer.intermediate_size, hidden),
+        "mlp.up_proj.weight": (layer.intermediate_size, hidden),
+        "mlp.down_proj.weight": (hidden, layer.intermediate_size),
+    }
+    if layer.kv_source == index:
+        shapes["self_attn.k_proj.weight"] = (keys, hidden)
+        shapes["self_attn.k_norm.weight"] = (layer.head_dim,)
+        if layer.has_v_proj:
+            shapes["self_attn.v_proj.weight"] = (keys, hidden)
+    return _under_layer(index, shapes)
+
+
+def _per_layer_embedding(index: int, hidden: int, ple: int) -> Shapes:
+    shapes: Shapes = {
+        "per_layer_input_gate.weight": (ple, hidden),
+        "per_layer_projection.weight": (hidden, ple),
+        "post_per_layer_input_norm.weight": (hidden,),
+    }
+    return _under_layer(index, shapes)
+
+
+def _experts(index: int, hidden: int, count: int, width: int) -> Shapes:
+    shapes: Shapes = {
+        "experts.gate_up_proj": (count, 2 * width, hidden),  # gate rows first
+        "experts.down_proj": (count, hidden, width),
+        "router.proj.weight": (count, hidden),
+        "router.scale": (hidden,),
+        "router.per_expert_scale": (count,),
+        "post_feedforward_layernorm_1.weight": (hidden,),
+        "pre_feedforward_layernorm_2.weight": (hidden,),
+        "post_feedforward_layernorm_2.weight": (hidden,),
+    }
+    return _under_layer(index, shapes)
+
+
+def _under_layer(index: int, shapes: Shapes) -> Shapes:
+    return {f"layers.{index}.{name}": shape for name, shape in shapes.items()}
+
+
+def resolve(checkpoint: Checkpoint, config: TargetConfig | DrafterConfig) -> Tensors:
+    """Match a checkpoint's tensors with the table: all there, of the right shape and type, and nothing left over.
+
+    Raises:
+        CheckpointError: names the tensor that is missing, misshapen, unknown or there twice.
+    """
+    expected = expected_tensors(config)
+    refs: dict[str, TensorRef] = {}
+    skipped: dict[str, str] = {}
+    leftover: list[TensorRef] = []
+    for name, ref in checkpoint.tensors.items():
+        canonical = _canonical(name)
+        if canonical in refs:
+            raise CheckpointError(f"{ref.path}: the tensors {name} and {refs[canonical].name} are the same one")
+        if canonical in expected:
+            refs[canonical] = ref
+        elif reason := _why_skipped(canonical, ref, config):
+            skipped[name] = reason
+        else:
+            leftover.append(ref)
+    missing = [name for name in expected if name not in refs]
+    if missing:
+        raise CheckpointError(
+            f"{checkpoint.folder}: the tensor {missing[0]} is missing{_more(missing)}; "
+            "download the checkpoint again, with the config.json that belongs to it"
+        )
+    for name, ref in refs.items():
+        _check(name, ref, expected[name])
+    if leftover:
+        raise CheckpointError(
+            f"{leftover[0].path}: the tensor {leftover[0].name} {list(leftover[0].shape)} is unknown{_more(leftover)}; "
+            "this is not the checkpoint that its config.json describes, so download both again"
+        )
+    return Tensors(refs, skipped)
+
+
+def _canonical(name: str) -> str:
+    prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
+    return name.removeprefix(prefix)
+
+
+def _why_skipped(canonical: str, ref: TensorRef, config: TargetConfig | DrafterConfig) -> str | None:
+    for part, reason in SKIPPED_PARTS.items():
+        if canonical.startswith(part):
+            return reason
+    if canonical == "lm_head.weight" and ref.shape == (config.vocab_size, config.hidden_size):
+        return "head tied to the embedding"
+    if match := SHARED_KV.fullmatch(canonical):
+        index = int(match[1])
+        if index < len(config.layers) and config.layers[index].kv_source != index:
+            return "K/V of a layer that shares another's"
+    if ROTARY_BUFFER.fullmatch(canonical):
+        return "rotary table, computed from the settings"
+    return None
+
+
+def _check(name: str, ref: TensorRef, shape: tuple[int, ...]) -> None:
+    if ref.shape != shape:
+        raise CheckpointError(
+            f"{ref.path}: the tensor {ref.name} has shape {list(ref.shape)}, but config.json calls for {list(shape)}; "
+            "download both again"
+        )
+    kinds = INTEGER if name == TOKEN_ORDERING else FLOATING
+    if ref.dtype not in kinds:
+        raise CheckpointError(
+            f"{ref.path}: the tensor {ref.name} has type {ref.dtype}, not {' or '.join(kinds)}; "
+            "take the checkpoint in bf16"
+        )
+
+
+def _more(items: list[str] | list[TensorRef]) -> str:
+    return f" (and {len(items) - 1} more)" if len(items) > 1 else ""

@@ -1,0 +1,56 @@
+"""How large a model is: parameters, and memory per weight format. Computed from shapes alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from paceline.checkpoint.names import TOKEN_ORDERING, expected_tensors
+from paceline.config import DrafterConfig, TargetConfig
+
+# Bytes of 32 weights: q8 and q4 are GGUF's Q8_0 and Q4_0, an fp16 scale and 32 numbers of 8 or 4 bits.
+BYTES_OF_32 = {"f32": 128, "bf16": 64, "q8": 34, "q4": 18}
+PLE_TABLE = "embed_tokens_per_layer.weight"
+CACHE_BYTES = 2  # bf16
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Parameters of a text model."""
+
+    total: int
+    effective: int  # without the per-layer-embedding table, which stays on disk
+    active: int  # of the effective ones, those that one token uses: all but the experts it is not sent to
+
+
+def count_parameters(config: TargetConfig | DrafterConfig) -> Parameters:
+    sizes = {name: math.prod(shape) for name, shape in expected_tensors(config).items() if name != TOKEN_ORDERING}
+    total = sum(sizes.values())
+    effective = active = total - sizes.get(PLE_TABLE, 0)
+    if isinstance(config, TargetConfig) and config.experts:
+        experts = sum(size for name, size in sizes.items() if ".experts." in name)
+        active -= experts * (config.experts.count - config.experts.active) // config.experts.count
+    return Parameters(total, effective, active)
+
+
+def weight_bytes(config: TargetConfig | DrafterConfig, quant: str) -> int:
+    """Memory of the packed weights: matrices in the format, vectors in f32, the token ordering in int32.
+
+    The per-layer-embedding table is not counted: it stays in its file and is read by row.
+    """
+    total = 0
+    for name, shape in expected_tensors(config).items():
+        if name == PLE_TABLE:
+            continue
+        total += math.prod(shape) * (4 * 32 if len(shape) == 1 else BYTES_OF_32[quant]) // 32
+    return total
+
+
+def cache_bytes(config: TargetConfig, positions: int) -> int:
+    """Memory of one sequence's keys and values in bf16; sliding layers keep their window, full layers everything."""
+    total = 0
+    for index, layer in enumerate(config.layers):
+        if layer.kv_source == index:
+            kept = min(positions, config.sliding_window) if layer.sliding else positions
+            total += 2 * layer.kv_heads * layer.head_dim * CACHE_BYTES * kept
+    return total

@@ -1,0 +1,165 @@
+"""`paceline demo`: the same text twice, plain and with the drafter, and how much faster the second was."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from paceline.cli.options import (
+    DEFAULT_MODEL,
+    DrafterOption,
+    MaxTokensOption,
+    ModelOption,
+    QuantOption,
+    ThreadsOption,
+    load,
+)
+from paceline.errors import SettingsError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from paceline import Engine
+    from paceline.types import Generation
+
+PROMPT = '''\
+"""Reading and writing of simple configuration files."""
+
+import os
+import re
+
+
+class ConfigurationError(Exception):
+    """Raised when a configuration file cannot be read."""
+
+
+class Configuration:
+    """A mapping of section names to options."""
+
+    def __init__(self, filename=None):'''
+TIMED_RUNS = 3
+COLOURS = ("green", "cyan", "blue", "magenta", "yellow")  # of drafted tokens by depth; deeper ones keep the last
+
+Written = tuple[str, tuple[int, ...]]  # text and tokens
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Plain decoding against decoding with a drafter."""
+
+    plain: float  # tokens/s, median
+    drafted: float  # tokens/s, median
+    acceptance_length: float
+    same_text: bool
+
+    @property
+    def speed_up(self) -> float:
+        return self.drafted / self.plain
+
+
+def demo(
+    model: ModelOption = DEFAULT_MODEL,
+    drafter: DrafterOption = "auto",
+    quant: QuantOption = "auto",
+    threads: ThreadsOption = None,
+    draft_tokens: Annotated[int, typer.Option(help="Tokens to draft in each round.", min=1)] = 4,
+    max_tokens: MaxTokensOption = 200,
+) -> None:
+    """Watch a model write with and without its drafter.
+
+    The same Python code is continued twice; in the second text the colours show
+    which tokens were drafted and accepted. Both ways are then timed in turns,
+    and the table gives the medians. Ends with exit code 1 if the texts differ,
+    which would be a defect.
+
+    \b
+    Examples:
+      paceline demo
+      paceline demo --draft-tokens 2 --threads 1
+      paceline demo --model google/gemma-4-E2B-it --quant q4 --max-tokens 64
+    """
+    from rich.console import Console
+    from rich.markup import escape
+
+    engine = load(model, drafter, quant, threads, draft_tokens)
+    if engine.drafter_config is None:
+        raise SettingsError(f"{model}: demo compares with and without a drafter, and there is none; give --drafter")
+    console = Console(highlight=False)
+    console.print(f"[dim]{escape(model)}, {engine.quant}, {engine.threads} threads; the prompt is Python code:[/]\n")
+    console.print(PROMPT, markup=False, soft_wrap=True, style="dim")
+    shown = []
+    for depth, title in ((0, "Plain decoding"), (draft_tokens, f"With the drafter, {draft_tokens} tokens a round")):
+        console.print(f"\n[bold]{title}[/]{_legend(depth)}\n", soft_wrap=True)
+        shown.append(_show(console, engine, depth, max_tokens))
+    if min(len(tokens) for _, tokens in shown) < 2:
+        raise SettingsError(
+            f"{model}: stopped after less than two tokens, so there is no speed to compare; try another"
+        )
+    console.print("\n[dim]timing both in turns ...[/]")  # no spinner: its thread would take part of the processor
+    runs = [_both(engine, max_tokens, draft_tokens) for _ in range(TIMED_RUNS)]
+    comparison = compare([plain for plain, _ in runs], [drafted for _, drafted in runs], shown)
+    _print_table(console, comparison)
+    if not comparison.same_text:
+        raise typer.Exit(1)
+
+
+def _both(engine: Engine, max_tokens: int, draft_tokens: int) -> tuple[Generation, Generation]:
+    plain, drafted = (
+        engine.generate(PROMPT, raw=True, max_tokens=max_tokens, draft_tokens=depth) for depth in (0, draft_tokens)
+    )
+    return plain, drafted
+
+
+def compare(plain: list[Generation], drafted: list[Generation], shown: list[Written]) -> Comparison:
+    """Medians of the timed runs, and whether these and the shown runs all wrote the same."""
+    texts = {(generation.text, generation.tokens) for generation in plain + drafted} | set(shown)
+    return Comparison(
+        plain=median(generation.statistics.tokens_per_second for generation in plain),
+        drafted=median(generation.statistics.tokens_per_second for generation in drafted),
+        acceptance_length=median(generation.statistics.acceptance_length for generation in drafted),
+        same_text=len(texts) == 1,
+    )
+
+
+def _show(console: Console, engine: Engine, draft_tokens: int, max_tokens: int) -> Written:
+    from rich.text import Text
+
+    written = ""
+    tokens: list[int] = []
+    for event in engine.stream(PROMPT, raw=True, max_tokens=max_tokens, draft_tokens=draft_tokens):
+        written += event.text
+        tokens += (piece.token for piece in event.pieces)
+        text = Text.assemble(*((piece.text, _colour(piece.depth)) for piece in event.pieces), event.rest)
+        console.print(text, end="", soft_wrap=True)
+    console.print()
+    return written, tuple(tokens)
+
+
+def _colour(depth: int) -> str:
+    return COLOURS[min(depth, len(COLOURS)) - 1] if depth else ""
+
+
+def _legend(draft_tokens: int) -> str:
+    if not draft_tokens:
+        return ""
+    marks = " ".join(f"[{_colour(depth)}]{depth}[/]" for depth in range(1, draft_tokens + 1))
+    return f" [dim](accepted drafts by depth:[/] {marks}[dim]; uncoloured: the model's own)[/]"
+
+
+def _print_table(console: Console, comparison: Comparison) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_row("plain", f"{comparison.plain:.1f} tokens/s")
+    table.add_row("with the drafter", f"{comparison.drafted:.1f} tokens/s")
+    table.add_row("speed-up", f"{comparison.speed_up:.2f}")
+    table.add_row("acceptance length", f"{comparison.acceptance_length:.2f} tokens a round")
+    table.add_row("same text", "[green]yes[/]" if comparison.same_text else "[bold red]NO[/]")
+    console.print()
+    console.print(table)
+    console.print(f"[dim]speeds: medians of {TIMED_RUNS} runs each, taken in turns, without the prompt[/]")

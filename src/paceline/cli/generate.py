@@ -1,0 +1,117 @@
+"""`paceline generate`: text to stdout as it comes, statistics to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from paceline.cli.options import (
+    DEFAULT_MODEL,
+    DrafterOption,
+    DraftTokensOption,
+    MaxTokensOption,
+    ModelOption,
+    QuantOption,
+    ThreadsOption,
+    load,
+)
+from paceline.errors import PromptError
+
+if TYPE_CHECKING:
+    from paceline import Engine, Stream
+    from paceline.types import Event, Statistics
+
+INTERRUPTED = 130  # what shells report for a command that Ctrl-C ended
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to continue or answer; - reads it from stdin.", metavar="PROMPT")],
+    model: ModelOption = DEFAULT_MODEL,
+    drafter: DrafterOption = "auto",
+    max_tokens: MaxTokensOption = 256,
+    draft_tokens: DraftTokensOption = 4,
+    quant: QuantOption = "auto",
+    threads: ThreadsOption = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompt as it stands, without the model's chat template.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming text.")] = False,
+) -> None:
+    """Write text from a prompt.
+
+    The text is the same with and without the drafter, which only makes it come
+    faster. Text goes to stdout, statistics go to stderr. Ctrl-C stops and
+    keeps what was written.
+
+    \b
+    Examples:
+      paceline generate --raw "def fibonacci(n):"
+      paceline generate -m google/gemma-4-E2B-it "Why is the sky blue?"
+      paceline generate -m ./gemma-4-E2B-it --quant q4 --draft-tokens 0 "Hi"
+      git diff | paceline generate -m google/gemma-4-E4B-it --json -
+    """
+    text = _read_stdin() if prompt == "-" else prompt
+    engine = load(model, drafter, quant, threads, draft_tokens)
+    stream = engine.stream(text, max_tokens=max_tokens, raw=raw)
+    events: list[Event] = []
+    interrupted = False
+    try:
+        for event in stream:
+            events.append(event)
+            if not as_json:
+                print(event.text, end="", flush=True)
+    except KeyboardInterrupt:
+        interrupted = True
+    finally:
+        stream.close()
+    if as_json:
+        print(json.dumps(_report(model, engine, stream, events, draft_tokens), ensure_ascii=False))
+    elif not (events and events[-1].text.endswith("\n")):
+        print(flush=True)
+    print(_line(stream.statistics), file=sys.stderr)
+    if interrupted:
+        raise typer.Exit(INTERRUPTED)
+
+
+def _read_stdin() -> str:
+    data = sys.stdin.buffer.read()
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise PromptError(
+            f"stdin: is not UTF-8 text (byte 0x{data[error.start]:02x} at offset {error.start}); "
+            "convert it first, for example with iconv -t UTF-8"
+        ) from error
+
+
+def _line(statistics: Statistics) -> str:
+    accepted = f"{statistics.accepted} of {statistics.drafted} drafts accepted" if statistics.drafted else "no drafts"
+    return (
+        f"{statistics.tokens} tokens, {statistics.tokens_per_second:.1f} tokens/s, "
+        f"acceptance length {statistics.acceptance_length:.2f} ({statistics.rounds} rounds, {accepted}), "
+        f"prompt {statistics.prompt_tokens} tokens in {statistics.prompt_seconds:.2f} s"
+    )
+
+
+def _report(model: str, engine: Engine, stream: Stream, events: list[Event], draft_tokens: int) -> dict[str, object]:
+    statistics = stream.statistics
+    return {
+        "text": "".join(event.text for event in events),
+        "tokens": [piece.token for event in events for piece in event.pieces],
+        "finish": (events[-1].finish if events else None) or "cancelled",
+        "prompt_tokens": statistics.prompt_tokens,
+        "prompt_seconds": statistics.prompt_seconds,
+        "seconds": statistics.seconds,
+        "tokens_per_second": statistics.tokens_per_second,
+        "rounds": statistics.rounds,
+        "drafted": statistics.drafted,
+        "accepted": statistics.accepted,
+        "acceptance_length": statistics.acceptance_length,
+        "acceptance_by_depth": list(statistics.acceptance_by_depth),
+        "model": model,
+        "quant": engine.quant,
+        "draft_tokens": draft_tokens if engine.drafter_config else 0,
+    }

@@ -1,0 +1,265 @@
+"""`paceline inspect`: what a checkpoint is and what it will need, from its headers alone."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from paceline.cli.options import MODEL_HELP, DrafterOption
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from paceline.checkpoint import Checkpoint, Tensors
+    from paceline.config import DrafterConfig, TargetConfig
+
+CONTEXT = 4096  # positions for which the cache's size is given
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL")],
+    drafter: DrafterOption = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show a model's shape, its memory needs and its drafter.
+
+    Reads headers only, so it is quick and takes no memory; a hub id that is not
+    in the cache is downloaded first.
+
+    \b
+    Examples:
+      paceline inspect tiny-python
+      paceline inspect google/gemma-4-E2B-it
+      paceline inspect ./gemma-4-26B-A4B-it --drafter ./drafter --json
+    """
+    found = report(model, drafter)
+    if as_json:
+        print(json.dumps(found, ensure_ascii=False))
+        return
+    from rich.console import Console
+
+    _print(Console(highlight=False), found)
+
+
+def report(model: str, drafter: str) -> dict[str, Any]:
+    """All that `inspect` shows, sizes in bytes.
+
+    Raises:
+        CheckpointError: the model or its drafter cannot be loaded.
+    """
+    from paceline.checkpoint import Checkpoint, locate, locate_drafter, resolve
+
+    folder = locate(model)
+    checkpoint = Checkpoint.open(folder)
+    config = checkpoint.target_config()
+    tensors = resolve(checkpoint, config)
+    drafter_folder = locate_drafter(model, folder, drafter)
+    return {
+        "model": model,
+        "folder": str(folder),
+        "shape": _shape(config),
+        "parameters": _parameters(config),
+        "stored_as": dict(Counter(ref.dtype for ref in tensors.refs.values()).most_common()),
+        "files": _file_sizes(checkpoint),
+        "memory": _memory(config),
+        "cache": _cache(config),
+        "tokenizer": checkpoint.tokenizer_path.exists(),
+        "chat_template": checkpoint.chat_template_path.exists() or "chat_template" in checkpoint.tokenizer_config,
+        "skipped": _skipped(checkpoint, tensors),
+        "drafter": _drafter(config, drafter_folder) if drafter_folder else None,
+    }
+
+
+def _shape(config: TargetConfig) -> dict[str, Any]:
+    def of_kind(sliding: bool) -> dict[str, int] | None:
+        layers = [layer for layer in config.layers if layer.sliding == sliding]
+        if not layers:
+            return None
+        return {"layers": len(layers), "head_dim": layers[0].head_dim, "kv_heads": layers[0].kv_heads}
+
+    experts = config.experts
+    return {
+        "model_type": config.model_type,
+        "layers": len(config.layers),
+        "sliding": of_kind(sliding=True),
+        "full": of_kind(sliding=False),
+        "kv_shared_layers": len(config.layers) - config.first_shared_layer,
+        "hidden_size": config.hidden_size,
+        "intermediate_sizes": sorted({layer.intermediate_size for layer in config.layers}),
+        "heads": config.heads,
+        "sliding_window": config.sliding_window,
+        "max_positions": config.max_positions,
+        "vocab_size": config.vocab_size,
+        "per_layer_embedding": config.ple_size,
+        "experts": {"count": experts.count, "active": experts.active, "width": experts.intermediate_size}
+        if experts
+        else None,
+    }
+
+
+def _parameters(config: TargetConfig) -> dict[str, int]:
+    from paceline.checkpoint.sizes import count_parameters
+
+    counted = count_parameters(config)
+    return {"total": counted.total, "effective": counted.effective, "active": counted.active}
+
+
+def _memory(config: TargetConfig | DrafterConfig) -> dict[str, int]:
+    from paceline.checkpoint.sizes import BYTES_OF_32, weight_bytes
+
+    return {quant: weight_bytes(config, quant) for quant in BYTES_OF_32}
+
+
+def _cache(config: TargetConfig) -> dict[str, int]:
+    from paceline.checkpoint.sizes import cache_bytes
+
+    window = config.sliding_window
+    return {
+        "bytes_per_token": cache_bytes(config, 1),
+        "bytes_per_token_beyond_window": cache_bytes(config, window + 1) - cache_bytes(config, window),
+        "positions": CONTEXT,
+        "bytes": cache_bytes(config, CONTEXT),
+    }
+
+
+def _file_sizes(checkpoint: Checkpoint) -> dict[str, int]:
+    paths = {ref.path for ref in checkpoint.tensors.values()}
+    return {path.name: path.stat().st_size for path in sorted(paths)}
+
+
+def _skipped(checkpoint: Checkpoint, tensors: Tensors) -> dict[str, dict[str, Any]]:
+    groups: dict[str, dict[str, Any]] = {}
+    for name, reason in tensors.skipped.items():
+        group = groups.setdefault(reason, {"tensors": 0, "bytes": 0, "first": name})
+        group["tensors"] += 1
+        group["bytes"] += checkpoint.tensors[name].bytes
+    return groups
+
+
+def _drafter(target: TargetConfig, folder: Path) -> dict[str, Any]:
+    from paceline.checkpoint import Checkpoint, resolve
+    from paceline.checkpoint.sizes import count_parameters, weight_bytes
+    from paceline.config import check_pair
+    from paceline.errors import PairError
+
+    checkpoint = Checkpoint.open(folder)
+    config = checkpoint.drafter_config()
+    resolve(checkpoint, config)
+    try:
+        check_pair(target, config)
+        misfit = None
+    except PairError as error:
+        misfit = str(error)
+    return {
+        "folder": str(folder),
+        "fits": misfit is None,
+        "misfit": misfit,
+        "layers": len(config.layers),
+        "hidden_size": config.hidden_size,
+        "centroids": config.centroids,
+        "parameters": count_parameters(config).total,
+        "files": _file_sizes(checkpoint),
+        "memory": _memory(config) | {"q4": weight_bytes(config, "q8")},  # a drafter is never kept below q8
+    }
+
+
+# -- the same for people -----------------------------------------------------------------------------------------------
+
+
+def _print(console: Console, found: dict[str, Any]) -> None:
+    from rich.text import Text
+
+    lines = _lines(found)
+    width = max(len(title) for title, _ in lines) + 2
+    for title, line in lines:
+        console.print(Text.assemble((title.ljust(width), "bold"), line), soft_wrap=True)
+
+
+def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
+    shape, parameters, cache = found["shape"], found["parameters"], found["cache"]
+    lines = [("model", f"{found['folder']} ({shape['model_type']})")]
+    lines.append(("layers", _layer_line(shape)))
+    wide = " and ".join(str(size) for size in shape["intermediate_sizes"])
+    lines.append(("width", f"hidden {shape['hidden_size']}, MLP {wide}, {shape['heads']} heads"))
+    for kind in ("sliding", "full"):
+        if part := shape[kind]:
+            window = f", window {shape['sliding_window']}" if kind == "sliding" else ""
+            lines.append((f"{kind} layers", f"{part['kv_heads']} K/V heads of {part['head_dim']}{window}"))
+    if shape["per_layer_embedding"]:
+        lines.append(("per-layer embedding", f"{shape['per_layer_embedding']} a layer, read from the file by row"))
+    if experts := shape["experts"]:
+        lines.append(("experts", f"{experts['count']}, {experts['active']} a token, width {experts['width']}"))
+    lines.append(("vocabulary", f"{shape['vocab_size']} tokens; at most {shape['max_positions']} positions"))
+    lines.append(("parameters", _parameter_line(parameters)))
+    stored = ", ".join(f"{count} tensors {dtype}" for dtype, count in found["stored_as"].items())
+    lines.append(("stored as", stored))
+    lines += [("file", f"{name}, {_size(size)}") for name, size in found["files"].items()]
+    lines += [(f"memory in {quant}", line) for quant, line in _memory_lines(found)]
+    lines.append(("KV cache (bf16)", _cache_line(cache)))
+    if not found["tokenizer"]:
+        lines.append(("tokenizer", "none: tokenizer.json is missing, so text cannot be generated"))
+    lines.append(("chat template", "yes" if found["chat_template"] else "none: generate with --raw"))
+    for reason, group in found["skipped"].items():
+        line = f"{reason}: {group['tensors']} tensors, {_size(group['bytes'])} ({group['first']}, ...)"
+        lines.append(("skipped", line))
+    return lines + _drafter_lines(found["drafter"])
+
+
+def _layer_line(shape: dict[str, Any]) -> str:
+    kinds = [f"{shape[kind]['layers']} {kind}" for kind in ("sliding", "full") if shape[kind]]
+    shared = f"; the last {shape['kv_shared_layers']} share K/V" if shape["kv_shared_layers"] else ""
+    return f"{shape['layers']}: {' + '.join(kinds)}{shared}"
+
+
+def _parameter_line(parameters: dict[str, int]) -> str:
+    line = _count(parameters["total"])
+    if parameters["effective"] != parameters["total"]:
+        line += f", {_count(parameters['effective'])} without the per-layer-embedding table"
+    if parameters["active"] != parameters["effective"]:
+        line += f", {_count(parameters['active'])} active a token"
+    return line
+
+
+def _memory_lines(found: dict[str, Any]) -> list[tuple[str, str]]:
+    drafter = found["drafter"]["memory"] if found["drafter"] and found["drafter"]["fits"] else None
+    lines = []
+    for quant, size in found["memory"].items():
+        with_drafter = f" + {_size(drafter[quant])} drafter" if drafter else ""
+        lines.append((quant, f"{_size(size)}{with_drafter}"))
+    return lines
+
+
+def _cache_line(cache: dict[str, int]) -> str:
+    return (
+        f"{_size(cache['bytes_per_token'])} a token, {_size(cache['bytes_per_token_beyond_window'])} beyond the "
+        f"window; {_size(cache['bytes'])} at {cache['positions']} positions"
+    )
+
+
+def _drafter_lines(drafter: dict[str, Any] | None) -> list[tuple[str, str]]:
+    if drafter is None:
+        return [("drafter", "none found")]
+    head = f"{drafter['centroids']} centroids" if drafter["centroids"] else "dense head"
+    return [
+        ("drafter", drafter["folder"]),
+        ("", f"{drafter['layers']} layers, hidden {drafter['hidden_size']}, {head}, {_count(drafter['parameters'])}"),
+        ("fits", "yes" if drafter["fits"] else f"NO: {drafter['misfit']}"),
+    ]
+
+
+def _size(size: int) -> str:
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= factor:
+            return f"{size / factor:.3g} {unit}"
+    return f"{size} bytes"
+
+
+def _count(parameters: int) -> str:
+    for unit, factor in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if parameters >= factor:
+            return f"{parameters / factor:.3g} {unit}"
+    return str(parameters)

@@ -1,0 +1,202 @@
+"""Tokens to text, one token at a time.
+
+A token's text is not always certain when the token arrives: a character's bytes may be spread over several tokens,
+and a run of byte tokens (`<0xE2>`) that turns out not to be UTF-8 becomes replacement characters as a whole. So text is
+held back exactly as long as a later token could change it. The pieces, with `finish()`, join to what decoding all
+tokens at once gives, and a token costs O(1) amortised: nothing is decoded twice.
+
+The stages follow the decoders of the tokenizers library (https://github.com/huggingface/tokenizers,
+`tokenizers/src/decoders` and `pre_tokenizers/byte_level.rs`), which is the reference in the tests.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from paceline.errors import CheckpointError
+
+BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+def _byte_of_character() -> dict[str, int]:
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    table = {chr(byte): byte for byte in visible}
+    others = (byte for byte in range(256) if chr(byte) not in table)
+    return table | {chr(256 + index): byte for index, byte in enumerate(others)}
+
+
+BYTE_OF_CHARACTER = _byte_of_character()
+
+
+class Stage(Protocol):
+    """One step from token strings to text; keeps what is not certain yet."""
+
+    def push(self, piece: str) -> list[str]:
+        """Take one string, return those that became certain."""
+
+    def finish(self) -> list[str]:
+        """Return what was held back: no more will come."""
+
+
+class Detokenizer:
+    """Turns a growing sequence of tokens into text.
+
+    Args:
+        decoder: the "decoder" object of a tokenizer.json, None if it has none.
+        token_text: the string of a token id in the vocabulary, None for an unknown id.
+        hidden: ids that give no text (special tokens).
+
+    Raises:
+        CheckpointError: the decoder is of a kind that cannot be followed token by token.
+    """
+
+    def __init__(
+        self,
+        decoder: Mapping[str, Any] | None,
+        token_text: Callable[[int], str | None],
+        hidden: frozenset[int] = frozenset(),
+    ) -> None:
+        self._stages = _stages(decoder)
+        self._token_text = token_text
+        self._hidden = hidden
+
+    def push(self, token: int) -> str:
+        """Add a token; return the text that became certain with it, often its own, sometimes none."""
+        text = None if token in self._hidden else self._token_text(token)
+        if text is None:
+            return ""
+        pieces = [text]
+        for stage in self._stages:
+            pieces = [out for piece in pieces for out in stage.push(piece)]
+        return "".join(pieces)
+
+    def finish(self) -> str:
+        """The text that was held back. No token may be pushed after this."""
+        pieces: list[str] = []
+        for stage in self._stages:
+            pieces = [out for piece in pieces for out in stage.push(piece)] + stage.finish()
+        return "".join(pieces)
+
+
+class _Stateless:
+    """A stage that holds nothing back."""
+
+    def finish(self) -> list[str]:
+        return []
+
+
+class _Replace(_Stateless):
+    def __init__(self, pattern: str, content: str) -> None:
+        self._pattern, self._content = pattern, content
+
+    def push(self, piece: str) -> list[str]:
+        return [piece.replace(self._pattern, self._content)]
+
+
+class _Metaspace(_Stateless):
+    """The mark stands for a space, and in the first token for nothing if the encoder puts one in front of the text."""
+
+    def __init__(self, mark: str, prepended: bool) -> None:
+        self._mark, self._content = mark, "" if prepended else " "
+
+    def push(self, piece: str) -> list[str]:
+        text = piece.replace(self._mark, self._content)
+        self._content = " "
+        return [text]
+
+
+class _SpaceBetween(_Stateless):
+    """What the library does for a tokenizer without a decoder."""
+
+    def __init__(self) -> None:
+        self._space = ""
+
+    def push(self, piece: str) -> list[str]:
+        text = self._space + piece
+        self._space = " "
+        return [text]
+
+
+class _Strip(_Stateless):
+    """Drops up to `count` marks from the start of each string, or of the whole text once it is fused."""
+
+    def __init__(self, mark: str, count: int, fused: bool) -> None:
+        self._mark, self._count, self._fused = mark, count, fused
+
+    def push(self, piece: str) -> list[str]:
+        dropped = 0
+        while dropped < self._count and piece[dropped : dropped + 1] == self._mark:
+            dropped += 1
+        if self._fused:
+            self._count = self._count - dropped if dropped == len(piece) else 0
+        return [piece[dropped:]]
+
+
+class _ByteFallback:
+    """A run of byte tokens is one UTF-8 text or, if it is not valid, one replacement character a byte."""
+
+    def __init__(self) -> None:
+        self._run = bytearray()
+
+    def push(self, piece: str) -> list[str]:
+        if match := BYTE_TOKEN.fullmatch(piece):
+            self._run.append(int(match[1], 16))
+            return []
+        return [*self.finish(), piece]
+
+    def finish(self) -> list[str]:
+        run, self._run = bytes(self._run), bytearray()
+        try:
+            return [run.decode()] if run else []
+        except UnicodeDecodeError:
+            return [REPLACEMENT * len(run)]
+
+
+class _ByteLevel:
+    """Each character of a token stands for one byte (GPT-2's table); the bytes are UTF-8, possibly damaged."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, piece: str) -> list[str]:
+        try:
+            raw = bytes(BYTE_OF_CHARACTER[character] for character in piece)
+        except KeyError:  # an added token, written as it is
+            raw = piece.encode()
+        return [self._decoder.decode(raw)]
+
+    def finish(self) -> list[str]:
+        return [self._decoder.decode(b"", final=True)]
+
+
+def _stages(decoder: Mapping[str, Any] | None) -> list[Stage]:
+    if decoder is None:
+        return [_SpaceBetween()]
+    stages: list[Stage] = []
+    fused = False  # whether the strings so far count as one
+    for step in decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]:
+        if step["type"] != "Fuse":
+            stages.append(_stage(step, fused))
+        fused = fused or step["type"] in ("Fuse", "ByteLevel")
+    return stages
+
+
+def _stage(step: Mapping[str, Any], fused: bool) -> Stage:
+    match step:
+        case {"type": "Replace", "pattern": {"String": str(pattern)}, "content": str(content)} if (
+            len(pattern) == 1 or not fused
+        ):
+            return _Replace(pattern, content)
+        case {"type": "Strip", "content": str(mark), "start": int(count), "stop": 0}:
+            return _Strip(mark, count, fused)
+        case {"type": "Metaspace", "replacement": str(mark), "prepend_scheme": str(scheme)} if not fused:
+            return _Metaspace(mark, prepended=scheme != "never")
+        case {"type": "ByteFallback"} if not fused:
+            return _ByteFallback()
+        case {"type": "ByteLevel"} if not fused:
+            return _ByteLevel()
+    raise CheckpointError(f"tokenizer.json: the decoder {dict(step)} is not supported; use the model's own tokenizer")

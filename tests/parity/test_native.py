@@ -1,0 +1,152 @@
+"""The native f32 backend against transformers, on random checkpoints that transformers wrote."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+
+from paceline.backends.cpu.backend import CpuBackend
+from paceline.types import Anchors, Batch
+from tests.parity.fixtures import SHAPES, VOCABULARY, WINDOW, write_pair
+from tests.parity.test_torch_truth import head_of, read_pair
+from tests.support import cpu_backend, run, sequence
+
+ROWS = 5 * WINDOW
+DEPTH = 5
+
+
+@dataclass(frozen=True)
+class Case:
+    target: Path
+    drafter: Path
+    hf_target: hf.PreTrainedModel
+    hf_drafter: hf.PreTrainedModel
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    folders = write_pair(tmp_path_factory.mktemp("native"), request.param, seed=2, head=head_of(request.param))
+    theirs = read_pair(*folders)
+    return Case(*folders, theirs.hf_target, theirs.hf_drafter)
+
+
+def prompt(rows: int = ROWS, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(3, VOCABULARY, rows).astype(np.int32)
+
+
+def feed(backend: CpuBackend, slot: int, tokens: np.ndarray, start: int = 0, wanted: bool = True):
+    count = len(tokens)
+    positions = np.arange(start, start + count, dtype=np.int32)
+    return backend.forward(Batch(np.full(count, slot, np.int32), positions, tokens, np.full(count, wanted)))
+
+
+def assert_close(ours: np.ndarray, theirs: torch.Tensor) -> None:
+    reference = theirs.float().numpy()
+    assert np.abs(ours - reference).max() <= 1e-4 * np.abs(reference).max()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunk", [1, 7, ROWS])
+def test_logits(case: Case, chunk: int) -> None:
+    backend = cpu_backend(case.target, None, max_rows=ROWS)
+    slot = backend.open_slot()
+    tokens = prompt()
+    parts = [feed(backend, slot, tokens[i : i + chunk], i).logits.copy() for i in range(0, ROWS, chunk)]
+    theirs = case.hf_target(input_ids=torch.from_numpy(tokens).long()[None]).logits[0]
+    assert theirs.std() > 0.5
+    assert_close(np.concatenate(parts), theirs)
+
+
+@torch.no_grad()
+def test_rows_without_logits_fill_the_cache_alike(case: Case) -> None:
+    """Rows that nobody wants stop early in the stack; what they leave in the cache must be the same."""
+    backend = cpu_backend(case.target, None, max_rows=ROWS)
+    slot = backend.open_slot()
+    tokens = prompt()
+    feed(backend, slot, tokens[:-1], wanted=False)
+    output = feed(backend, slot, tokens[-1:], ROWS - 1)
+    assert_close(output.logits, case.hf_target(input_ids=torch.from_numpy(tokens).long()[None]).logits[0, -1:])
+
+
+@torch.no_grad()
+def test_rollback_leaves_no_trace(case: Case) -> None:
+    backend = cpu_backend(case.target, None, max_rows=12)
+    slot = backend.open_slot()
+    tokens = prompt()
+    for start in range(0, ROWS, 4):
+        feed(backend, slot, prompt(11, seed=start + 1), start)
+        backend.truncate(slot, start)
+        output = feed(backend, slot, tokens[start : start + 4], start)
+    assert_close(output.logits, case.hf_target(input_ids=torch.from_numpy(tokens).long()[None]).logits[0, -4:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("position", [WINDOW // 2, ROWS])
+def test_draft_steps(case: Case, position: int) -> None:
+    """Logits and hidden state of every step, fed back, with transformers shown exactly the visible rows."""
+    tokens = prompt(position)
+    ids = torch.from_numpy(tokens).long()[None]
+    theirs = case.hf_target(input_ids=ids, return_shared_kv_states=True, output_hidden_states=True, use_cache=False)
+    rows = {"full_attention": position, "sliding_attention": min(position, WINDOW)}
+    shared = {kind: tuple(part[:, :, -rows[kind] :] for part in theirs.shared_kv_states[kind]) for kind in rows}
+    hidden = theirs.hidden_states[-1][:, -1:]
+    embed = case.hf_target.get_input_embeddings()
+
+    backend = cpu_backend(case.target, case.drafter, max_rows=ROWS)
+    slot = backend.open_slot()
+    output = feed(backend, slot, tokens)
+    assert_close(output.hidden[-1:], hidden[0])
+    our_hidden = output.hidden[-1:].copy()
+    token = int(output.logits[-1].argmax())
+    at = np.array([slot], np.int32), np.array([position], np.int32)
+    whole = backend.draft(Anchors(*at, np.array([token], np.int32), our_hidden), DEPTH)
+    for step in range(DEPTH):
+        reference = case.hf_drafter(
+            inputs_embeds=torch.cat((embed(torch.tensor([[token]])), hidden), dim=-1),
+            position_ids=torch.tensor([[position]]),
+            shared_kv_states=shared,
+        )
+        drafts = backend.draft(Anchors(*at, np.array([token], np.int32), our_hidden), 1)
+        logits, next_hidden = backend._drafter.last_step(0)
+        hidden, our_hidden = reference.last_hidden_state, next_hidden[None]
+        assert_close(next_hidden, hidden[0, 0])
+        scored = logits > -1e38
+        assert_close(logits[scored], reference.logits[0, 0][torch.from_numpy(scored)])
+        token = int(reference.logits[0, 0].argmax())
+        assert drafts.tokens[0, 0] == token == whole.tokens[0, step]
+        shares = np.exp(logits[scored] - logits[scored].max())
+        assert drafts.confidence[0, 0] == pytest.approx(shares.max() / shares.sum(), rel=1e-4)
+        assert whole.confidence[0, step] == drafts.confidence[0, 0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("draft_tokens", [0, 4])
+def test_greedy_text(case: Case, draft_tokens: int) -> None:
+    tokens = prompt(WINDOW - 3)
+    count = 3 * WINDOW
+    case.hf_target.generation_config = hf.GenerationConfig(do_sample=False, pad_token_id=0)  # and no end token
+    ids = torch.from_numpy(tokens).long()[None]
+    theirs = case.hf_target.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=count)
+    backend = cpu_backend(case.target, case.drafter, max_rows=16)
+    settings = {"draft_tokens": draft_tokens, "max_tokens": count}
+    (ours,) = run(backend, [sequence(backend, tokens.tolist(), **settings)], chunk=3)
+    assert ours.tokens == theirs[0, len(tokens) :].tolist()
+
+
+@pytest.mark.parametrize("shape", ["e2b", "26b"])
+def test_bfloat16_checkpoints(tmp_path: Path, shape: str) -> None:
+    """Official files are bf16: their embedding factors are rounded to bf16 too."""
+    target, _ = write_pair(tmp_path, shape, seed=3, dtype=torch.bfloat16)
+    reference = hf.Gemma4ForConditionalGeneration.from_pretrained(target, dtype=torch.bfloat16).eval()
+    exact = reference.float()  # bf16 weights and factors, f32 arithmetic
+    tokens = prompt()
+    with torch.no_grad():
+        theirs = exact(input_ids=torch.from_numpy(tokens).long()[None]).logits[0]
+    backend = cpu_backend(target, None, max_rows=ROWS)
+    ours = feed(backend, backend.open_slot(), tokens).logits
+    assert np.abs(ours - theirs.numpy()).max() <= 2e-3 * np.abs(theirs.numpy()).max()

@@ -1,0 +1,123 @@
+"""The contract: the text and the logits behind it do not depend on drafting, chunks, threads or company. Bit for bit."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from paceline import _cpu
+from paceline.engine.step import step
+from paceline.errors import BackendError
+from paceline.quant.blocks import FORMATS
+from tests.parity.fixtures import SHAPES, VOCABULARY, WINDOW, write_pair
+from tests.support import Oracle, Run, cpu_backend, run, sequence
+
+TOKENS = 3 * WINDOW
+SEEDS = (0, 1)
+
+prompts = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=5 * WINDOW)
+anything = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory: pytest.TempPathFactory):
+    """Checkpoints by shape, seed and drafter head, written once."""
+    root = tmp_path_factory.mktemp("pairs")
+
+    @cache
+    def get(shape: str, seed: int, head: str) -> tuple[Path, Path]:
+        return write_pair(root / f"{seed}-{head}", shape, seed=seed, head=head)
+
+    return get
+
+
+def generate(folders: tuple[Path, Path], quant: str, prompt: list[int], *, depth: int, chunk: int, **other) -> Run:
+    backend = cpu_backend(*folders, quant, **other)
+    return run(backend, [sequence(backend, prompt, draft_tokens=depth, max_tokens=TOKENS)], chunk)[0]
+
+
+def assert_same(one: Run, other: Run) -> None:
+    assert one.tokens == other.tokens
+    np.testing.assert_array_equal(one.logits.view(np.uint32), other.logits.view(np.uint32))  # bits, not values
+
+
+@pytest.mark.parametrize("quant", FORMATS)
+@anything
+@given(
+    shape=st.sampled_from(SHAPES),
+    seed=st.sampled_from(SEEDS),
+    head=st.sampled_from(["centroid", "dense"]),
+    prompt=prompts,
+    depth=st.integers(1, 8),
+    chunk=st.integers(1, 32),
+    threads=st.integers(1, 2),
+)
+def test_drafting_chunks_and_threads_change_nothing(
+    pairs, quant: str, shape: str, seed: int, head: str, prompt: list[int], depth: int, chunk: int, threads: int
+) -> None:
+    folders = pairs(shape, seed, head)
+    plain = generate(folders, quant, prompt, depth=0, chunk=32)
+    assert_same(plain, generate(folders, quant, prompt, depth=depth, chunk=chunk, threads=threads))
+
+
+@pytest.mark.parametrize("quant", FORMATS)
+@anything
+@given(
+    shape=st.sampled_from(SHAPES),
+    prompt=prompts,
+    depth=st.integers(1, 8),
+    honesty=st.sampled_from([0.3, 0.7, 0.9, 1.0]),
+    seed=st.integers(0, 999),
+)
+def test_any_pattern_of_acceptance_changes_nothing(
+    pairs, quant: str, shape: str, prompt: list[int], depth: int, honesty: float, seed: int
+) -> None:
+    """Random drafters are never right; one that knows the text and lies now and then makes every kind of round."""
+    backend = cpu_backend(*pairs(shape, 0, "dense"), quant, threads=2)
+    (plain,) = run(backend, [sequence(backend, prompt, max_tokens=TOKENS)])
+    oracle = Oracle(backend, [*prompt, *plain.tokens], honesty, seed)
+    (drafted,) = run(oracle, [sequence(oracle, prompt, max_tokens=TOKENS, draft_tokens=depth)])
+    assert_same(plain, drafted)
+    if honesty == 1.0:
+        assert drafted.statistics.accepted == drafted.statistics.drafted > 0
+
+
+@pytest.mark.parametrize("quant", FORMATS)
+@anything
+@given(
+    shape=st.sampled_from(SHAPES),
+    requests=st.lists(st.tuples(prompts, st.integers(0, 8)), min_size=2, max_size=4),
+    chunk=st.integers(1, 32),
+)
+def test_company_changes_nothing(pairs, quant: str, shape: str, requests: list[tuple[list[int], int]], chunk: int) -> None:
+    folders = pairs(shape, 0, "dense")
+    backend = cpu_backend(*folders, quant, slots=4, threads=2)
+    together = run(backend, [sequence(backend, prompt, draft_tokens=depth) for prompt, depth in requests], chunk)
+    for (prompt, _), mine in zip(requests, together, strict=True):
+        assert_same(run(backend, [sequence(backend, prompt)], chunk=32)[0], mine)
+
+
+@pytest.mark.parametrize("isa", _cpu.usable_isas())
+@pytest.mark.parametrize("quant", FORMATS)
+def test_every_depth_on_every_instruction_set(pairs, quant: str, isa: str) -> None:
+    prompt = list(range(3, 3 + 2 * WINDOW))
+    runs = [generate(pairs("e2b", 0, "centroid"), quant, prompt, depth=depth, chunk=8, isa=isa) for depth in range(9)]
+    for other in runs[1:]:
+        assert_same(runs[0], other)
+
+
+def test_what_cannot_be_undone_is_refused(pairs) -> None:
+    backend = cpu_backend(*pairs("e2b", 0, "dense"), max_rows=16)
+    s = sequence(backend, list(range(3, 103)))
+    while s.reading:
+        step(backend, [s], 16)
+    with pytest.raises(BackendError, match="sliding rings hold only"):
+        backend.truncate(s.slot, 20)
+    with pytest.raises(BackendError, match="cannot truncate"):
+        backend.truncate(s.slot, 500)
+    backend.truncate(s.slot, 95)

@@ -1,0 +1,105 @@
+"""What several tests need: backends over checkpoints, and a bare decoding loop that keeps the logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from paceline.backends.base import Backend
+from paceline.backends.cpu.backend import DRAFTER_FORMAT, CpuBackend
+from paceline.backends.cpu.weights import CheckpointWeights
+from paceline.checkpoint import Checkpoint, resolve
+from paceline.engine.sequence import Sequence
+from paceline.engine.step import step
+from paceline.types import Anchors, Drafts, Statistics
+
+
+class Ids:
+    """A detokenizer that writes ids."""
+
+    def push(self, token: int) -> str:
+        return f"<{token}>"
+
+    def finish(self) -> str:
+        return ""
+
+
+@dataclass
+class Recorder:
+    """Greedy drawing that keeps every row of logits a token was drawn from."""
+
+    rows: list[np.ndarray] = field(default_factory=list)
+
+    def draw(self, logits: np.ndarray, position: int) -> int:
+        self.rows.append(logits.copy())
+        return int(logits.argmax())
+
+
+class Oracle:
+    """A backend whose drafter knows the text and lies now and then, so that rounds accept any number of drafts."""
+
+    def __init__(self, backend: Backend, text: list[int], honesty: float, seed: int) -> None:
+        self._backend, self._text, self._honesty = backend, text, honesty
+        self._random = np.random.default_rng(seed)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._backend, name)
+
+    can_draft = True
+
+    def draft(self, anchors: Anchors, depth: int) -> Drafts:
+        first = int(anchors.positions[0]) + 1
+        line = [*self._text[first : first + depth], *[0] * depth][:depth]
+        lies = self._random.random(depth) >= self._honesty
+        guesses = np.where(lies, self._random.integers(0, self._backend.vocab_size, depth), line)
+        return Drafts(guesses[None].astype(np.int32), np.ones((1, depth), np.float32))
+
+
+@dataclass(frozen=True)
+class Run:
+    tokens: list[int]
+    logits: np.ndarray  # [tokens, vocabulary]
+    statistics: Statistics
+
+
+def sequence(backend: Backend, prompt: list[int], **settings: object) -> Sequence:
+    defaults = {
+        "sampling": Recorder(),
+        "draft_tokens": 0,
+        "max_tokens": 20,
+        "limit": backend.context,
+        "stop_ids": frozenset(),
+        "detokenizer": Ids(),
+    }
+    return Sequence(slot=backend.open_slot(), tokens=list(prompt), **{**defaults, **settings})
+
+
+def run(backend: Backend, sequences: list[Sequence], chunk: int = 8) -> list[Run]:
+    """Drive sequences to their ends, all in the same batches, and give their slots back."""
+    while running := [s for s in sequences if s.finish is None]:
+        step(backend, running, chunk)
+    for s in sequences:
+        backend.close_slot(s.slot)
+    return [Run(s.generated, np.array(s.sampling.rows), s.statistics) for s in sequences]
+
+
+def cpu_backend(
+    target: Path, drafter: Path | None, quant: str = "f32", *, threads: int = 1, max_rows: int = 32, **other: object
+) -> CpuBackend:
+    """A native backend over checkpoint folders."""
+
+    def opened(folder: Path, fmt: str, settings: str) -> tuple:
+        checkpoint = Checkpoint.open(folder)
+        config = getattr(checkpoint, settings)()
+        return config, CheckpointWeights(resolve(checkpoint, config), fmt)
+
+    return CpuBackend(
+        opened(target, quant, "target_config"),
+        opened(drafter, DRAFTER_FORMAT[quant], "drafter_config") if drafter else None,
+        threads=threads,
+        context=other.pop("context", 128),
+        max_rows=max_rows,
+        **other,
+    )
