@@ -7,20 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from paceline.backends.cpu.backend import DRAFTER_FORMAT, CpuBackend, default_threads
-from paceline.backends.cpu.pack_cache import LEAST_BYTES, fingerprint, pack_path
-from paceline.backends.cpu.packfile import PackedWeights, StalePack, open_pack, write_pack
-from paceline.backends.cpu.weights import CheckpointWeights
-from paceline.checkpoint import Checkpoint, Tensors, locate, locate_drafter, resolve
-from paceline.checkpoint.sizes import weight_bytes
-from paceline.config import DrafterConfig, TargetConfig, check_pair
+from paceline.backends.cpu.sources import check_quant, open_source
+from paceline.checkpoint import Checkpoint, locate, locate_drafter
+from paceline.config import check_pair
 from paceline.engine.engine import Engine, check_draft_tokens
 from paceline.errors import SettingsError
-from paceline.quant.blocks import FORMATS
 from paceline.text.chat import ChatTemplate
 from paceline.text.tokenizer import Tokenizer
 
 DEFAULT_CONTEXT = 32768  # positions; memory is taken as they are used
-AUTO_SHARE = 0.7  # of the memory at hand that `auto` lets the weights take
 
 
 def load(
@@ -55,11 +50,10 @@ def load(
         BackendError: this processor or build cannot run the model.
     """
     check_draft_tokens(draft_tokens)
+    check_quant(quant)
     _check_at_least("threads", threads, 1)
     _check_at_least("context", context, 2)
     _check_at_least("prompt_chunk", prompt_chunk, 1)
-    if quant not in (*FORMATS, "auto"):
-        raise SettingsError(f"unknown quantisation {quant!r}; use one of {', '.join(FORMATS)} or auto")
     folder = locate(model)
     checkpoint = Checkpoint.open(folder)
     config = checkpoint.target_config()
@@ -67,25 +61,24 @@ def load(
     draft_config = draft_checkpoint.drafter_config() if draft_checkpoint else None
     if draft_config:
         check_pair(config, draft_config)
-    tensors = resolve(checkpoint, config)
-    quant = _settle_quant(quant, config, draft_config, tensors, notify)
     threads = threads or default_threads()
-    target = _Source(checkpoint, tensors, quant, threads, progress)
+    target = open_source(checkpoint, config, quant, threads, notify=notify, progress=progress)
+    sources = [target]
     pair = None
     if draft_checkpoint and draft_config:
-        draft_tensors = resolve(draft_checkpoint, draft_config)
-        pair = _Source(draft_checkpoint, draft_tensors, DRAFTER_FORMAT[quant], threads, progress)
+        draft_quant = DRAFTER_FORMAT[target.weights.quant]
+        sources += [open_source(draft_checkpoint, draft_config, draft_quant, threads, notify=notify, progress=progress)]
+        pair = (draft_config, sources[-1].weights)
     backend = CpuBackend(
         (config, target.weights),
-        (draft_config, pair.weights) if draft_config and pair else None,
+        pair,
         threads=threads,
         context=min(context or DEFAULT_CONTEXT, config.max_positions),
         max_rows=max(prompt_chunk, 16),
         isa=os.environ.get("PACELINE_ISA", ""),
     )
-    for source in (target, pair):
-        if source:
-            source.keep(notify)
+    for source in sources:
+        source.keep(notify)
     generation = checkpoint.generation.get("eos_token_id", config.stop_ids)
     return Engine(
         backend=backend,
@@ -94,68 +87,12 @@ def load(
         target_config=config,
         drafter_config=draft_config,
         stop_ids=frozenset([generation] if isinstance(generation, int) else generation or ()),
-        quant=quant,
+        quant=target.weights.quant,
         threads=backend.threads,
-        weight_bytes=target.weights.nbytes + (pair.weights.nbytes if pair else 0),
+        weight_bytes=target.weights.nbytes,
         draft_tokens=draft_tokens,
         prompt_chunk=prompt_chunk,
     )
-
-
-def choose_quant(config: TargetConfig, drafter: DrafterConfig | None, dtype: str, memory: int) -> str:
-    """The most precise format whose weights take at most 70 % of `memory` bytes; q4 if none does.
-
-    A checkpoint in bf16 has nothing to gain from f32, which is chosen only where the files hold it.
-    """
-    for quant in ("f32", "bf16", "q8") if dtype == "F32" else ("bf16", "q8"):
-        needed = weight_bytes(config, quant) + (weight_bytes(drafter, quant) if drafter else 0)
-        if needed <= AUTO_SHARE * memory:
-            return quant
-    return "q4"
-
-
-def available_memory() -> int:
-    """Bytes that can be used without swapping."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):  # not Linux: all there is
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-class _Source:
-    """Weights of one checkpoint: from its pack file if there is a good one, else packed now and kept afterwards."""
-
-    def __init__(
-        self, checkpoint: Checkpoint, tensors: Tensors, quant: str, threads: int, progress: Callable[[int], None]
-    ) -> None:
-        self._path = pack_path(checkpoint, quant)
-        self._fingerprint = fingerprint(checkpoint, quant)
-        self._threads = threads
-        self.weights: CheckpointWeights | PackedWeights
-        try:
-            self.weights = open_pack(self._path, threads, fingerprint=self._fingerprint, tensors=tensors)
-        except StalePack:
-            self.weights = CheckpointWeights(tensors, quant, progress)
-
-    def keep(self, notify: Callable[[str], None]) -> None:
-        """Write the pack file for the next start. A full disk costs nothing but the next start's time."""
-        if not isinstance(self.weights, CheckpointWeights) or self.weights.nbytes < LEAST_BYTES:
-            return
-        try:
-            write_pack(self._path, self.weights, self._fingerprint, self._threads, tables={})
-            notify(f"packed weights kept in {self._path}")
-        except OSError as error:
-            notify(f"packed weights not kept: {self._path}: {error.strerror}")
-
-
-def _settle_quant(
-    quant: str, config: TargetConfig, drafter: DrafterConfig | None, tensors: Tensors, notify: Callable[[str], None]
-) -> str:
-    if quant == "auto":
-        quant = choose_quant(config, drafter, tensors["embed_tokens.weight"].dtype, available_memory())
-        notify(f"weights: {quant} (chosen for the memory at hand)")
-    return quant
 
 
 def _open_drafter(model: str, folder: Path, choice: str, notify: Callable[[str], None]) -> Checkpoint | None:

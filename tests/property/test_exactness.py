@@ -1,4 +1,4 @@
-"""The contract: the text and the logits behind it do not depend on drafting, chunks, threads or company. Bit for bit."""
+"""The contract: text and logits do not depend on drafting, chunks, threads or company. Bit for bit."""
 
 from __future__ import annotations
 
@@ -94,7 +94,9 @@ def test_any_pattern_of_acceptance_changes_nothing(
     requests=st.lists(st.tuples(prompts, st.integers(0, 8)), min_size=2, max_size=4),
     chunk=st.integers(1, 32),
 )
-def test_company_changes_nothing(pairs, quant: str, shape: str, requests: list[tuple[list[int], int]], chunk: int) -> None:
+def test_company_changes_nothing(
+    pairs, quant: str, shape: str, requests: list[tuple[list[int], int]], chunk: int
+) -> None:
     folders = pairs(shape, 0, "dense")
     backend = cpu_backend(*folders, quant, slots=4, threads=2)
     together = run(backend, [sequence(backend, prompt, draft_tokens=depth) for prompt, depth in requests], chunk)

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -62,7 +63,7 @@ class Bench:
             self.bandwidth.measure()
             for rows, seen in times.items():
                 batch = self._batch(self.context, rows, wanted=rows)
-                seen.append(milliseconds(lambda batch=batch: self.backend.forward(batch)))
+                seen.append(milliseconds(partial(self.backend.forward, batch)))
                 self.backend.truncate(self.slot, self.context)
         return {rows: statistics.median(seen) for rows, seen in times.items()}
 
@@ -148,7 +149,7 @@ def kernel_gb_per_s(
     for _ in range(repeats):
         bandwidth.measure()
         for n, seen in times.items():
-            seen.append(milliseconds(lambda n=n: _cpu.matmul(matrix, inputs[n], out[n], isa, threads)))
+            seen.append(milliseconds(partial(_cpu.matmul, matrix, inputs[n], out[n], isa, threads)))
     return {n: matrix.nbytes / statistics.median(seen) / 1e6 for n, seen in times.items()}
 
 

@@ -1,9 +1,12 @@
-"""The official model shapes, as the `config.json` of each target and its drafter, for measurements on random weights."""
+"""The official model shapes, as `config.json` of each target and its drafter, for measurements on random weights."""
 
 from __future__ import annotations
 
+import math
+import re
 from typing import Any
 
+from paceline.checkpoint.names import target_tensors
 from paceline.config import DrafterConfig, TargetConfig, drafter_config, target_config
 
 VOCABULARY = 262144
@@ -13,7 +16,9 @@ def _pattern(sliding: int, count: int) -> list[str]:
     return [*["sliding_attention"] * sliding, "full_attention"] * (count // (sliding + 1))
 
 
-def _target(hidden: int, intermediate: int, layers: list[str], heads: int, kv_heads: int, **other: Any) -> dict[str, Any]:
+def _target(
+    hidden: int, intermediate: int, layers: list[str], heads: int, kv_heads: int, **other: Any
+) -> dict[str, Any]:
     return {
         "model_type": "gemma4_text",
         "vocab_size": VOCABULARY,
@@ -32,7 +37,13 @@ def _target(hidden: int, intermediate: int, layers: list[str], heads: int, kv_he
 
 def _small(sharing: int, **other: Any) -> dict[str, Any]:
     per_layer = {"hidden_size_per_layer_input": 256, "vocab_size_per_layer_input": VOCABULARY}
-    return {"sliding_window": 512, "max_position_embeddings": 131072, "num_kv_shared_layers": sharing, **per_layer, **other}
+    return {
+        "sliding_window": 512,
+        "max_position_embeddings": 131072,
+        "num_kv_shared_layers": sharing,
+        **per_layer,
+        **other,
+    }
 
 
 def _large(global_kv_heads: int, **other: Any) -> dict[str, Any]:
@@ -95,3 +106,16 @@ def official_drafter(shape: str) -> DrafterConfig:
             "text_config": text,
         }
     )
+
+
+def prompt_multiply_accumulates(config: TargetConfig) -> int:
+    """Multiplications with weights that a prompt row takes: the layers up to the last with K/V of its own."""
+    last = max(index for index, layer in enumerate(config.layers) if layer.kv_source == index)
+    total = 0
+    for name, shape in target_tensors(config).items():
+        layer = re.match(r"layers\.(\d+)\.", name)
+        if len(shape) == 1 or name.startswith("embed_tokens") or (layer and int(layer[1]) > last):
+            continue
+        share = config.experts.active / config.experts.count if config.experts and ".experts." in name else 1
+        total += int(math.prod(shape) * share)
+    return total

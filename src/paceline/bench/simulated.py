@@ -1,7 +1,7 @@
 """Simulated acceptance: rounds run for real, and only the outcome of each verification is scripted.
 
-Random weights accept nothing, so the speed of a pair with a given acceptance is measured by deciding beforehand how many
-drafts each round accepts. Drafting, the target's pass, rollback and the engine around them are the real ones.
+Random weights accept nothing, so the speed of a pair with a given acceptance is measured by deciding beforehand how
+many drafts each round accepts. Drafting, the target's pass, rollback and the engine around them are the real ones.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from paceline.config import DRAFTER_TYPES, TARGET_TYPES, DrafterConfig, TargetCo
 from paceline.errors import CheckpointError
 
 Config = TypeVar("Config")
+PACKED_NAME = "model.paceline"  # packed weights, in a folder that `paceline convert` made
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Checkpoint:
     config: Mapping[str, Any]  # config.json as it stands
     generation: Mapping[str, Any]  # generation_config.json, empty if there is none
     tokenizer_config: Mapping[str, Any]  # tokenizer_config.json, empty if there is none
-    tensors: Mapping[str, TensorRef]  # by the names in the files
+    tensors: Mapping[str, TensorRef]  # by the names in the files; none in a converted folder
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
@@ -47,6 +48,12 @@ class Checkpoint:
         optional = [folder / name for name in ("generation_config.json", "tokenizer_config.json")]
         generation, tokenizer = (read_json(path) if path.exists() else {} for path in optional)
         return cls(folder, config, generation, tokenizer, _read_tensors(folder))
+
+    @property
+    def packed(self) -> Path | None:
+        """The packed weights of a converted folder."""
+        path = self.folder / PACKED_NAME
+        return path if path.exists() else None
 
     @property
     def tokenizer_path(self) -> Path:
@@ -129,6 +136,8 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 def _read_tensors(folder: Path) -> dict[str, TensorRef]:
     tensors: dict[str, TensorRef] = {}
+    if (folder / PACKED_NAME).exists():
+        return tensors
     shards = shard_names(folder)
     for shard in shards:
         path = folder / shard

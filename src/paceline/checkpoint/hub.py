@@ -12,6 +12,7 @@ from paceline.errors import CheckpointError
 ASSETS = Path(__file__).parents[1] / "assets"
 BUNDLED = ("tiny-python", "tiny-python-assistant")
 DRAFTER_SUFFIX = "-assistant"
+DRAFTER_FOLDER = "assistant"  # where `paceline convert` puts a drafter, inside its target's folder
 NEEDED_FILES = (
     "config.json",
     "generation_config.json",
@@ -72,7 +73,7 @@ def locate_drafter(model: str, folder: Path, choice: str) -> Path | None:
         return locate(choice)
     if model in BUNDLED or _local(model).is_dir():
         sibling = Path(os.path.abspath(folder) + DRAFTER_SUFFIX)  # abspath, so that "." has a name
-        return sibling if sibling.is_dir() else None
+        return next((place for place in (folder / DRAFTER_FOLDER, sibling) if place.is_dir()), None)
     try:
         return locate(model + DRAFTER_SUFFIX)
     except (NotOnHub, HubUnreachable):

@@ -18,6 +18,7 @@ from paceline.errors import CheckpointError
 Shapes = dict[str, tuple[int, ...]]
 
 PREFIXES = ("model.language_model.", "model.")
+PLE_TABLE = "embed_tokens_per_layer.weight"
 TOKEN_ORDERING = "masked_embedding.token_ordering"
 
 # What official files hold beside the text model, by the start of the canonical name.

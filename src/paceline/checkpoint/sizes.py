@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from paceline.checkpoint.names import TOKEN_ORDERING, expected_tensors
+from paceline.checkpoint.names import PLE_TABLE, TOKEN_ORDERING, expected_tensors
 from paceline.config import DrafterConfig, TargetConfig
 
 # Bytes of 32 weights: q8 and q4 are GGUF's Q8_0 and Q4_0, an fp16 scale and 32 numbers of 8 or 4 bits.
 BYTES_OF_32 = {"f32": 128, "bf16": 64, "q8": 34, "q4": 18}
-PLE_TABLE = "embed_tokens_per_layer.weight"
 CACHE_BYTES = 2  # bf16
 
 

@@ -51,12 +51,12 @@ def report(model: str, drafter: str) -> dict[str, Any]:
     Raises:
         CheckpointError: the model or its drafter cannot be loaded.
     """
-    from paceline.checkpoint import Checkpoint, locate, locate_drafter, resolve
+    from paceline.checkpoint import Checkpoint, Tensors, locate, locate_drafter, resolve
 
     folder = locate(model)
     checkpoint = Checkpoint.open(folder)
     config = checkpoint.target_config()
-    tensors = resolve(checkpoint, config)
+    tensors = Tensors({}, {}) if checkpoint.packed else resolve(checkpoint, config)
     drafter_folder = locate_drafter(model, folder, drafter)
     return {
         "model": model,
@@ -127,7 +127,7 @@ def _cache(config: TargetConfig) -> dict[str, int]:
 
 
 def _file_sizes(checkpoint: Checkpoint) -> dict[str, int]:
-    paths = {ref.path for ref in checkpoint.tensors.values()}
+    paths = {ref.path for ref in checkpoint.tensors.values()} | ({checkpoint.packed} if checkpoint.packed else set())
     return {path.name: path.stat().st_size for path in sorted(paths)}
 
 
@@ -148,7 +148,8 @@ def _drafter(target: TargetConfig, folder: Path) -> dict[str, Any]:
 
     checkpoint = Checkpoint.open(folder)
     config = checkpoint.drafter_config()
-    resolve(checkpoint, config)
+    if not checkpoint.packed:
+        resolve(checkpoint, config)
     try:
         check_pair(target, config)
         misfit = None
@@ -195,7 +196,7 @@ def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
         lines.append(("experts", f"{experts['count']}, {experts['active']} a token, width {experts['width']}"))
     lines.append(("vocabulary", f"{shape['vocab_size']} tokens; at most {shape['max_positions']} positions"))
     lines.append(("parameters", _parameter_line(parameters)))
-    stored = ", ".join(f"{count} tensors {dtype}" for dtype, count in found["stored_as"].items())
+    stored = ", ".join(f"{count} tensors {dtype}" for dtype, count in found["stored_as"].items()) or "packed weights"
     lines.append(("stored as", stored))
     lines += [("file", f"{name}, {_size(size)}") for name, size in found["files"].items()]
     lines += [(f"memory in {quant}", line) for quant, line in _memory_lines(found)]

@@ -10,6 +10,8 @@ from typing import Annotated, NoReturn
 import typer
 
 from paceline import __version__
+from paceline.cli.bench import bench
+from paceline.cli.convert import convert
 from paceline.cli.demo import demo
 from paceline.cli.generate import generate
 from paceline.cli.inspect import inspect
@@ -18,8 +20,9 @@ from paceline.errors import PacelineError
 USER_ERROR = 2
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
-for verb in (generate, demo, inspect):
+for verb in (generate, demo, inspect, convert):
     app.command()(verb)
+app.add_typer(bench, name="bench")
 
 
 def main() -> NoReturn:

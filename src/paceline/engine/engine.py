@@ -40,7 +40,7 @@ class Engine:
     stop_ids: frozenset[int]
     quant: str
     threads: int
-    weight_bytes: int  # packed weights of target and drafter; per-layer-embedding tables are mapped and not counted
+    weight_bytes: int  # the target's packed matrices; per-layer-embedding tables are mapped and not counted
     draft_tokens: int
     prompt_chunk: int
 

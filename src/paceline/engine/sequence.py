@@ -5,10 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from paceline.decode.sampling import Sampling
-from paceline.text.detokenizer import Detokenizer
 from paceline.types import Commit, Event, FinishReason, Float32, Piece, Statistics
+
+
+class TokenDecoder(Protocol):
+    """What turns tokens into text as they come, such as `text.detokenizer.Detokenizer`."""
+
+    def push(self, token: int) -> str:
+        """The text that became certain with this token."""
+
+    def finish(self) -> str:
+        """What was held back."""
 
 
 @dataclass
@@ -26,7 +36,7 @@ class Sequence:
     max_tokens: int  # generated tokens at most
     limit: int  # length the cache allows, prompt included
     stop_ids: frozenset[int]
-    detokenizer: Detokenizer
+    detokenizer: TokenDecoder
     cached: int = 0  # rows in the cache
     hidden: Float32 | None = None  # [hidden]; None until the prompt is read
     finish: FinishReason | None = None

@@ -1,0 +1,110 @@
+"""Converts a checkpoint into a self-contained folder of packed weights, with its drafter inside."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from paceline.backends.cpu.backend import DRAFTER_FORMAT
+from paceline.backends.cpu.load import load_drafter, load_target
+from paceline.backends.cpu.packfile import write_pack
+from paceline.backends.cpu.weights import CheckpointWeights
+from paceline.checkpoint import Checkpoint, resolve
+from paceline.checkpoint.checkpoint import PACKED_NAME
+from paceline.checkpoint.hub import DRAFTER_FOLDER
+from paceline.checkpoint.names import PLE_TABLE
+from paceline.config import check_pair
+from paceline.errors import CheckpointError, SettingsError
+from paceline.quant.blocks import FORMATS
+
+Tables = Mapping[str, NDArray[Any]]
+TEXT_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
+
+
+def convert(
+    target: Path,
+    drafter: Path | None,
+    out: Path,
+    quant: str,
+    threads: int,
+    progress: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Write `out`, a folder that `paceline.load` takes like any model and that needs no other file.
+
+    Args:
+        target: checkpoint folder.
+        drafter: its drafter's folder, or None.
+        out: the folder to make; it must not exist. It appears when it is whole.
+        quant: f32, bf16, q8 or q4; the drafter is never packed below q8.
+        threads: for the checksums.
+        progress: called with the file bytes of every tensor packed.
+
+    Raises:
+        CheckpointError: a checkpoint is damaged, or `out` cannot be written.
+        PairError: the drafter is another target's.
+        SettingsError: unknown format, or `out` exists.
+    """
+    if quant not in FORMATS:
+        raise SettingsError(f"unknown quantisation {quant!r}; use one of {', '.join(FORMATS)}")
+    if out.exists():
+        raise SettingsError(f"{out}: exists already; name a new folder")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=out.name + ".", suffix=".part"))
+    except OSError as error:
+        raise CheckpointError(f"{out}: cannot be written ({error.strerror})") from error
+    try:
+        _convert_pair(target, drafter, temporary, quant, threads, progress)
+        temporary.chmod(0o755)  # mkdtemp makes it private
+        os.replace(temporary, out)
+    except OSError as error:
+        raise CheckpointError(f"{out}: cannot be written ({error.strerror})") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _convert_pair(
+    target: Path, drafter: Path | None, out: Path, quant: str, threads: int, progress: Callable[[int], None]
+) -> None:
+    checkpoint = _open(target)
+    config = checkpoint.target_config()
+    draft_checkpoint = _open(drafter) if drafter else None
+    if draft_checkpoint:
+        check_pair(config, draft_checkpoint.drafter_config())
+    tensors = resolve(checkpoint, config)
+    weights = CheckpointWeights(tensors, quant, progress)
+    load_target(config, weights)
+    tables = {PLE_TABLE: weights.table(PLE_TABLE)} if config.ple_size else {}
+    _write(checkpoint, weights, out, threads, tables)
+    if draft_checkpoint:
+        draft_config = draft_checkpoint.drafter_config()
+        draft_weights = CheckpointWeights(resolve(draft_checkpoint, draft_config), DRAFTER_FORMAT[quant], progress)
+        load_drafter(draft_config, draft_weights)
+        (out / DRAFTER_FOLDER).mkdir()
+        _write(draft_checkpoint, draft_weights, out / DRAFTER_FOLDER, threads, {})
+
+
+def _open(folder: Path) -> Checkpoint:
+    checkpoint = Checkpoint.open(folder)
+    if checkpoint.packed:
+        raise SettingsError(f"{folder}: is converted already; convert the original checkpoint")
+    return checkpoint
+
+
+def _write(checkpoint: Checkpoint, weights: CheckpointWeights, out: Path, threads: int, tables: Tables) -> None:
+    for name in TEXT_FILES:
+        if (checkpoint.folder / name).exists():
+            shutil.copyfile(checkpoint.folder / name, out / name)
+    write_pack(out / PACKED_NAME, weights, fingerprint="", threads=threads, tables=tables)

@@ -1,0 +1,101 @@
+"""Reports: what a run measured, as a table for people, one JSON line for programs, and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from paceline.errors import SettingsError
+
+
+def decode_table(report: Mapping[str, Any]) -> Table:
+    """Milliseconds and bandwidth of a forward pass, by rows."""
+    table = Table(title="One pass of the target")
+    for column in ("rows", "ms", "of one row", "GB/s", "of the machine's"):
+        table.add_column(column, justify="right")
+    one = report["forward_ms"]["1"]
+    for rows, ms in report["forward_ms"].items():
+        speed = report["pass_bytes"] / ms / 1e6
+        table.add_row(
+            rows, f"{ms:.2f}", f"{ms / one:.2f}", f"{speed:.1f}", f"{speed / report['read_bandwidth_gb_s']:.0%}"
+        )
+    return table
+
+
+def print_decode(out: Console, report: Mapping[str, Any]) -> None:
+    """Everything `bench decode` measured."""
+    out.print(decode_table(report))
+    print_prompt(out, report)
+    if report["draft_step_ms"] is None:
+        out.print("no drafter")
+        return
+    shares = report["simulated_acceptance"]
+    how = (
+        f"SIMULATED acceptance {', '.join(map(str, shares))}" if shares else "the pair's own acceptance, random prompt"
+    )
+    out.print(
+        f"one draft step: {report['draft_step_ms']:.2f} ms\n"
+        f"decoding: {report['plain_tokens_per_s']:.1f} tokens/s plain, {report['mtp_tokens_per_s']:.1f} with "
+        f"{report['draft_tokens']} drafts ({how}): {report['speedup']:.2f} times"
+    )
+
+
+def print_prompt(out: Console, report: Mapping[str, Any]) -> None:
+    """The speed of a prompt and the machine's limit."""
+    work = report["prompt_multiply_accumulates_per_s"] / 1e9
+    out.print(
+        f"reading memory: {report['read_bandwidth_gb_s']:.1f} GB/s\n"
+        f"peak memory: {report['peak_memory_bytes'] / 1e9:.2f} GB\n"
+        f"prompt of {report['prompt_tokens']} tokens: {report['prompt_tokens_per_s']:.0f} tokens/s, "
+        f"{work:.0f} billion multiply-accumulates/s"
+    )
+
+
+def kernel_table(report: Mapping[str, Any]) -> Table:
+    """Weight bandwidth of the matrix kernels, by format and rows."""
+    table = Table(title=f"Matrix kernels, GB/s of weights ({report['isa']})")
+    table.add_column("format")
+    heights = list(next(iter(report["kernel_gb_s"].values())))
+    for rows in heights:
+        table.add_column(f"{rows} rows", justify="right")
+    for quant, speeds in report["kernel_gb_s"].items():
+        table.add_row(quant, *(f"{speeds[rows]:.1f}" for rows in heights))
+    return table
+
+
+def plot_costs(report: Mapping[str, Any], path: Path) -> None:
+    """Draw the cost curve: milliseconds of a pass against its rows, with the time that memory alone would take.
+
+    Raises:
+        SettingsError: matplotlib is not installed, or the file cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise SettingsError("--plot needs matplotlib; install it with pip install 'paceline[plot]'") from error
+    rows = [int(key) for key in report["forward_ms"]]
+    times = list(report["forward_ms"].values())
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(rows, times, marker="o", color="#2f6f9f", label="measured")
+    limit = report["pass_bytes"] / report["read_bandwidth_gb_s"] / 1e6
+    axes.axhline(limit, color="#b0552f", linestyle="--", label=f"reading the weights: {limit:.1f} ms")
+    axes.set(xlabel="rows checked in one pass", ylabel="ms", ylim=(0, None), xticks=rows)
+    axes.set_title(
+        f"{report['model']} {report['quant']}, {report['context']} tokens of context, {report['threads']} threads"
+    )
+    axes.legend(loc="lower right")
+    axes.spines[["top", "right"]].set_visible(False)
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{path}: cannot be written ({error})") from error
+
+
+def console() -> Console:
+    """Tables go to stderr, so that stdout holds the JSON line alone."""
+    return Console(stderr=True, highlight=False)

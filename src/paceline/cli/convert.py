@@ -1,0 +1,38 @@
+"""`paceline convert`: a self-contained folder of packed weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from paceline.cli.options import MODEL_HELP, DrafterOption, ThreadsOption
+
+
+def convert(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL")],
+    out: Annotated[Path, typer.Argument(help="The folder to make; it must not exist.", metavar="OUT")],
+    quant: Annotated[str, typer.Option(help="Weight format.", metavar="f32|bf16|q8|q4")] = "q4",
+    drafter: DrafterOption = "auto",
+    threads: ThreadsOption = None,
+) -> None:
+    """Pack a model and its drafter into a folder of their own.
+
+    The folder loads like any model, starts at once, and needs neither the
+    original files nor the hub.
+
+    \b
+    Examples:
+      paceline convert google/gemma-4-E2B-it ./e2b-q4
+      paceline generate -m ./e2b-q4 "Why is the sky blue?"
+    """
+    from paceline.backends.cpu.backend import default_threads
+    from paceline.backends.cpu.convert import convert as run
+    from paceline.checkpoint import locate, locate_drafter
+
+    folder = locate(model)
+    found = locate_drafter(model, folder, drafter)
+    run(folder, found, out, quant, threads or default_threads())
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    print(f"{out}: {quant}, {size / 1e9:.2f} GB, {'with its drafter' if found else 'without a drafter'}")
