@@ -1,6 +1,7 @@
 #include "drafter.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 #include <stdexcept>
 
@@ -17,6 +18,7 @@ Drafter::Drafter(DrafterWeights weights, std::shared_ptr<Target> target)
 
 void Drafter::draft(const int32_t* slots, const int32_t* positions, const int32_t* newest, const float* hidden,
                     int64_t anchors, int64_t depth, int32_t* tokens, float* confidence) {
+  const std::lock_guard lock(target_->busy());
   const int64_t window = target_->weights().window, backbone = weights_.backbone;
   std::vector<Row> rows;
   int64_t top = 0;
@@ -116,7 +118,9 @@ void Drafter::centroid_head(const Member& m, int64_t rows, int32_t* token, float
 
   const ActView single = rows_.view(*weights_.head, 1);  // each row meets other rows of the head: tiles of one
   LayerRunner::each(m, rows, [&](int64_t r) {
-    const float* score = logits_.floats() + r * ld;
+    float* score = logits_.floats() + r * ld;
+    for (int64_t i = 0; i < centroids.rows; ++i)
+      if (std::isnan(score[i])) score[i] = -3e38f;  // damaged weights must not break the ordering below
     std::vector<int64_t>& chosen = clusters_[size_t(r)];
     chosen.resize(size_t(centroids.rows));
     std::iota(chosen.begin(), chosen.end(), int64_t(0));

@@ -272,7 +272,9 @@ void LayerRunner::choose_experts(const Experts& e, int64_t rows) {
   std::vector<int64_t> order(static_cast<size_t>(count)), load(static_cast<size_t>(count), 0);
   picks_.clear();
   for (int64_t r = 0; r < rows; ++r) {
-    const float* score = router_.floats() + r * router_ld_;
+    float* score = router_.floats() + r * router_ld_;
+    for (int64_t i = 0; i < count; ++i)
+      if (std::isnan(score[i])) score[i] = -3e38f;  // damaged weights must not break the ordering below
     for (int64_t i = 0; i < count; ++i) order[size_t(i)] = i;
     std::partial_sort(order.begin(), order.begin() + e.active, order.end(), [&](int64_t a, int64_t b) {
       return score[a] != score[b] ? score[a] > score[b] : a < b;

@@ -35,7 +35,10 @@ Target::Target(TargetWeights weights, const Kernels& kernels, int threads, int64
   }
 }
 
-void Target::set_threads(int threads) { team_ = std::make_unique<Team>(threads); }
+void Target::set_threads(int threads) {
+  const std::lock_guard lock(busy_);
+  team_ = std::make_unique<Team>(threads);
+}
 
 int64_t Target::last_layer(bool sliding) const {
   for (int64_t i = int64_t(weights_.layers.size()) - 1; i >= 0; --i)
@@ -71,6 +74,7 @@ std::vector<Row> Target::check(const int32_t* slots, const int32_t* positions, c
 
 int64_t Target::forward(const int32_t* slots, const int32_t* positions, const int32_t* tokens, const uint8_t* wanted,
                         int64_t count) {
+  const std::lock_guard lock(busy_);
   std::vector<Row> rows = check(slots, positions, tokens, count);
   if (rows.empty()) return 0;
   const std::vector<uint8_t> keep(wanted, wanted + count);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <mutex>
 #include <vector>
 
 #include "layers.hpp"
@@ -45,6 +46,7 @@ class Target {
   const TargetWeights& weights() const { return weights_; }
   const Kernels& kernels() const { return kernels_; }
   Cache& cache() { return cache_; }
+  std::mutex& busy() { return busy_; }  // held while a pass or a draft round runs: one at a time
   Team& team() { return *team_; }
   RopeTable& rope(bool sliding) { return sliding ? rope_sliding_ : rope_full_; }
   // Views of a layer's cache, a slot.
@@ -57,6 +59,7 @@ class Target {
   void embed_rows(const Member& m, const int32_t* tokens, int64_t rows);
   void head(const Member& m, int64_t rows);
 
+  std::mutex busy_;
   TargetWeights weights_;
   const Kernels& kernels_;
   std::unique_ptr<Team> team_;

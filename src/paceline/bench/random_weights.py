@@ -16,6 +16,8 @@ from paceline.config import DrafterConfig, TargetConfig
 class RandomWeights:
     """A source of weights (see `backends.cpu.weights.Weights`) for a shape: random matrices, norms of one.
 
+    The norms behind each block are small, so that rows stay as different as their tokens: a mixture of experts sends
+    them to experts that have little in common, which is the dear case for checking several rows.
     The per-layer-embedding table reads as zeros and takes no memory, where a real one costs a page from disk a token.
     """
 
@@ -39,7 +41,8 @@ class RandomWeights:
         return self._random("ordered_head", rows, columns), list(range(rows))
 
     def vector(self, name: str) -> NDArray[np.float32]:
-        return np.ones(self._shapes[name], np.float32)
+        value = 0.05 if "post_" in name and "norm" in name else 1.0
+        return np.full(self._shapes[name], value, np.float32)
 
     def table(self, name: str) -> NDArray[Any]:
         return np.zeros(self._shapes[name], np.uint16)

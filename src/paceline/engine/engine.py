@@ -155,6 +155,11 @@ class Stream:
             self.sequence.finish = self.sequence.finish or "cancelled"
             self._engine.backend.close_slot(self.sequence.slot)
 
+    def __del__(self) -> None:
+        # A stream that was left before its end gives its slot back too.
+        if getattr(self, "_open", False):
+            self.close()
+
     def __enter__(self) -> Stream:
         return self
 
