@@ -34,8 +34,8 @@ void Drafter::draft(const int32_t* slots, const int32_t* positions, const int32_
   for (bool sliding : {true, false}) target_->rope(sliding).cover(top);
   const int64_t width = weights_.head->view().panels() * kPanel;
   runner_.reserve(weights_.layers, anchors, target_->cache().context(), target_->team().size());
-  inputs_.reserve(round_up(anchors, kTile), round_up(2 * backbone, kGroup));
-  rows_.reserve(anchors, round_up(weights_.shape.hidden, kGroup));
+  inputs_.reserve(round_up(anchors, kTile), round_up(2 * backbone, kBlock));
+  rows_.reserve(anchors, round_up(weights_.shape.hidden, kBlock));
   both_.reserve(size_t(anchors * 2 * backbone * 4));
   next_.reserve(size_t(anchors * round_up(backbone, kPanel) * 4));
   x_.reserve(size_t(anchors * round_up(weights_.shape.hidden, kPanel) * 4));

@@ -1,14 +1,16 @@
 // Weight formats and the packed layout that all matrix kernels share. No SIMD here.
 //
 // A matrix W [rows, cols] is cut into panels of 16 output rows, so that one 64-byte load holds the same k of 16 rows.
-// cols is padded with zeros to a multiple of 32 (one quantisation group), rows to a multiple of 16. Panels follow each
-// other; inside a panel, with G = padded cols / 32:
+// Rows are padded with zeros to a multiple of 16, cols to one of 32 (a quantisation group), or of 64 in q8 and q4. Panels
+// follow each other, and each is one stream of aligned 64-byte loads:
 //
 //   f32   [k][16] float
 //   bf16  [k / 2][16][2] bfloat16
-//   q8    scales [G][16] fp16, padded to 64 bytes; then [k / 4][16][4] uint8 = q + 128     (GGUF's Q8_0 grid)
-//   q4    scales [G][16] fp16, padded to 64 bytes; then [k / 8][16][4] uint8: low nibble k + 0..3, high nibble
-//         k + 4..7, each q + 8                                                              (GGUF's Q4_0 grid)
+//   q8    blocks of 64 columns: scales [2 groups][16] fp16, then [16 fours of k][16][4] uint8 = q + 128   (GGUF's Q8_0)
+//   q4    blocks of 64 columns: scales [2 groups][16] fp16, then [8 eights of k][16][4] uint8: low nibble k + 0..3,
+//         high nibble k + 4..7, each q + 8                                                                (GGUF's Q4_0)
+//
+// Scales stand inside the stream, not in front of the panel: a second stream cost a third of the bandwidth.
 #pragma once
 
 #include <cstddef>
@@ -23,6 +25,7 @@ enum class Source : int { f32, bf16, f16 };  // element types found in checkpoin
 
 constexpr int kPanel = 16;  // output rows a panel
 constexpr int kGroup = 32;  // columns that share a scale; also the outputs of one unit of work
+constexpr int kBlock = 64;  // columns of a quantised block: two groups
 constexpr int kTile = 8;    // batch rows that a kernel holds in registers
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -45,18 +48,15 @@ inline bool quantised(Format f) { return f == Format::q8 || f == Format::q4; }
 // Columns held by the four bytes of one activation lane: one float, two bfloat16 or four int8.
 inline int lane_columns(Format f) { return f == Format::f32 ? 1 : f == Format::bf16 ? 2 : 4; }
 
-inline int64_t scale_bytes(Format f, int64_t padded_cols) {
-  return quantised(f) ? round_up(padded_cols / kGroup * kPanel * 2, 64) : 0;
-}
+inline int64_t pad_cols(Format f, int64_t cols) { return round_up(cols, quantised(f) ? kBlock : kGroup); }
+
+// Bytes of a quantised block, its scales included.
+constexpr int64_t kScaleBytes = kBlock / kGroup * kPanel * 2;
+inline int64_t block_bytes(Format f) { return kScaleBytes + kBlock * kPanel / (f == Format::q4 ? 2 : 1); }
 
 inline int64_t panel_bytes(Format f, int64_t padded_cols) {
-  const int64_t elements = padded_cols * kPanel;
-  switch (f) {
-    case Format::f32: return elements * 4;
-    case Format::bf16: return elements * 2;
-    case Format::q8: return scale_bytes(f, padded_cols) + elements;
-    default: return scale_bytes(f, padded_cols) + elements / 2;
-  }
+  if (quantised(f)) return padded_cols / kBlock * block_bytes(f);
+  return padded_cols * kPanel * (f == Format::f32 ? 4 : 2);
 }
 
 // A packed matrix as kernels see it.

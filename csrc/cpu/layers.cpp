@@ -36,7 +36,7 @@ ActView Prepared::view(const Matrix& matrix, int lanes) const {
 }
 
 void LayerRunner::reserve(const std::vector<Layer>& layers, int64_t rows, int64_t context, int threads) {
-  const int64_t whole = round_up(rows, kTile), hidden = round_up(shape_.hidden, kGroup);
+  const int64_t whole = round_up(rows, kTile), hidden = round_up(shape_.hidden, kBlock);
   int64_t widest = hidden, inner = 0, picks = 0, expert_ld = 0, experts = 0, head_dim = 0;
   y_ld_ = hidden;
   for (const Layer& layer : layers) {
@@ -53,7 +53,7 @@ void LayerRunner::reserve(const std::vector<Layer>& layers, int64_t rows, int64_
       expert_ld = hidden;
     }
   }
-  widest = std::max({widest, round_up(attended_ld_, kGroup), inner});
+  widest = std::max({widest, round_up(attended_ld_, kBlock), inner});
   const int64_t expert_lanes = picks + experts * (kTile - 1);
   act.reserve(std::max(whole, expert_lanes), widest);
   inner_.reserve(std::max(whole, expert_lanes), inner);

@@ -55,18 +55,23 @@ inline void panel_bf16(const uint8_t* w, const ActView& act, f32x16* out) {
   for (int m = 0; m < M; ++m) out[m] = even[m] + odd[m];
 }
 
-// One group of 32 columns as integers, then scaled: total += (W_q a_q) * (weight scale * activation scale).
+// Each group of 32 columns as integers, then scaled: total += (W_q a_q) * (weight scale * activation scale).
 template <int M, bool Nibbles>
-inline void panel_quantised(const uint8_t* panel, const ActView& act, f32x16* out) {
+inline void panel_quantised(const uint8_t* w, const ActView& act, f32x16* out) {
   const int step = act.lanes * 4;
   const uint8_t* a = act.data;
   const float* scale = act.scale;
   const int32_t* start = act.start;
-  const uint16_t* weight_scale = reinterpret_cast<const uint16_t*>(panel);
-  const uint8_t* w = panel + paceline::scale_bytes(Nibbles ? Format::q4 : Format::q8, act.padded_cols);
+  const uint16_t* weight_scale = nullptr;
   f32x16 total[M];
   for (int m = 0; m < M; ++m) total[m] = splat(0.0f);
-  for (int64_t k = 0; k < act.padded_cols; k += kGroup, weight_scale += kPanel, scale += act.lanes, start += act.lanes) {
+  for (int64_t k = 0; k < act.padded_cols; k += kGroup, scale += act.lanes, start += act.lanes) {
+    const bool second = k % paceline::kBlock != 0;
+    if (!second) {  // a block begins with the scales of its two groups
+      prefetch(w + kAhead);
+      weight_scale = reinterpret_cast<const uint16_t*>(w);
+      w += paceline::kScaleBytes;
+    }
     i32x16 acc[M];
     for (int m = 0; m < M; ++m) acc[m] = splat(start[m]);
     for (int i = 0; i < (Nibbles ? 4 : 8); ++i, w += 64) {
@@ -81,7 +86,7 @@ inline void panel_quantised(const uint8_t* panel, const ActView& act, f32x16* ou
         a += step;
       }
     }
-    const f32x16 ws = from_half(weight_scale);
+    const f32x16 ws = from_half(weight_scale + second * kPanel);
     for (int m = 0; m < M; ++m)
       total[m] = fma(__builtin_convertvector(acc[m], f32x16), ws * splat(scale[m]), total[m]);
   }
@@ -173,6 +178,12 @@ void prepare(const ActView& act, int64_t row, const float* x, int64_t n) {
   }
 }
 
+// Zeros for the columns that pad a row of activations to whole blocks.
+inline void prepare_padding(const ActView& act, int64_t row, int64_t first_group) {
+  for (int64_t group = first_group; group < act.padded_cols / kGroup; ++group)
+    prepare_group(act, row, group, splat(0.0f), splat(0.0f));
+}
+
 void gated(const MatrixView& gate, const MatrixView* up, const float* factor, int64_t ld, const ActView& act,
            int64_t rows, int64_t begin, int64_t end, const ActView& out) {
   for (int64_t unit = begin; unit < end; ++unit)
@@ -190,6 +201,8 @@ void gated(const MatrixView& gate, const MatrixView* up, const float* factor, in
       }
       for (int m = 0; m < count; ++m)
         prepare_group(out, tile * kTile + m, unit, gelu(y[0][m]) * z[0][m], gelu(y[1][m]) * z[1][m]);
+      if (unit + 1 == gate.units())
+        for (int m = 0; m < count; ++m) prepare_padding(out, tile * kTile + m, unit + 1);
     }
 }
 

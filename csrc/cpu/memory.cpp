@@ -29,7 +29,7 @@ namespace {
 
 MatrixView shape_of(Format format, int64_t rows, int64_t cols) {
   if (rows <= 0 || cols <= 0) throw std::invalid_argument("a matrix needs at least one row and one column");
-  const int64_t padded = round_up(cols, kGroup);
+  const int64_t padded = pad_cols(format, cols);
   return {format, rows, cols, padded, panel_bytes(format, padded), nullptr};
 }
 
@@ -45,9 +45,6 @@ Matrix::Matrix(Format format, int64_t rows, int64_t cols) : view_(shape_of(forma
   view_.data = memory_.data();
   if (rows % kPanel)  // the lanes past the end
     std::fill_n(memory_.data() + (view_.panels() - 1) * view_.stride, view_.stride, uint8_t(0));
-  const int64_t used = view_.padded_cols / kGroup * kPanel * 2, scales = scale_bytes(format, view_.padded_cols);
-  for (int64_t i = 0; i < view_.panels() && used < scales; ++i)  // the padding of the scales
-    std::fill_n(memory_.data() + i * view_.stride + used, scales - used, uint8_t(0));
 }
 
 Matrix::Matrix(Format format, int64_t rows, int64_t cols, const uint8_t* packed) : view_(shape_of(format, rows, cols)) {
@@ -65,7 +62,6 @@ void Matrix::pack(Source type, const void* source, int64_t first, int64_t count)
 void Matrix::fill_random(uint64_t seed) {
   if (!memory_.data()) throw std::invalid_argument("a mapped matrix cannot be filled");
   const Format format = view_.format;
-  const int64_t scales = scale_bytes(format, view_.padded_cols);
   const float spread = 1.0f / std::sqrt(float(view_.cols));
   uint64_t state = seed * 0x9e3779b97f4a7c15u + 1;
   const auto next = [&] {  // xorshift64
@@ -76,12 +72,13 @@ void Matrix::fill_random(uint64_t seed) {
   for (int64_t i = 0; i < view_.panels(); ++i) {
     uint8_t* panel = memory_.data() + i * view_.stride;
     const uint16_t scale = float_to_half(spread / (format == Format::q8 ? 64 : 4));
-    for (int64_t j = 0; j < scales; j += 2) std::memcpy(panel + j, &scale, 2);
     if (quantised(format)) {
-      for (int64_t j = scales; j < view_.stride; j += 8) {
+      for (int64_t j = 0; j < view_.stride; j += 8) {
         const uint64_t bits = next();
         std::memcpy(panel + j, &bits, 8);
       }
+      for (int64_t j = 0; j < view_.stride; j += block_bytes(format))
+        for (int64_t k = 0; k < kScaleBytes; k += 2) std::memcpy(panel + j + k, &scale, 2);
       continue;
     }
     for (int64_t j = 0; j < view_.padded_cols * kPanel; ++j) {

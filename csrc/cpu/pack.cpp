@@ -92,19 +92,18 @@ void pack_row(Format format, uint8_t* panel, int64_t padded_cols, int lane, cons
     for (int64_t k = 0; k < padded_cols; ++k) p[(k / 2 * kPanel + lane) * 2 + k % 2] = float_to_bf16(x[k]);
     return;
   }
-  uint16_t* scales = reinterpret_cast<uint16_t*>(panel);
-  uint8_t* data = panel + scale_bytes(format, padded_cols);
   uint8_t q[kGroup];
   for (int64_t g = 0; g < padded_cols / kGroup; ++g) {
-    uint16_t& scale = scales[g * kPanel + lane];
+    uint8_t* block = panel + g / 2 * block_bytes(format);
+    uint16_t& scale = reinterpret_cast<uint16_t*>(block)[g % 2 * kPanel + lane];
+    uint8_t* data = block + kScaleBytes + g % 2 * (block_bytes(format) - kScaleBytes) / 2 + lane * 4;
     if (format == Format::q8) {
       quantise_q8(x + g * kGroup, scale, q);
-      for (int i = 0; i < kGroup; i += 4) std::memcpy(data + ((g * kGroup + i) / 4 * kPanel + lane) * 4, q + i, 4);
+      for (int i = 0; i < kGroup; i += 4) std::memcpy(data + i / 4 * kPanel * 4, q + i, 4);
     } else {
       quantise_q4(x + g * kGroup, scale, q);
       for (int i = 0; i < kGroup; i += 8)
-        for (int j = 0; j < 4; ++j)
-          data[((g * kGroup + i) / 8 * kPanel + lane) * 4 + j] = uint8_t(q[i + j] | q[i + 4 + j] << 4);
+        for (int j = 0; j < 4; ++j) data[i / 8 * kPanel * 4 + j] = uint8_t(q[i + j] | q[i + 4 + j] << 4);
     }
   }
 }
@@ -123,21 +122,22 @@ void pack_rows(const MatrixView& shape, uint8_t* data, Source type, const void* 
 void unpack_row(const MatrixView& m, int64_t row, float* out) {
   const uint8_t* panel = m.panel(row / kPanel);
   const int64_t lane = row % kPanel;
-  const uint16_t* scales = reinterpret_cast<const uint16_t*>(panel);
-  const uint8_t* data = panel + scale_bytes(m.format, m.padded_cols);
   for (int64_t k = 0; k < m.cols; ++k) {
-    const int64_t group = k / kGroup * kPanel + lane;
+    const uint8_t* block = panel + k / kBlock * block_bytes(m.format);  // of a quantised format
+    const uint16_t* scales = reinterpret_cast<const uint16_t*>(block);
+    const uint8_t* data = block + kScaleBytes;
+    const int64_t group = k / kGroup % 2 * kPanel + lane, i = k % kBlock;
     switch (m.format) {
       case Format::f32: out[k] = reinterpret_cast<const float*>(panel)[k * kPanel + lane]; break;
       case Format::bf16:
         out[k] = bf16_to_float(reinterpret_cast<const uint16_t*>(panel)[(k / 2 * kPanel + lane) * 2 + k % 2]);
         break;
       case Format::q8:
-        out[k] = half_to_float(scales[group]) * float(int(data[(k / 4 * kPanel + lane) * 4 + k % 4]) - 128);
+        out[k] = half_to_float(scales[group]) * float(int(data[(i / 4 * kPanel + lane) * 4 + i % 4]) - 128);
         break;
       case Format::q4: {
-        const uint8_t pair = data[(k / 8 * kPanel + lane) * 4 + k % 4];
-        out[k] = half_to_float(scales[group]) * float(int(k % 8 < 4 ? pair & 15 : pair >> 4) - 8);
+        const uint8_t pair = data[(i / 8 * kPanel + lane) * 4 + i % 4];
+        out[k] = half_to_float(scales[group]) * float(int(i % 8 < 4 ? pair & 15 : pair >> 4) - 8);
         break;
       }
     }

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 FORMATS = ("f32", "bf16", "q8", "q4")
 GROUP = 32
+BLOCK = 64  # columns that quantised matrices are padded to
 PANEL = 16
 OFFSET = {"q8": 128, "q4": 8}  # added to q so that stored weights are unsigned
 
@@ -109,36 +110,29 @@ def matmul(weights: Floats, x: Floats, fmt: str) -> NDArray[np.float64]:
 
 def pack(weights: Floats, fmt: str) -> bytes:
     """The packed bytes of a matrix [outputs, columns]: panels of 16 outputs, see `csrc/cpu/formats.hpp`."""
-    rows = -weights.shape[0] % PANEL
-    x = np.pad(pad_columns(weights), ((0, rows), (0, 0))).reshape(
-        -1, PANEL, weights.shape[1] + -weights.shape[1] % GROUP
-    )
+    rows, columns = weights.shape
+    padded = np.zeros((rows + -rows % PANEL, columns + -columns % (BLOCK if fmt in OFFSET else GROUP)), np.float32)
+    padded[:rows, :columns] = weights
     panels = []
-    for panel in x:  # [16, columns]
+    for first in range(0, len(padded), PANEL):
+        panel = padded[first : first + PANEL]
         if fmt == "f32":
             panels.append(panel.T.tobytes())
         elif fmt == "bf16":
             panels.append(to_bf16(panel).reshape(PANEL, -1, 2).transpose(1, 0, 2).tobytes())
         else:
-            panels.append(_pack_quantised(quantise(panel, fmt), fmt))
-    if fmt in OFFSET and rows:  # lanes past the last row stay zero bytes
-        panels[-1] = _clear_lanes(panels[-1], fmt, PANEL - rows)
+            panels.append(_pack_quantised(quantise(panel, fmt), fmt, min(PANEL, rows - first)))
     return b"".join(panels)
 
 
-def _pack_quantised(panel: Quantised, fmt: str) -> bytes:
-    scales = panel.scales.T.tobytes()  # [groups, 16]
-    unsigned = (panel.q.astype(np.int16) + OFFSET[fmt]).astype(np.uint8).reshape(PANEL, -1)
-    lanes = unsigned.reshape(PANEL, -1, 4)
+def _pack_quantised(panel: Quantised, fmt: str, used: int) -> bytes:
+    """Blocks of two groups, scales first. Lanes from `used` on belong to no row and are zero bytes."""
+    scales = panel.scales.copy()  # [16, groups]
+    unsigned = (panel.q.astype(np.int16) + OFFSET[fmt]).astype(np.uint8)  # [16, groups, 32]
+    scales[used:], unsigned[used:] = 0, 0
+    lanes = unsigned.reshape(PANEL, -1, 4)  # fours of k
     packed = lanes if fmt == "q8" else np.bitwise_or(lanes[:, ::2], np.left_shift(lanes[:, 1::2], 4))
-    return scales + bytes(-len(scales) % 64) + packed.transpose(1, 0, 2).tobytes()
-
-
-def _clear_lanes(panel: bytes, fmt: str, used: int) -> bytes:
-    raw = np.frombuffer(panel, np.uint8).copy()
-    per_group = 32 + (512 if fmt == "q8" else 256)
-    groups = len(raw) // per_group
-    start = groups * 32 + (-groups * 32) % 64
-    raw[: groups * 32].reshape(-1, PANEL, 2)[:, used:] = 0
-    raw[start:].reshape(-1, PANEL, 4)[:, used:] = 0
-    return raw.tobytes()
+    blocks = scales.shape[1] // 2
+    front = scales.T.reshape(blocks, -1).view(np.uint8)  # [blocks, 2 x 16 x 2 bytes]
+    data = packed.transpose(1, 0, 2).reshape(blocks, -1)  # [blocks, fours or eights x 16 x 4 bytes]
+    return np.concatenate([front, data], axis=1).tobytes()
