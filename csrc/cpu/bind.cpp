@@ -66,9 +66,9 @@ void matmul(const Matrix& matrix, const Array<float, 2>& x, nb::ndarray<float, n
   Team(threads).run([&](const Member& m) {
     LayerRunner::each(m, rows, [&](int64_t r) { kernels.prepare(act, r, x.data() + r * x.shape(1), matrix.view().cols); });
     m.barrier();
-    int64_t begin, end;
-    m.share(matrix.view().units(), begin, end);
-    kernels.matmul(matrix.view(), act, rows, begin, end, out.data(), ld);
+    m.deal(matrix.view().units(), [&](int64_t begin, int64_t end) {
+      kernels.matmul(matrix.view(), act, rows, begin, end, out.data(), ld);
+    });
   });
 }
 
@@ -81,8 +81,9 @@ uint64_t checksum(const Array<uint8_t, 1>& data, int threads) {
   std::vector<uint32_t> parts(static_cast<size_t>(chunks));
   nb::gil_scoped_release release;
   Team(threads).run([&](const Member& m) {
-    LayerRunner::each(m, chunks, [&](int64_t i) {
-      parts[size_t(i)] = kernels.checksum(data.data() + i * kChunk, std::min(kChunk, n - i * kChunk));
+    m.deal(chunks, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        parts[size_t(i)] = kernels.checksum(data.data() + i * kChunk, std::min(kChunk, n - i * kChunk));
     });
   });
   uint64_t total = 0xcbf29ce484222325u;

@@ -8,18 +8,20 @@ namespace {
 
 int64_t padded(const MatrixPtr& matrix) { return matrix ? round_up(matrix->view().rows, kPanel) : 0; }
 
-// Visit this member's share of the units of several matrices as if they were one.
+// Deal out the units of several matrices as if they were one.
 template <class F>
-void share_units(const Member& m, const std::vector<const Matrix*>& matrices, F f) {
-  int64_t total = 0, begin, end, first = 0;
+void deal_units(const Member& m, const std::vector<const Matrix*>& matrices, F f) {
+  int64_t total = 0;
   for (const Matrix* matrix : matrices) total += matrix->view().units();
-  m.share(total, begin, end);
-  for (size_t i = 0; i < matrices.size(); ++i) {
-    const int64_t units = matrices[i]->view().units();
-    const int64_t b = std::max(begin - first, int64_t(0)), e = std::min(end - first, units);
-    if (b < e) f(i, b, e);
-    first += units;
-  }
+  m.deal(total, [&](int64_t begin, int64_t end) {
+    int64_t first = 0;
+    for (size_t i = 0; i < matrices.size(); ++i) {
+      const int64_t units = matrices[i]->view().units();
+      const int64_t b = std::max(begin - first, int64_t(0)), e = std::min(end - first, units);
+      if (b < e) f(i, b, e);
+      first += units;
+    }
+  });
 }
 
 }  // namespace
@@ -70,9 +72,9 @@ void LayerRunner::reserve(const std::vector<Layer>& layers, int64_t rows, int64_
 
 void LayerRunner::project(const Member& m, const Matrix& matrix, const ActView& prepared, int64_t rows, float* y,
                           int64_t ld) const {
-  int64_t begin, end;
-  m.share(matrix.view().units(), begin, end);
-  kernels_.matmul(matrix.view(), prepared, rows, begin, end, y, ld);
+  m.deal(matrix.view().units(), [&](int64_t begin, int64_t end) {
+    kernels_.matmul(matrix.view(), prepared, rows, begin, end, y, ld);
+  });
 }
 
 ActView LayerRunner::prepare_rows(const Member& m, const Matrix& matrix, int64_t rows, const float* source,
@@ -116,7 +118,7 @@ void LayerRunner::attention(const Member& m, const Call& call, std::vector<Row>&
   int64_t at[3] = {0, padded(layer.q), padded(layer.q) + padded(layer.k)};
   if (layer.k) parts.push_back(layer.k.get());
   if (layer.v) parts.push_back(layer.v.get());
-  share_units(m, parts, [&](size_t i, int64_t begin, int64_t end) {
+  deal_units(m, parts, [&](size_t i, int64_t begin, int64_t end) {
     kernels_.matmul(parts[i]->view(), prepared, count, begin, end, qkv_.floats() + at[i], qkv_ld_);
   });
   m.barrier();
@@ -153,13 +155,15 @@ void LayerRunner::attention(const Member& m, const Call& call, std::vector<Row>&
 
   const int64_t shared = heads / layer.kv_heads;  // queries a K/V head
   const int64_t calls = (shared + kQueryHeads - 1) / kQueryHeads;
-  each(m, count * layer.kv_heads * calls, [&](int64_t i) {
-    const int64_t r = i / (layer.kv_heads * calls), h = i / calls % layer.kv_heads, part = i % calls;
-    const int64_t first = h * shared + shared * part / calls, stop = h * shared + shared * (part + 1) / calls;
-    const Row& row = rows[size_t(r)];
-    kernels_.attend(call.views[size_t(row.slot)], h, qkv_.floats() + r * qkv_ld_ + first * dim, int(stop - first),
-                    layer.sliding ? row.first_sliding : 0, row.last, scratch,
-                    attended_.floats() + r * attended_ld_ + first * dim);
+  m.deal(count * layer.kv_heads * calls, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t r = i / (layer.kv_heads * calls), h = i / calls % layer.kv_heads, part = i % calls;
+      const int64_t first = h * shared + shared * part / calls, stop = h * shared + shared * (part + 1) / calls;
+      const Row& row = rows[size_t(r)];
+      kernels_.attend(call.views[size_t(row.slot)], h, qkv_.floats() + r * qkv_ld_ + first * dim, int(stop - first),
+                      layer.sliding ? row.first_sliding : 0, row.last, scratch,
+                      attended_.floats() + r * attended_ld_ + first * dim);
+    }
   });
   m.barrier();
   const ActView gathered = prepare_rows(m, *layer.o, count, attended_.floats(), attended_ld_);
@@ -184,9 +188,9 @@ void LayerRunner::feedforward(const Member& m, const Layer& layer, int64_t rows)
   });
   const ActView prepared = prepare_rows(m, *layer.gate, rows, t_.floats(), shape_.hidden);
   const ActView inner = inner_.view(*layer.down, lanes_for(rows));
-  int64_t begin, end;
-  m.share(layer.gate->view().units(), begin, end);
-  kernels_.gated(layer.gate->view(), &layer.up->view(), nullptr, 0, prepared, rows, begin, end, inner);
+  m.deal(layer.gate->view().units(), [&](int64_t begin, int64_t end) {
+    kernels_.gated(layer.gate->view(), &layer.up->view(), nullptr, 0, prepared, rows, begin, end, inner);
+  });
   m.barrier();
   project(m, *layer.down, inner, rows, y_.floats(), y_ld_);
   m.barrier();
@@ -203,9 +207,9 @@ void LayerRunner::per_layer_input(const Member& m, const Call& call, const std::
   });
   const ActView prepared = prepare_rows(m, *layer.ple_gate, count, x_.floats(), shape_.hidden);
   const ActView inner = inner_.view(*layer.ple_projection, lanes_for(count));
-  int64_t begin, end;
-  m.share(layer.ple_gate->view().units(), begin, end);
-  kernels_.gated(layer.ple_gate->view(), nullptr, qkv_.floats(), qkv_ld_, prepared, count, begin, end, inner);
+  m.deal(layer.ple_gate->view().units(), [&](int64_t begin, int64_t end) {
+    kernels_.gated(layer.ple_gate->view(), nullptr, qkv_.floats(), qkv_ld_, prepared, count, begin, end, inner);
+  });
   m.barrier();
   project(m, *layer.ple_projection, inner, count, y_.floats(), y_ld_);
   m.barrier();
@@ -241,13 +245,13 @@ void LayerRunner::mixture(const Member& m, const Layer& layer, int64_t rows) {
   std::vector<const Matrix*> gates, downs;
   for (const Hit& hit : hits_) gates.push_back(e.gate[size_t(hit.expert)].get());
   for (const Hit& hit : hits_) downs.push_back(e.down[size_t(hit.expert)].get());
-  share_units(m, gates, [&](size_t i, int64_t begin, int64_t end) {
+  deal_units(m, gates, [&](size_t i, int64_t begin, int64_t end) {
     const Hit& hit = hits_[i];
     kernels_.gated(gates[i]->view(), &e.up[size_t(hit.expert)]->view(), nullptr, 0, expert_act.tile(hit.tile),
                    hit.rows, begin, end, inner.tile(hit.tile));
   });
   m.barrier();
-  share_units(m, downs, [&](size_t i, int64_t begin, int64_t end) {
+  deal_units(m, downs, [&](size_t i, int64_t begin, int64_t end) {
     const Hit& hit = hits_[i];
     kernels_.matmul(downs[i]->view(), inner.tile(hit.tile), hit.rows, begin, end,
                     expert_out_.floats() + hit.tile * expert_lanes_ * y_ld_, y_ld_);

@@ -89,7 +89,7 @@ class LayerRunner {
   // Prepare `source` [rows][ld] for a matrix, in `act`; ends with a barrier.
   ActView prepare_rows(const Member& m, const Matrix& matrix, int64_t rows, const float* source, int64_t ld) const;
 
-  // y [rows][ld] = matrix times the prepared rows; share of this member. No barrier.
+  // y [rows][ld] = matrix times the prepared rows, dealt out among the members. No barrier.
   void project(const Member& m, const Matrix& matrix, const ActView& act, int64_t rows, float* y, int64_t ld) const;
 
   Prepared act;  // activations for the next matrix

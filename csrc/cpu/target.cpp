@@ -135,13 +135,13 @@ void Target::head(const Member& m, int64_t rows) {
   });
   const ActView act = runner_.prepare_rows(m, *weights_.embedding, rows, hidden_.floats(), hidden);
   const MatrixView& w = weights_.embedding->view();
-  int64_t begin, end;
-  m.share(w.units(), begin, end);
-  kernels_.matmul(w, act, rows, begin, end, logits_.floats(), logits_ld());
-  if (weights_.softcap == 0) return;
-  const int64_t first = begin * kGroup, last = std::min(end * kGroup, logits_ld());
-  for (int64_t r = 0; r < rows && first < last; ++r)
-    kernels_.softcap(logits_.floats() + r * logits_ld() + first, last - first, weights_.softcap);
+  m.deal(w.units(), [&](int64_t begin, int64_t end) {
+    kernels_.matmul(w, act, rows, begin, end, logits_.floats(), logits_ld());
+    if (weights_.softcap == 0) return;
+    const int64_t first = begin * kGroup, last = std::min(end * kGroup, logits_ld());
+    for (int64_t r = 0; r < rows; ++r)
+      kernels_.softcap(logits_.floats() + r * logits_ld() + first, last - first, weights_.softcap);
+  });
 }
 
 }  // namespace paceline

@@ -3,6 +3,7 @@
 // A forward pass has hundreds of short parallel stretches, so members spin at first and sleep only when nothing comes.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <functional>
@@ -17,8 +18,15 @@ class Team;
 struct Member {
   Team& team;
   int id, size;
+  mutable int bag = 0;  // bags opened since the last barrier; the same on every member
 
   void barrier() const;
+
+  // Hand out n items among the members as they come: f(begin, end) until none are left. Shares start large and shrink,
+  // so that a slower processor holds nobody up. All members call it in the same order, with a barrier at the latest
+  // after kBags calls.
+  template <class F>
+  void deal(int64_t n, F f) const;
 
   // This member's share [begin, end) of n items, contiguous.
   void share(int64_t n, int64_t& begin, int64_t& end) const {
@@ -41,6 +49,7 @@ class Team {
 
  private:
   friend struct Member;
+  static constexpr int kBags = 4;
   void serve(int id);
   void meet();
 
@@ -49,12 +58,33 @@ class Team {
   alignas(64) std::atomic<uint32_t> epoch_{0};   // counts calls of run
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<uint32_t> phase_{0};   // counts barriers
+  struct alignas(64) Bag {
+    std::atomic<int64_t> dealt{0};
+  };
+  Bag bags_[kBags];  // emptied by the last to arrive at each barrier
   std::atomic<bool> stop_{false};
   std::vector<std::thread> threads_;
 };
 
 inline void Member::barrier() const {
+  bag = 0;
   if (size > 1) team.meet();
+}
+
+template <class F>
+void Member::deal(int64_t n, F f) const {
+  if (size == 1) {
+    if (n > 0) f(int64_t(0), n);
+    return;
+  }
+  std::atomic<int64_t>& dealt = team.bags_[bag++].dealt;
+  int64_t begin = dealt.load(std::memory_order_relaxed);
+  while (begin < n) {
+    const int64_t end = begin + std::max(int64_t(1), (n - begin) / (2 * size));
+    if (!dealt.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
+    f(begin, end);
+    begin = dealt.load(std::memory_order_relaxed);
+  }
 }
 
 }  // namespace paceline
