@@ -1,0 +1,56 @@
+"""Writing a trained pair as checkpoint folders in the official format, which transformers loads as well."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from paceline.models.drafter import Drafter
+from paceline.models.gemma4 import Gemma4, official_state
+from paceline.train.drafter import drafter_json
+from paceline.train.target import target_json
+from paceline.train.tokenizer import write_tokenizer
+
+
+def write_target(model: Gemma4, tokenizer: Tokenizer, folder: Path, card: str) -> None:
+    """Weights, config, tokenizer, chat template, generation defaults and card."""
+
+    def fill(fresh: Path) -> None:
+        _write_model(fresh, target_json(), official_state(model))
+        write_tokenizer(tokenizer, fresh)
+        (fresh / "README.md").write_text(card)
+
+    _replace_folder(folder, fill)
+
+
+def write_drafter(model: Drafter, folder: Path) -> None:
+    """Weights and config; the tokenizer is the target's."""
+    _replace_folder(folder, lambda fresh: _write_model(fresh, drafter_json(), model.state_dict()))
+
+
+def _write_model(folder: Path, config: dict[str, Any], state: dict[str, Tensor]) -> None:
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tensors = {name: tensor.detach().contiguous() for name, tensor in state.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # it is written readable for its owner only
+
+
+def _replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Fill a fresh folder beside `folder` and move it there, so that a half-written one is never seen."""
+    fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    for leftover in (fresh, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    fill(fresh)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(fresh, folder)
+    shutil.rmtree(old, ignore_errors=True)

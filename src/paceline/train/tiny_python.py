@@ -1,0 +1,95 @@
+"""Train `tiny-python` and `tiny-python-assistant` from the standard library's source: one command, no downloads.
+
+    python -m paceline.train.tiny_python --out DIR --minutes 50 --drafter-minutes 15
+
+Writes `DIR/tiny-python` and `DIR/tiny-python-assistant`. Everything in between (tokenizer, training state, the
+target's own text) is kept in `DIR/work`, from which an interrupted run goes on; delete it to begin anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from paceline.models.drafter import Drafter
+from paceline.models.gemma4 import Gemma4
+from paceline.train.card import Figures, card
+from paceline.train.checkpoint import trained
+from paceline.train.data import Corpus, Sources, standard_library
+from paceline.train.drafter import DrafterRun
+from paceline.train.evaluate import acceptance, held_out_loss, held_out_prompts
+from paceline.train.export import write_drafter, write_target
+from paceline.train.target import TargetRun
+from paceline.train.tokenizer import train_tokenizer
+from paceline.train.workers import Workers
+
+
+def train(out: Path, minutes: float, drafter_minutes: float, threads: int | None, seed: int) -> None:
+    """Tokenizer, target, drafter, figures, files."""
+    work = out / "work"
+    work.mkdir(parents=True, exist_ok=True)
+    workers = Workers(threads)
+    sources = standard_library()
+    tokenizer = kept_tokenizer(work / "tokenizer.json", sources)
+    corpus = Corpus.encode(sources.training, tokenizer)
+    say(f"{len(sources.training)} files, {len(corpus.tokens)} tokens; {len(sources.held_out)} files held out")
+    target = TargetRun(corpus, work, minutes, workers, seed).train(say)
+    drafter = DrafterRun(corpus, work, drafter_minutes, workers, seed).train(target, say)
+    figures = measure(target, drafter, tokenizer, sources, len(corpus.tokens), work, workers.count)
+    say(f"{figures.loss}; acceptance length {figures.on_source.length:.3f}, {figures.generating.length:.3f}")
+    write_target(target, tokenizer, out / "tiny-python", card(target, drafter, figures))
+    write_drafter(drafter, out / "tiny-python-assistant")
+
+
+def kept_tokenizer(path: Path, sources: Sources) -> Tokenizer:
+    if not path.exists():
+        train_tokenizer(sources.training.values()).save(str(path))
+    return Tokenizer.from_file(str(path))
+
+
+def measure(
+    target: Gemma4,
+    drafter: Drafter,
+    tokenizer: Tokenizer,
+    sources: Sources,
+    corpus_tokens: int,
+    work: Path,
+    threads: int,
+) -> Figures:
+    """Figures on the held-out files."""
+    target_seconds, target_tokens = trained(work / "target.pt")
+    drafter_seconds, drafter_tokens = trained(work / "drafter.pt")
+    return Figures(
+        loss=held_out_loss(target, tokenizer, sources.held_out),
+        on_source=acceptance(target, drafter, held_out_prompts(tokenizer, sources.held_out, 12, 128), 2),
+        generating=acceptance(target, drafter, held_out_prompts(tokenizer, sources.held_out, 1, 64), 128),
+        files=len(sources.training),
+        held_out_files=len(sources.held_out),
+        corpus_tokens=corpus_tokens,
+        target_tokens=target_tokens,
+        target_seconds=target_seconds,
+        drafter_tokens=drafter_tokens,
+        drafter_seconds=drafter_seconds,
+        threads=threads,
+    )
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--minutes", type=float, default=50, help="training time of the target (default 50)")
+    parser.add_argument("--drafter-minutes", type=float, default=15, help="training time of the drafter (default 15)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default all)")
+    parser.add_argument("--seed", type=int, default=0, help="of first weights and batches (default 0)")
+    arguments = parser.parse_args()
+    train(arguments.out, arguments.minutes, arguments.drafter_minutes, arguments.threads, arguments.seed)
+
+
+if __name__ == "__main__":
+    main()

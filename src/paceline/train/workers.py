@@ -1,0 +1,32 @@
+"""Threads that each run whole single-threaded jobs.
+
+Splitting a batch over threads needs one barrier a step; PyTorch's own threads need one an operation, which costs dear
+as soon as another program wants a core.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+
+
+class Workers:
+    """A fixed number of threads; PyTorch itself is set to one thread."""
+
+    def __init__(self, count: int | None = None) -> None:
+        self.count = count or os.cpu_count() or 1
+        torch.set_num_threads(1)
+        self._pool = ThreadPoolExecutor(self.count, initializer=torch.set_num_threads, initargs=(1,))
+
+    def run(self, jobs: Sequence[Callable[[], Result]], *, together: bool = True) -> list[Result]:
+        """Run all jobs and return their results in order; one after the other if not `together` (a first call may
+        compile, which wants no company)."""
+        if together:
+            return [future.result() for future in [self._pool.submit(job) for job in jobs]]
+        return [self._pool.submit(job).result() for job in jobs]
