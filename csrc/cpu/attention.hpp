@@ -60,7 +60,7 @@ inline void softmax(float* scores, int64_t width) {
   const f32x16 best = splat(max_lane(top));
   for (int64_t i = 0; i < width; i += 16) {
     const f32x16 x = load<f32x16>(scores + i) - best, e = exp(x);
-    const f32x16 w = x > splat(-80.0f) ? e : splat(0.0f);
+    const f32x16 w = where_greater(x, splat(-80.0f), e, splat(0.0f));
     total = total + w;
     store(scores + i, w);
   }

@@ -1,8 +1,8 @@
 // Weight formats and the packed layout that all matrix kernels share. No SIMD here.
 //
 // A matrix W [rows, cols] is cut into panels of 16 output rows, so that one 64-byte load holds the same k of 16 rows.
-// Rows are padded with zeros to a multiple of 16, cols to one of 32 (a quantisation group), or of 64 in q8 and q4. Panels
-// follow each other, and each is one stream of aligned 64-byte loads:
+// Rows are padded with zeros to a multiple of 16, cols to one of 32 (a quantisation group), or of 64 in q8 and q4.
+// Panels follow each other, and each is one stream of aligned 64-byte loads:
 //
 //   f32   [k][16] float
 //   bf16  [k / 2][16][2] bfloat16

@@ -1,11 +1,15 @@
 // Matrix kernels: one panel of 16 outputs by one tile of up to 8 batch rows, for each weight format.
 //
 // M, the number of rows, is only a loop bound: each row has its own accumulators and the same order of operations
-// for every M. Included by kernels.cpp inside the namespace of an instruction set.
+// for every M. The panel kernels here are those of AVX-512, whose registers hold a panel's sixteen outputs; narrow.hpp
+// has the others. Included by kernels.cpp.
 #pragma once
 
 #include "formats.hpp"
 #include "vec.hpp"
+#if !PACELINE_AVX512
+#include "narrow.hpp"
+#endif
 
 namespace PACELINE_ISA {
 
@@ -15,6 +19,8 @@ using paceline::kGroup;
 using paceline::kPanel;
 using paceline::kTile;
 using paceline::MatrixView;
+
+#if PACELINE_AVX512
 
 constexpr int kAhead = 4096;  // bytes to prefetch ahead of a weight load
 
@@ -117,6 +123,8 @@ inline void panel_tile(Format format, const uint8_t* panel, const ActView& act, 
   }
 }
 
+#endif
+
 inline int tile_rows(int64_t rows, int64_t tile) { return int(rows - tile * kTile < kTile ? rows - tile * kTile : kTile); }
 
 void matmul(const MatrixView& w, const ActView& act, int64_t rows, int64_t begin, int64_t end, float* out, int64_t ld) {
@@ -151,18 +159,16 @@ inline void prepare_group(const ActView& act, int64_t row, int64_t group, f32x16
     return;
   }
   const f32x16 zero = splat(0.0f);
-  const f32x16 m0 = x0 > zero ? x0 : zero - x0, m1 = x1 > zero ? x1 : zero - x1;
+  const f32x16 m0 = max(x0, zero - x0), m1 = max(x1, zero - x1);
   const float top = max_lane(max(m0, m1)), scale = top / 127.0f, inverse = top > 1e-30f ? 127.0f / top : 0.0f;
-  const i32x16 q0 = __builtin_convertvector(round_even(x0 * splat(inverse)), i32x16);
-  const i32x16 q1 = __builtin_convertvector(round_even(x1 * splat(inverse)), i32x16);
+  const i32x16 q0 = convert<i32x16>(round_even(x0 * splat(inverse)));
+  const i32x16 q1 = convert<i32x16>(round_even(x1 * splat(inverse)));
   int8_t t[kGroup];
-  store(t, __builtin_convertvector(q0, i8x16));
-  store(t + 16, __builtin_convertvector(q1, i8x16));
-  int32_t total = 0;
-  for (int i = 0; i < kGroup; ++i) total += t[i];
+  store_bytes(t, q0);
+  store_bytes(t + 16, q1);
   for (int i = 0; i < kGroup / 4; ++i) std::memcpy(p + i * step, t + 4 * i, 4);
   tile.scale[group * act.lanes + lane] = scale;
-  tile.start[group * act.lanes + lane] = -(act.format == Format::q8 ? 128 : 8) * total;
+  tile.start[group * act.lanes + lane] = -(act.format == Format::q8 ? 128 : 8) * sum(q0 + q1);
 }
 
 void prepare(const ActView& act, int64_t row, const float* x, int64_t n) {

@@ -66,7 +66,7 @@ int64_t arg_max(const float* x, int64_t n, float* probability) {
 
 uint32_t checksum(const uint8_t* data, int64_t n) {
   u32x16 hash[8];  // eight chains hide the multiplication's latency
-  for (auto& h : hash) h = (u32x16)splat(int32_t(0x811c9dc5));
+  for (auto& h : hash) h = fill<u32x16>(0x811c9dc5u);
   for (int64_t i = 0; i < n; i += 512)
     for (int j = 0; j < 8; ++j) {
       prefetch(data + i + 64 * j + 4096);

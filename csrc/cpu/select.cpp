@@ -3,10 +3,17 @@
 
 #include "kernels.hpp"
 
+#if PACELINE_HAS_ARM && __linux__
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 namespace generic { extern const paceline::Kernels table; }
 #if PACELINE_HAS_X86
 namespace avx2 { extern const paceline::Kernels table; }
 namespace avx512 { extern const paceline::Kernels table; }
+#elif PACELINE_HAS_ARM
+namespace neon { extern const paceline::Kernels table; }
 #endif
 
 namespace paceline {
@@ -27,6 +34,15 @@ std::vector<Choice> choices() {  // best first
                       __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
   all.push_back({&avx512::table, avx512});
   all.push_back({&avx2::table, avx2});
+#elif PACELINE_HAS_ARM
+#if __linux__
+  const bool dot_product = getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#elif __APPLE__
+  const bool dot_product = true;  // as all their processors have had since 2019
+#else
+  const bool dot_product = false;
+#endif
+  all.push_back({&neon::table, dot_product});
 #endif
   all.push_back({&generic::table, true});
   return all;

@@ -371,11 +371,10 @@ def test_inspect(cli: Cli, model: Path) -> None:
 
 
 @pytest.mark.parametrize("quant", ["f32", "bf16", "q8", "q4"])
-def test_inspect_foretells_the_memory(cli: Cli, model: Path, quant: str) -> None:
-    found = inspect_json(cli, model)
-    told = found["memory"][quant]
-    # Packing pads rows, which shows in matrices as small as these; vectors are not counted by the engine.
-    assert paceline.load(str(model), quant=quant).weight_bytes == pytest.approx(told, rel=0.2)
+def test_inspect_foretells_the_memory(cli: Cli, quant: str) -> None:
+    told = inspect_json(cli, Path("tiny-python"))["memory"][quant]
+    # Vectors are told but not counted by the engine, and packing pads odd rows: little in a model of this size.
+    assert paceline.load("tiny-python", quant=quant).weight_bytes == pytest.approx(told, rel=0.02)
 
 
 def test_inspect_reads_headers_only(cli: Cli, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from paceline import _cpu
+from paceline.checkpoint.hub import ASSETS
 from paceline.engine.step import step
 from paceline.errors import BackendError
 from paceline.quant.blocks import FORMATS
@@ -123,3 +124,19 @@ def test_what_cannot_be_undone_is_refused(pairs) -> None:
     with pytest.raises(BackendError, match="cannot truncate"):
         backend.truncate(s.slot, 500)
     backend.truncate(s.slot, 95)
+
+
+@pytest.mark.parametrize("quant", FORMATS)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_bundled_pair_at_every_depth(quant: str, threads: int) -> None:
+    """A trained pair accepts long lines, on a prompt longer than the sliding window, in chunks of any size."""
+    folders = ASSETS / "tiny-python", ASSETS / "tiny-python-assistant"
+    backend = cpu_backend(*folders, quant, threads=threads, context=512, max_rows=64)
+    prompt = [*list(np.random.default_rng(0).integers(6, 4096, 150)), 10, 20, 30, 40]
+    runs = [
+        run(backend, [sequence(backend, prompt, draft_tokens=depth, max_tokens=40)], chunk=64 - 7 * depth)[0]
+        for depth in range(9)
+    ]
+    for other in runs[1:]:
+        assert_same(runs[0], other)
+    assert max(other.statistics.acceptance_length for other in runs) > 1.2

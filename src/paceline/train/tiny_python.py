@@ -3,7 +3,7 @@
     python -m paceline.train.tiny_python --out DIR --minutes 50 --drafter-minutes 15
 
 Writes `DIR/tiny-python` and `DIR/tiny-python-assistant`. Everything in between (tokenizer, training state, the
-target's own text) is kept in `DIR/work`, from which an interrupted run goes on; delete it to begin anew.
+target's own text) is kept in `DIR/state`, from which an interrupted run goes on; delete it to begin anew.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from paceline.train.workers import Workers
 
 def train(out: Path, minutes: float, drafter_minutes: float, threads: int | None, seed: int) -> None:
     """Tokenizer, target, drafter, figures, files."""
-    work = out / "work"
-    work.mkdir(parents=True, exist_ok=True)
+    state = out / "state"
+    state.mkdir(parents=True, exist_ok=True)
     workers = Workers(threads)
     sources = standard_library()
-    tokenizer = kept_tokenizer(work / "tokenizer.json", sources)
+    tokenizer = kept_tokenizer(state / "tokenizer.json", sources)
     corpus = Corpus.encode(sources.training, tokenizer)
     say(f"{len(sources.training)} files, {len(corpus.tokens)} tokens; {len(sources.held_out)} files held out")
-    target = TargetRun(corpus, work, minutes, workers, seed).train(say)
-    drafter = DrafterRun(corpus, work, drafter_minutes, workers, seed).train(target, say)
-    figures = measure(target, drafter, tokenizer, sources, len(corpus.tokens), work, workers.count)
+    target = TargetRun(corpus, state, minutes, workers, seed).train(say)
+    drafter = DrafterRun(corpus, state, drafter_minutes, workers, seed).train(target, say)
+    figures = measure(target, drafter, tokenizer, sources, len(corpus.tokens), state, workers.count)
     say(f"{figures.loss}; acceptance length {figures.on_source.length:.3f}, {figures.generating.length:.3f}")
     write_target(target, tokenizer, out / "tiny-python", card(target, drafter, figures))
     write_drafter(drafter, out / "tiny-python-assistant")
@@ -55,12 +55,12 @@ def measure(
     tokenizer: Tokenizer,
     sources: Sources,
     corpus_tokens: int,
-    work: Path,
+    state: Path,
     threads: int,
 ) -> Figures:
     """Figures on the held-out files."""
-    target_seconds, target_tokens = trained(work / "target.pt")
-    drafter_seconds, drafter_tokens = trained(work / "drafter.pt")
+    target_seconds, target_tokens = trained(state / "target.pt")
+    drafter_seconds, drafter_tokens = trained(state / "drafter.pt")
     return Figures(
         loss=held_out_loss(target, tokenizer, sources.held_out),
         on_source=acceptance(target, drafter, held_out_prompts(tokenizer, sources.held_out, 12, 128), 2),
