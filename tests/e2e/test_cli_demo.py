@@ -28,7 +28,7 @@ def test_demo(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["demo", "-m", str(model), "--max-tokens", "12", "--quant", "bf16", "--draft-tokens", "2"]) == 0
     out, err = capsys.readouterr()
     assert err == ""
-    assert "class Configuration:" in out
+    assert "class Server:" in out
     lines = out.splitlines()
     assert lines.index("Plain decoding") < next(
         i for i, line in enumerate(lines) if line.startswith("With the drafter")

@@ -26,20 +26,18 @@ if TYPE_CHECKING:
     from paceline.types import Generation
 
 PROMPT = '''\
-"""Reading and writing of simple configuration files."""
-
-import os
-import re
+import socket
+import threading
 
 
-class ConfigurationError(Exception):
-    """Raised when a configuration file cannot be read."""
+class Server:
+    """Serve requests over a socket."""
 
-
-class Configuration:
-    """A mapping of section names to options."""
-
-    def __init__(self, filename=None):'''
+    def handle(self, request):
+        """Handle one request."""
+        try:
+            data = request.recv(1024)
+'''
 TIMED_RUNS = 3
 COLOURS = ("green", "cyan", "blue", "magenta", "yellow")  # of drafted tokens by depth; deeper ones keep the last
 
