@@ -1,6 +1,8 @@
 // A team of threads that runs one function at a time on every member, and meets at barriers inside it.
 //
 // A forward pass has hundreds of short parallel stretches, so members spin at first and sleep only when nothing comes.
+// Where other programs want the processors too, a member that is not running holds all others up at every barrier; a
+// team that notices this goes on with fewer members for a while. Results do not depend on how many there are.
 #pragma once
 
 #include <algorithm>
@@ -44,31 +46,36 @@ class Team {
 
   int size() const { return size_; }
 
-  // Run `work` on every member, the caller being member 0; returns when all are done.
+  // Run `work` on every member taking part, the caller being member 0; returns when all are done.
   void run(const std::function<void(const Member&)>& work);
 
  private:
   friend struct Member;
   static constexpr int kBags = 4;
   void serve(int id);
-  void meet();
+  void meet(int members);
+  void judge(int64_t nanoseconds);
 
   int size_;
+  int active_;               // members taking part in the next run
+  int64_t patience_ = 0;     // runs until all take part again
+  int64_t next_patience_ = 64;
   const std::function<void(const Member&)>* work_ = nullptr;
-  alignas(64) std::atomic<uint32_t> epoch_{0};   // counts calls of run
+  alignas(64) std::atomic<uint64_t> epoch_{0};   // calls of run, times 256, plus the members taking part
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<uint32_t> phase_{0};   // counts barriers
   struct alignas(64) Bag {
     std::atomic<int64_t> dealt{0};
   };
   Bag bags_[kBags];  // emptied by the last to arrive at each barrier
+  std::atomic<int64_t> stalled_{0};  // nanoseconds that members of this run waited without a processor to spin on
   std::atomic<bool> stop_{false};
   std::vector<std::thread> threads_;
 };
 
 inline void Member::barrier() const {
   bag = 0;
-  if (size > 1) team.meet();
+  if (size > 1) team.meet(size);
 }
 
 template <class F>

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from statistics import median
+from time import perf_counter
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -38,7 +39,7 @@ class Server:
         try:
             data = request.recv(1024)
 '''
-TIMED_RUNS = 3
+LEAST_RUNS, MOST_RUNS, ENOUGH_SECONDS = 3, 9, 5.0  # of timing: small models are quick, and noisy
 COLOURS = ("green", "cyan", "blue", "magenta", "yellow")  # of drafted tokens by depth; deeper ones keep the last
 
 Written = tuple[str, tuple[int, ...]]  # text and tokens
@@ -51,11 +52,9 @@ class Comparison:
     plain: float  # tokens/s, median
     drafted: float  # tokens/s, median
     acceptance_length: float
+    speed_up: float  # median of the pairs: their two runs met the same machine
+    runs: int
     same_text: bool
-
-    @property
-    def speed_up(self) -> float:
-        return self.drafted / self.plain
 
 
 def demo(
@@ -97,7 +96,10 @@ def demo(
             f"{model}: stopped after less than two tokens, so there is no speed to compare; try another"
         )
     console.print("\n[dim]timing both in turns ...[/]")  # no spinner: its thread would take part of the processor
-    runs = [_both(engine, max_tokens, draft_tokens) for _ in range(TIMED_RUNS)]
+    runs: list[tuple[Generation, Generation]] = []
+    started = perf_counter()
+    while len(runs) < LEAST_RUNS or (len(runs) < MOST_RUNS and perf_counter() - started < ENOUGH_SECONDS):
+        runs.append(_both(engine, max_tokens, draft_tokens))
     comparison = compare([plain for plain, _ in runs], [drafted for _, drafted in runs], shown)
     _print_table(console, comparison)
     if not comparison.same_text:
@@ -118,6 +120,11 @@ def compare(plain: list[Generation], drafted: list[Generation], shown: list[Writ
         plain=median(generation.statistics.tokens_per_second for generation in plain),
         drafted=median(generation.statistics.tokens_per_second for generation in drafted),
         acceptance_length=median(generation.statistics.acceptance_length for generation in drafted),
+        speed_up=median(
+            after.statistics.tokens_per_second / before.statistics.tokens_per_second
+            for before, after in zip(plain, drafted, strict=True)
+        ),
+        runs=len(plain),
         same_text=len(texts) == 1,
     )
 
@@ -160,4 +167,4 @@ def _print_table(console: Console, comparison: Comparison) -> None:
     table.add_row("same text", "[green]yes[/]" if comparison.same_text else "[bold red]NO[/]")
     console.print()
     console.print(table)
-    console.print(f"[dim]speeds: medians of {TIMED_RUNS} runs each, taken in turns, without the prompt[/]")
+    console.print(f"[dim]speeds: medians of {comparison.runs} runs each, taken in turns, without the prompt[/]")
