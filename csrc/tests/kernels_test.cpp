@@ -12,6 +12,7 @@
 #include <random>
 
 #include "kernels.hpp"
+#include "threads.hpp"
 
 using namespace paceline;
 
@@ -398,14 +399,48 @@ void test_isa(const Kernels& kernels) {
 
 }  // namespace
 
+// More members than processors, and runs that end with some of them left out: every item dealt once, in every run.
+void test_team() {
+  constexpr int64_t n = 997;
+  for (int size : {1, 2, 3, 5}) {
+    Team team(size);
+    for (int run = 0; run < 300; ++run) {
+      std::vector<int64_t> first(n, 0), second(n, 0);
+      team.run([&](const Member& m) {
+        m.deal(n, [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i) first[size_t(i)] += i + run;
+        });
+        m.barrier();
+        m.deal(n, [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i) second[size_t(i)] += first[size_t(i * 7 % n)];
+        });
+        m.barrier();
+        int64_t begin, end;
+        m.share(n, begin, end);
+        for (int64_t i = begin; i < end; ++i) first[size_t(i)] = second[size_t(i * 3 % n)];
+      });
+      bool right = true;
+      for (int64_t i = 0; i < n; ++i)
+        right = right && second[size_t(i)] == i * 7 % n + run && first[size_t(i)] == i * 3 % n * 7 % n + run;
+      check(right, "team", std::to_string(size) + " members lost or repeated work");
+    }
+  }
+}
+
+void report(const char* name, int& failed) {
+  if (failures) std::printf("%s: %d of %d checks FAILED\n", name, failures, checks);
+  else std::printf("%s: %d checks passed\n", name, checks);
+  failed += failures;
+  checks = failures = 0;
+}
+
 int main() {
   int failed = 0;
   for (const std::string& isa : usable_isas()) {
-    checks = failures = 0;
     test_isa(select_kernels(isa));
-    if (failures) std::printf("%s: %d of %d checks FAILED\n", isa.c_str(), failures, checks);
-    else std::printf("%s: %d checks passed\n", isa.c_str(), checks);
-    failed += failures;
+    report(isa.c_str(), failed);
   }
+  test_team();
+  report("team", failed);
   return failed ? 1 : 0;
 }
