@@ -93,6 +93,7 @@ class Worker:
         """Have it measure something; see `MEASUREMENTS` in worker.py."""
         assert self._process.stdin is not None
         time.sleep(SETTLE_SECONDS)
+        if os.environ.get("DBG"): print(time.strftime("%X"), self._name, do, file=sys.stderr, flush=True)
         self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
         self._process.stdin.flush()
         return self._answer()

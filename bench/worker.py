@@ -44,12 +44,13 @@ class Engine(Protocol):
 
 def prompt(engine: Engine, tokens: list[int]) -> float:
     """Milliseconds until the logits of a prompt's last row; the prompt stays in the cache."""
+    engine.read(tokens[:1])  # wakes threads, and maps memory that the system may have taken while others worked
     return _milliseconds(lambda: engine.read(tokens))
 
 
 def forward(engine: Engine, batches: list[list[int]]) -> list[float]:
     """Milliseconds of each batch of rows behind the prompt."""
-    engine.extend(batches[0])  # wakes threads, and maps memory that the engines before it may have claimed
+    engine.extend(batches[0])  # as above
     engine.rewind()
     times = []
     for tokens in batches:
@@ -61,6 +62,8 @@ def forward(engine: Engine, batches: list[list[int]]) -> list[float]:
 def decode(engine: Engine, first: int, count: int) -> float:
     """Tokens a second of a plain greedy loop behind the prompt."""
     token = first
+    engine.extend([first])  # as above
+    engine.rewind()
 
     def loop() -> None:
         nonlocal token

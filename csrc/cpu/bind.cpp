@@ -118,6 +118,7 @@ nb::tuple draft(Drafter& drafter, const Array<int32_t, 1>& slots, const Array<in
   check_cols(int64_t(positions.size()), int64_t(anchors));
   check_cols(int64_t(hidden.shape(0)), int64_t(anchors));
   check_cols(int64_t(hidden.shape(1)), drafter.backbone());
+  if (depth < 1) throw std::invalid_argument("a draft needs at least one step");
   const size_t count = anchors * size_t(depth);
   auto* tokens = new int32_t[count];
   auto* confidence = new float[count];

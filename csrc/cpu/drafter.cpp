@@ -54,7 +54,7 @@ void Drafter::draft(const int32_t* slots, const int32_t* positions, const int32_
       choose(m, anchors, token.data(), sure.data());
       LayerRunner::each(m, anchors, [&](int64_t r) {
         tokens[r * depth + step] = token[size_t(r)];
-        confidence[r * depth + step] = sure[size_t(r)];
+        confidence[r * depth + step] = std::isnan(sure[size_t(r)]) ? 0.0f : sure[size_t(r)];
       });
     }
   });
@@ -153,7 +153,7 @@ void Drafter::centroid_head(const Member& m, int64_t rows, int32_t* token, float
     const float top = logit[kernels.arg_max(logit, top_k * width, &confidence[r])];
     for (int64_t i = 0; i < top_k * width; ++i)  // of equal logits the lowest token
       if (logit[i] == top && id(i) >= 0 && (best < 0 || id(i) < best)) best = id(i);
-    token[r] = best;
+    token[r] = std::max(best, 0);  // damaged weights may leave nothing to choose from; the target will not mind
   });
 }
 

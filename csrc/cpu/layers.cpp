@@ -43,6 +43,7 @@ void LayerRunner::reserve(const std::vector<Layer>& layers, int64_t rows, int64_
   y_ld_ = hidden;
   for (const Layer& layer : layers) {
     qkv_ld_ = std::max(qkv_ld_, padded(layer.q) + padded(layer.k) + padded(layer.v));
+    qkv_ld_ = std::max(qkv_ld_, padded(layer.ple_gate));  // it gathers per-layer inputs too
     attended_ld_ = std::max(attended_ld_, round_up(shape_.heads * layer.head_dim, 16));
     head_dim = std::max(head_dim, layer.head_dim);
     inner = std::max(inner, layer.down->view().padded_cols);

@@ -25,10 +25,17 @@ constexpr auto kAwake = std::chrono::microseconds(2000);        // then sleep un
 }  // namespace
 
 Team::Team(int size) : size_(std::clamp(size, 1, 255)), active_(size_) {
-  for (int id = 1; id < size_; ++id) threads_.emplace_back([this, id] { serve(id); });
+  try {
+    for (int id = 1; id < size_; ++id) threads_.emplace_back([this, id] { serve(id); });
+  } catch (...) {  // the system has no more threads to give
+    dismiss();
+    throw;
+  }
 }
 
-Team::~Team() {
+Team::~Team() { dismiss(); }
+
+void Team::dismiss() {
   stop_ = true;
   epoch_.fetch_add(256);
   epoch_.notify_all();
@@ -48,9 +55,9 @@ void Team::run(const std::function<void(const Member&)>& work) {
   judge(std::chrono::nanoseconds(Clock::now() - start).count());
 }
 
-// If members stood still for a good part of a run, go on with one fewer for some runs, for longer each time it happens.
+// If members stood still for a third of a run, taken over all of them, go on with one fewer for some runs, for longer each time it happens.
 void Team::judge(int64_t nanoseconds) {
-  if (stalled_.load(std::memory_order_relaxed) > nanoseconds / 3) {
+  if (stalled_.load(std::memory_order_relaxed) / (active_ - 1) > nanoseconds / 3) {
     --active_;
     patience_ = next_patience_;
     next_patience_ = std::min<int64_t>(2 * next_patience_, 1024);

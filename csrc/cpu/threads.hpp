@@ -55,6 +55,7 @@ class Team {
   void serve(int id);
   void meet(int members);
   void judge(int64_t nanoseconds);
+  void dismiss();
 
   int size_;
   int active_;               // members taking part in the next run

@@ -9,12 +9,13 @@ from pathlib import Path
 from paceline.backends.cpu.backend import DRAFTER_FORMAT, CpuBackend, default_threads
 from paceline.backends.cpu.sources import check_quant, open_source
 from paceline.checkpoint import Checkpoint, locate, locate_drafter
-from paceline.config import check_pair
+from paceline.config import TargetConfig, check_pair, token_ids
 from paceline.engine.engine import Engine, check_draft_tokens
 from paceline.errors import SettingsError
 from paceline.text.chat import ChatTemplate
 from paceline.text.tokenizer import Tokenizer
 
+MAX_THREADS = 255  # what the native team can count
 DEFAULT_CONTEXT = 32768  # positions; memory is taken as they are used
 
 
@@ -52,6 +53,8 @@ def load(
     check_draft_tokens(draft_tokens)
     check_quant(quant)
     _check_at_least("threads", threads, 1)
+    if threads is not None and threads > MAX_THREADS:
+        raise SettingsError(f"threads is {threads}; it must be at most {MAX_THREADS}")
     _check_at_least("context", context, 2)
     _check_at_least("prompt_chunk", prompt_chunk, 1)
     folder = locate(model)
@@ -79,20 +82,24 @@ def load(
     )
     for source in sources:
         source.keep(notify)
-    generation = checkpoint.generation.get("eos_token_id", config.stop_ids)
     return Engine(
         backend=backend,
         tokenizer=Tokenizer.open(checkpoint.tokenizer_path, checkpoint.tokenizer_config, config.bos_id),
         chat_template=ChatTemplate.open(checkpoint.chat_template_path, checkpoint.tokenizer_config),
         target_config=config,
         drafter_config=draft_config,
-        stop_ids=frozenset([generation] if isinstance(generation, int) else generation or ()),
+        stop_ids=frozenset(_stop_ids(checkpoint, config)),
         quant=target.weights.quant,
         threads=backend.threads,
         weight_bytes=target.weights.nbytes,
         draft_tokens=draft_tokens,
         prompt_chunk=prompt_chunk,
     )
+
+
+def _stop_ids(checkpoint: Checkpoint, config: TargetConfig) -> tuple[int, ...]:
+    name = "generation_config.json: eos_token_id"
+    return token_ids(checkpoint.generation.get("eos_token_id", config.stop_ids), f"{checkpoint.folder}/{name}")
 
 
 def _open_drafter(model: str, folder: Path, choice: str, notify: Callable[[str], None]) -> Checkpoint | None:

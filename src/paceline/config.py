@@ -117,8 +117,10 @@ def target_config(config: Mapping[str, Any]) -> TargetConfig:
         raise CheckpointError(f"model_type is {kind!r}, not a Gemma 4 model ({', '.join(TARGET_TYPES)})")
     text = _text_part(config)
     _refuse_unsupported(text)
-    count = _get(text, "num_hidden_layers")
-    first_shared = count - text.get("num_kv_shared_layers", 0)
+    count = _int(text, "num_hidden_layers")
+    first_shared = count - _int(text, "num_kv_shared_layers", 0, least=0)
+    if first_shared < 0:
+        raise CheckpointError(f"config: num_kv_shared_layers is {count - first_shared} of {count} layers")
     types = _layer_types(text, count)
     layers = []
     for index, kind_of_layer in enumerate(types):
@@ -136,24 +138,32 @@ def target_config(config: Mapping[str, Any]) -> TargetConfig:
                 sliding=not full,
                 head_dim=_head_dim(text, index, full),
                 kv_heads=_kv_heads(text, index, full),
-                intermediate_size=wide * _get(text, "intermediate_size"),
+                intermediate_size=wide * _int(text, "intermediate_size"),
                 kv_source=source,
                 has_v_proj=not shared and not (full and text.get("attention_k_eq_v", False)),
             )
         )
     experts = None
     if text.get("enable_moe_block", False):
-        experts = Experts(_get(text, "num_experts"), _get(text, "top_k_experts"), _get(text, "moe_intermediate_size"))
+        experts = Experts(_int(text, "num_experts"), _int(text, "top_k_experts"), _int(text, "moe_intermediate_size"))
+    if experts and experts.active > experts.count:
+        raise CheckpointError(f"config: top_k_experts is {experts.active} of {experts.count} experts")
+    # gemma4_unified has no such fields: its text config never carries per-layer embeddings
+    ple_size = _int(text, "hidden_size_per_layer_input", 0, least=0)
+    ple_vocab = _int(text, "vocab_size_per_layer_input", 0, least=0)
+    if ple_size and ple_vocab < _int(text, "vocab_size"):
+        raise CheckpointError(f"config: vocab_size_per_layer_input is {ple_vocab}, less than vocab_size")
     return TargetConfig(
         **_common(text, layers),
         model_type=str(kind),
-        softcap=text.get("final_logit_softcapping"),
-        max_positions=text.get("max_position_embeddings", 131072),
-        # gemma4_unified has no such field: its text config never carries per-layer embeddings
-        ple_size=text.get("hidden_size_per_layer_input", 0) or 0,
-        ple_vocab_size=text.get("vocab_size_per_layer_input", 0) or 0,
+        softcap=None
+        if text.get("final_logit_softcapping") is None
+        else _positive(text, "final_logit_softcapping", 30.0),
+        max_positions=_int(text, "max_position_embeddings", 131072, least=2),
+        ple_size=ple_size,
+        ple_vocab_size=ple_vocab,
         experts=experts,
-        stop_ids=_ids(config.get("eos_token_id", text.get("eos_token_id", 1))),
+        stop_ids=token_ids(config.get("eos_token_id", text.get("eos_token_id", 1)), "eos_token_id"),
         bos_id=text.get("bos_token_id", 2),
     )
 
@@ -174,22 +184,22 @@ def drafter_config(config: Mapping[str, Any]) -> DrafterConfig:
             sliding=layer_type == "sliding_attention",
             head_dim=_head_dim(text, index, layer_type == "full_attention"),
             kv_heads=_kv_heads(text, index, layer_type == "full_attention"),
-            intermediate_size=_get(text, "intermediate_size"),
+            intermediate_size=_int(text, "intermediate_size"),
             kv_source=-1,
             has_v_proj=False,
         )
-        for index, layer_type in enumerate(_layer_types(text, _get(text, "num_hidden_layers")))
+        for index, layer_type in enumerate(_layer_types(text, _int(text, "num_hidden_layers")))
     ]
     ordered = config.get("use_ordered_embeddings", False)
-    centroids = _get(config, "num_centroids") if ordered else 0
+    centroids = _int(config, "num_centroids") if ordered else 0
     top_k = config.get("centroid_intermediate_top_k", 32) if ordered else 0
-    vocab = _get(text, "vocab_size")
+    vocab = _int(text, "vocab_size")
     if ordered and (vocab % centroids or not 0 < top_k <= centroids):
         raise CheckpointError(f"config: {centroids} centroids (top {top_k}) do not divide a vocabulary of {vocab}")
     return DrafterConfig(
         **_common(text, layers),
         model_type=str(kind),
-        backbone_hidden_size=_get(config, "backbone_hidden_size"),
+        backbone_hidden_size=_int(config, "backbone_hidden_size"),
         centroids=centroids,
         centroid_top_k=top_k,
     )
@@ -225,11 +235,22 @@ def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return text
 
 
-def _get(config: Mapping[str, Any], key: str) -> Any:
+def _int(config: Mapping[str, Any], key: str, default: int | None = None, least: int = 1) -> int:
     value = config.get(key)
+    value = default if value is None else value
     if value is None:
         raise CheckpointError(f"config: {key} is missing")
+    if type(value) is not int or value < least:
+        raise CheckpointError(f"config: {key} is {value!r}; it must be a whole number from {least}")
     return value
+
+
+def _positive(config: Mapping[str, Any], key: str, default: float) -> float:
+    value = config.get(key)
+    value = default if value is None else value
+    if type(value) not in (int, float) or not 0 < value < float("inf"):
+        raise CheckpointError(f"config: {key} is {value!r}; it must be a number above 0")
+    return float(value)
 
 
 def _refuse_unsupported(text: Mapping[str, Any]) -> None:
@@ -245,19 +266,19 @@ def _refuse_unsupported(text: Mapping[str, Any]) -> None:
 
 
 def _common(text: Mapping[str, Any], layers: list[Layer]) -> dict[str, Any]:
-    heads = _get(text, "num_attention_heads")
+    heads = _int(text, "num_attention_heads")
     for index, layer in enumerate(layers):
         if layer.kv_heads <= 0 or heads % layer.kv_heads or layer.head_dim % 2:
             raise CheckpointError(
                 f"config: layer {index} has {heads} heads over {layer.kv_heads} K/V heads of {layer.head_dim}"
             )
     return {
-        "vocab_size": _get(text, "vocab_size"),
-        "hidden_size": _get(text, "hidden_size"),
+        "vocab_size": _int(text, "vocab_size"),
+        "hidden_size": _int(text, "hidden_size"),
         "heads": heads,
         "layers": tuple(layers),
-        "sliding_window": _get(text, "sliding_window"),
-        "rms_eps": text.get("rms_norm_eps", 1e-6),
+        "sliding_window": _int(text, "sliding_window"),
+        "rms_eps": _positive(text, "rms_norm_eps", 1e-6),
         "rope_sliding": _rope(text, "sliding_attention"),
         "rope_full": _rope(text, "full_attention"),
     }
@@ -282,7 +303,7 @@ def _override(text: Mapping[str, Any], index: int) -> Mapping[str, Any]:
 
 
 def _head_dim(text: Mapping[str, Any], index: int, full: bool) -> int:
-    dim = _get(text, "head_dim")
+    dim = _int(text, "head_dim")
     if full:
         dim = _override(text, index).get("head_dim") or text.get("global_head_dim") or _default_full_head_dim(text, dim)
     return int(dim)
@@ -294,7 +315,7 @@ def _default_full_head_dim(text: Mapping[str, Any], head_dim: int) -> int:
 
 
 def _kv_heads(text: Mapping[str, Any], index: int, full: bool) -> int:
-    heads = _get(text, "num_key_value_heads")
+    heads = _int(text, "num_key_value_heads")
     if full:
         shared = text.get("num_global_key_value_heads") if text.get("attention_k_eq_v", False) else None
         heads = _override(text, index).get("num_key_value_heads") or shared or heads
@@ -313,7 +334,13 @@ def _rope(text: Mapping[str, Any], layer_type: str) -> Rope:
     return Rope(float(given.get("rope_theta", default.theta)), float(factor))
 
 
-def _ids(value: object) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return tuple(int(v) for v in value) if isinstance(value, (list, tuple)) else (int(str(value)),)
+def token_ids(value: object, key: str) -> tuple[int, ...]:
+    """The token ids of a setting that holds none, one or a list of them.
+
+    Raises:
+        CheckpointError: it holds something else.
+    """
+    values = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+    if not all(type(item) is int for item in values):
+        raise CheckpointError(f"{key} is {value!r}; it must be a token id or a list of them")
+    return tuple(values)

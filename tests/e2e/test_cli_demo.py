@@ -55,7 +55,7 @@ def test_demo_needs_a_drafter(model: Path, tmp_path: Path, capsys: pytest.Captur
 
 def test_demo_needs_some_text(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["demo", "-m", str(model), "--quant", "f32", "--max-tokens", "1"]) == 2
-    assert "less than two tokens" in capsys.readouterr().err.splitlines()[-1]
+    assert "greater than or equal to 2" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_ctrl_c(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

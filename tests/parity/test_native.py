@@ -12,7 +12,7 @@ import transformers as hf
 
 from paceline.backends.cpu.backend import CpuBackend
 from paceline.types import Anchors, Batch
-from tests.parity.fixtures import SHAPES, VOCABULARY, WINDOW, write_pair
+from tests.parity.fixtures import SHAPES, VOCABULARY, WINDOW, _randomise, write_pair
 from tests.parity.test_torch_truth import head_of, read_pair
 from tests.support import cpu_backend, run, sequence
 
@@ -150,3 +150,42 @@ def test_bfloat16_checkpoints(tmp_path: Path, shape: str) -> None:
     backend = cpu_backend(target, None, max_rows=ROWS)
     ours = feed(backend, backend.open_slot(), tokens).logits
     assert np.abs(ours - theirs.numpy()).max() <= 2e-3 * np.abs(theirs.numpy()).max()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"hidden_size_per_layer_input": 512, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 16},
+        {"hidden_size_per_layer_input": 48, "hidden_size": 80, "intermediate_size": 72, "head_dim": 48},
+        {"vocab_size": 497, "vocab_size_per_layer_input": 497, "sliding_window": 1, "intermediate_size": 20},
+    ],
+    ids=["wide per-layer embeddings", "odd widths", "odd vocabulary, window of one"],
+)
+def test_odd_shapes(tmp_path: Path, odd: dict) -> None:
+    settings = {
+        "vocab_size": VOCABULARY,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "hidden_size": 64,
+        "hidden_size_per_layer_input": 32,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "global_head_dim": 16,
+        "sliding_window": WINDOW,
+    }
+    torch.manual_seed(0)
+    model = hf.Gemma4ForCausalLM(hf.Gemma4TextConfig(**{**settings, **odd})).eval()
+    _randomise(model)
+    model.save_pretrained(tmp_path)
+    tokens = prompt() % 497
+    theirs = model(input_ids=torch.from_numpy(tokens).long()[None]).logits[0]
+    for chunk in (1, 7, ROWS):
+        backend = cpu_backend(tmp_path, None, max_rows=ROWS, threads=2)
+        slot = backend.open_slot()
+        parts = [feed(backend, slot, tokens[i : i + chunk], i).logits.copy() for i in range(0, ROWS, chunk)]
+        assert_close(np.concatenate(parts), theirs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import cache
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 
 from paceline import _cpu
 from paceline.checkpoint.hub import ASSETS
@@ -140,3 +142,16 @@ def test_the_bundled_pair_at_every_depth(quant: str, threads: int) -> None:
     for other in runs[1:]:
         assert_same(runs[0], other)
     assert max(other.statistics.acceptance_length for other in runs) > 1.2
+
+
+@pytest.mark.parametrize("head", ["centroid", "dense"])
+def test_a_drafter_with_damaged_weights_changes_nothing(pairs, tmp_path: Path, head: str) -> None:
+    target, drafter = pairs("e2b", 0, head)
+    damaged = tmp_path / "damaged"
+    shutil.copytree(drafter, damaged)
+    tensors = load_file(damaged / "model.safetensors")
+    tensors["pre_projection.weight"][0, 0] = np.nan
+    save_file(tensors, damaged / "model.safetensors")
+    prompt = list(range(3, 30))
+    plain = generate((target, drafter), "f32", prompt, depth=0, chunk=32)
+    assert_same(plain, generate((target, damaged), "f32", prompt, depth=4, chunk=32))

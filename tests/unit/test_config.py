@@ -175,3 +175,27 @@ def assert_no_pair(target: dict[str, Any], drafter: dict[str, Any], *numbers: st
     assert "\n" not in message
     assert all(number in message for number in numbers)
     assert "--drafter none" in message
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ({"sliding_window": "8"}, "sliding_window is '8'"),
+        ({"sliding_window": 0}, "sliding_window is 0"),
+        ({"rms_norm_eps": "x"}, "rms_norm_eps is 'x'"),
+        ({"final_logit_softcapping": "x"}, "final_logit_softcapping is 'x'"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings is 0"),
+        ({"num_kv_shared_layers": 99}, "num_kv_shared_layers is 99"),
+        ({"vocab_size_per_layer_input": 7}, "vocab_size_per_layer_input is 7"),
+        ({"eos_token_id": 1.5}, "eos_token_id is 1.5"),
+        (
+            {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 5, "moe_intermediate_size": 8},
+            "5 of 4 experts",
+        ),
+    ],
+)
+def test_values_that_make_no_sense_are_refused(setting: dict[str, Any], says: str) -> None:
+    from paceline.bench.shapes import TARGETS
+
+    with pytest.raises(CheckpointError, match=says):
+        target_config({**TARGETS["e2b"], **setting})

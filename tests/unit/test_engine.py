@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from paceline.backends.fake import FakeBackend
@@ -50,7 +51,7 @@ def test_prompts_of_every_kind() -> None:
     assert e.encode("ab", raw=True) == [2, 33, 34]
     assert e.encode("ab") == e.tokenizer.encode("[user]ab")
     assert e.encode([{"role": "system", "content": "x"}]) == e.tokenizer.encode("[system]x")
-    assert e.encode([5, 6]) == [5, 6]
+    assert e.encode([5, 6]) == e.encode(np.array([5, 6])) == [5, 6]
 
 
 @pytest.mark.parametrize(
@@ -60,6 +61,9 @@ def test_prompts_of_every_kind() -> None:
         ([5, 64], "token 64 is outside"),
         ([-1], "token -1 is outside"),
         ([5, {"role": "user", "content": "x"}], "mixes"),
+        ([5, "x"], "'x', which is neither"),
+        ([5, True], "True, which is neither"),
+        ([5.5], "5.5, which is neither"),
         ([1] * 64, "64 tokens and the context holds 64"),
     ],
 )

@@ -12,7 +12,6 @@ import typer
 from paceline.cli.options import (
     DEFAULT_MODEL,
     DrafterOption,
-    MaxTokensOption,
     ModelOption,
     QuantOption,
     ThreadsOption,
@@ -63,7 +62,7 @@ def demo(
     quant: QuantOption = "auto",
     threads: ThreadsOption = None,
     draft_tokens: Annotated[int, typer.Option(help="Tokens to draft in each round.", min=1)] = 4,
-    max_tokens: MaxTokensOption = 200,
+    max_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.", min=2)] = 200,
 ) -> None:
     """Watch a model write with and without its drafter.
 

@@ -77,6 +77,8 @@ def generate(
 
 
 def _read_stdin() -> str:
+    if sys.stdin is None:
+        raise PromptError("stdin: is closed; give the prompt as an argument")
     data = sys.stdin.buffer.read()
     try:
         return data.decode()

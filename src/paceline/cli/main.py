@@ -38,6 +38,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
         code = app(arguments, prog_name="paceline", standalone_mode=False)
     except PacelineError as error:
         return _fail(str(error))
+    except MemoryError:
+        return _fail("not enough memory; use --quant q4 or a smaller model")
+    except OSError as error:  # stdin or stdout: everything else has its own error
+        return _fail(f"cannot read or write ({error.strerror}); check where input and output go")
     except typer.TyperException as error:  # a wrong option or argument
         return _fail(f"{error.format_message()} (see paceline --help)")
     return code if isinstance(code, int) else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from numbers import Integral
 from types import TracebackType
 from typing import Any
 
@@ -66,7 +67,7 @@ class Engine:
         if len(tokens) >= self.backend.context:
             raise PromptError(
                 f"the prompt has {len(tokens)} tokens and the context holds {self.backend.context}; "
-                "shorten it or load the model with a longer context"
+                "shorten it, or load with a longer context if the model allows one"
             )
         return Stream(self, tokens, max_tokens, depth)
 
@@ -87,17 +88,23 @@ class Engine:
             else:
                 tokens = self._encode_chat([{"role": "user", "content": prompt}])
         else:
-            ids = [item for item in prompt if isinstance(item, int)]
-            messages = [item for item in prompt if isinstance(item, Mapping)]
-            if ids and messages:
-                raise PromptError("the prompt mixes token ids and messages; give one or the other")
-            tokens = self._encode_chat(messages) if messages else ids
+            tokens = self._encode_items(list(prompt))
         if not tokens:
             raise PromptError("the prompt is empty; give at least one token")
         beyond = next((token for token in tokens if not 0 <= token < self.backend.vocab_size), None)
         if beyond is not None:
             raise PromptError(f"token {beyond} is outside the model's vocabulary of {self.backend.vocab_size}")
         return tokens
+
+    def _encode_items(self, items: list[Any]) -> list[int]:
+        ids = [int(item) for item in items if isinstance(item, Integral) and not isinstance(item, bool)]
+        messages = [item for item in items if isinstance(item, Mapping)]
+        if ids and messages:
+            raise PromptError("the prompt mixes token ids and messages; give one or the other")
+        if len(ids) + len(messages) != len(items):
+            odd = next(item for item in items if isinstance(item, bool) or not isinstance(item, Integral | Mapping))
+            raise PromptError(f"the prompt holds {odd!r}, which is neither a token id nor a message")
+        return self._encode_chat(messages) if messages else ids
 
     def _encode_chat(self, messages: list[Mapping[str, Any]]) -> list[int]:
         if self.chat_template is None:

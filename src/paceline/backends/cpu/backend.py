@@ -59,15 +59,19 @@ class CpuBackend:
         self.vocab_size = config.vocab_size
         self.context = context
         self.max_rows = max_rows
-        self._target = _cpu.Target(
-            load_target(config, weights),
-            isa=isa,
-            threads=threads,
-            slots=slots,
-            context=context,
-            max_rows=max_rows,
-            bf16_cache=weights.quant != "f32",
-        )
+        loaded = load_target(config, weights)
+        try:
+            self._target = _cpu.Target(
+                loaded,
+                isa=isa,
+                threads=threads,
+                slots=slots,
+                context=context,
+                max_rows=max_rows,
+                bf16_cache=weights.quant != "f32",
+            )
+        except RuntimeError as error:  # std::system_error
+            raise BackendError(f"cannot start {threads} threads ({error}); use fewer") from error
         self._drafter = _cpu.Drafter(load_drafter(*drafter), self._target) if drafter else None
         self._free = list(range(slots))[::-1]
 
