@@ -44,6 +44,7 @@ FORMATS = {"bf16": tuple(ENGINES), "q8": ("paceline", LLAMA), "q4": ("paceline",
 ROWS = (1, 2, 4, 8, 16)
 CHECKED_ROWS = 64
 PROMPT_REPEATS, DECODE_REPEATS = 2, 3  # the slow parts of a run
+QUIET_SHARE = 0.75  # a machine left alone reads memory about as fast throughout
 SETTLE_SECONDS = 0.3  # threads of the engine before may still spin
 RESERVE = 64  # positions beyond the context, for decoding
 
@@ -93,7 +94,6 @@ class Worker:
         """Have it measure something; see `MEASUREMENTS` in worker.py."""
         assert self._process.stdin is not None
         time.sleep(SETTLE_SECONDS)
-        if os.environ.get("DBG"): print(time.strftime("%X"), self._name, do, file=sys.stderr, flush=True)
         self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
         self._process.stdin.flush()
         return self._answer()
@@ -147,6 +147,7 @@ def compare(options: Options) -> dict[str, Any]:
         for fmt in options.formats:
             with ExitStack() as stack:
                 names = [name for name in FORMATS[fmt] if name in options.engines]
+                print(f"measuring {fmt}: {', '.join(names)}", file=sys.stderr)
                 workers = {name: stack.enter_context(Worker(options, name, fmt)) for name in names}
                 seen = _take_turns(options, workers, bandwidth, random)
                 for name, worker in workers.items():
@@ -167,6 +168,7 @@ def compare(options: Options) -> dict[str, Any]:
         "context": options.context,
         "repeats": options.repeats,
         "read_bandwidth_gb_s": bandwidth.median,
+        "read_bandwidth_range_gb_s": [min(bandwidth.seen), max(bandwidth.seen)],
         "engines": engines,
         "times_paceline": {name: _ratios(engines, name) for name in engines if not name.startswith("paceline ")},
         "versions": versions,
@@ -266,7 +268,13 @@ def print_report(report: dict[str, Any]) -> None:
         out.print(table)
     deviation = next(iter(report["engines"].values()))["against_paceline_f32"]["logits_deviation"]
     out.print(f"standard deviation of the logits: {deviation:.2f}")
-    out.print(f"reading memory: {report['read_bandwidth_gb_s']:.1f} GB/s with {report['threads']} threads")
+    least, most = report["read_bandwidth_range_gb_s"]
+    out.print(
+        f"reading memory: {report['read_bandwidth_gb_s']:.1f} GB/s with {report['threads']} threads, "
+        f"{least:.1f} to {most:.1f} during the run"
+    )
+    if least < QUIET_SHARE * most:
+        out.print("other work disturbed this run: do not quote it")
     out.print("; ".join(report["versions"].values()))
 
 
@@ -285,7 +293,7 @@ def parse(arguments: Sequence[str]) -> Options:
     parser.add_argument("--threads", type=int, default=default_threads(), help="of every engine (%(default)s)")
     parser.add_argument("--context", type=int, default=512, help="tokens of the prompt, and in the cache (%(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="turns of the passes; medians are shown (%(default)s)")
-    parser.add_argument("--tokens", type=int, default=16, help="tokens of a decoding run (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=8, help="tokens of a decoding run (%(default)s)")
     parser.add_argument("--prepare", action="store_true", help="write the files and stop")
     given = vars(parser.parse_args(arguments))
     for name, known in (("formats", FORMATS), ("engines", ENGINES)):

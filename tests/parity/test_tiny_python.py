@@ -10,7 +10,7 @@ import transformers as hf
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
-import paceline
+import paceline.errors
 from paceline.config import check_pair, drafter_config, target_config
 from paceline.models.drafter import Drafter, load_drafter
 from paceline.models.gemma4 import Gemma4, load_target
@@ -18,7 +18,7 @@ from paceline.train.evaluate import acceptance, greedy, held_out_prompts
 from paceline.train.tokenizer import SPECIAL
 from tests.parity.fixtures import read_config
 
-TARGET = Path(paceline.__path__[0]) / "assets" / "tiny-python"
+TARGET = Path(paceline.errors.__file__).parent / "assets" / "tiny-python"
 DRAFTER = TARGET.with_name("tiny-python-assistant")
 SOURCE = '''\
 """Reading and writing of simple tables."""

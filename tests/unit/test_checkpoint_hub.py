@@ -12,7 +12,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-import paceline
+import paceline.errors
 from paceline.checkpoint import locate, locate_drafter
 from paceline.errors import CheckpointError
 from tests.unit.checkpoints import TARGET, target_weights, write, write_drafter, write_target
@@ -80,7 +80,7 @@ def test_names_that_are_neither(model: str, hub: object) -> None:
 def test_the_bundled_pair(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "tiny-python").mkdir()
     monkeypatch.chdir(tmp_path)
-    assets = Path(paceline.__path__[0]) / "assets"
+    assets = Path(paceline.errors.__file__).parent / "assets"
     assert locate("tiny-python") == assets / "tiny-python"
     assert locate("tiny-python-assistant") == assets / "tiny-python-assistant"
     assert locate("./tiny-python").samefile(tmp_path / "tiny-python")
