@@ -10,7 +10,10 @@ import pytest
 import torch
 import transformers as hf
 
+from paceline import _cpu
 from paceline.backends.cpu.backend import CpuBackend
+from paceline.checkpoint import Checkpoint, resolve
+from paceline.quant import blocks
 from paceline.types import Anchors, Batch
 from tests.parity.fixtures import SHAPES, VOCABULARY, WINDOW, _randomise, write_pair
 from tests.parity.test_torch_truth import head_of, read_pair
@@ -189,3 +192,18 @@ def test_odd_shapes(tmp_path: Path, odd: dict) -> None:
         slot = backend.open_slot()
         parts = [feed(backend, slot, tokens[i : i + chunk], i).logits.copy() for i in range(0, ROWS, chunk)]
         assert_close(np.concatenate(parts), theirs)
+
+
+@pytest.mark.parametrize("isa", _cpu.usable_isas())
+@pytest.mark.parametrize("quant", blocks.FORMATS)
+def test_logits_are_the_oracles_product(tmp_path: Path, quant: str, isa: str) -> None:
+    """From the hidden states on, logits are exact integer sums in q8 and q4, up to float rounding."""
+    target, _ = write_pair(tmp_path, "e2b", seed=5)
+    checkpoint = Checkpoint.open(target)
+    config = checkpoint.target_config()
+    table = resolve(checkpoint, config)["embed_tokens.weight"].read()
+    backend = cpu_backend(target, None, quant, max_rows=ROWS, isa=isa)
+    output = feed(backend, backend.open_slot(), prompt())
+    product = blocks.matmul(table, output.hidden, quant)
+    expected = config.softcap * np.tanh(product / config.softcap) if config.softcap else product
+    assert np.abs(output.logits - expected).max() <= 2e-6 * np.abs(expected).max()
