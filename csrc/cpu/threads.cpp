@@ -55,14 +55,16 @@ void Team::run(const std::function<void(const Member&)>& work) {
   judge(std::chrono::nanoseconds(Clock::now() - start).count());
 }
 
-// If members stood still for a third of a run, taken over all of them, go on with one fewer for some runs, for longer each time it happens.
+// If members stood still for a third of a run, on average, and not just once in a while, go on with one fewer for some
+// runs, for longer each time it happens.
 void Team::judge(int64_t nanoseconds) {
-  if (stalled_.load(std::memory_order_relaxed) / (active_ - 1) > nanoseconds / 3) {
+  if (stalled_.load(std::memory_order_relaxed) / (active_ - 1) <= nanoseconds / 3) {
+    if (crowded_ > 0 && --crowded_ == 0) next_patience_ = 16;
+  } else if (++crowded_ >= 4) {
+    crowded_ = 3;  // the next such run is enough
     --active_;
     patience_ = next_patience_;
     next_patience_ = std::min<int64_t>(2 * next_patience_, 1024);
-  } else if (active_ == size_) {
-    next_patience_ = 64;
   }
 }
 

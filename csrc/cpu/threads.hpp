@@ -60,7 +60,8 @@ class Team {
   int size_;
   int active_;               // members taking part in the next run
   int64_t patience_ = 0;     // runs until all take part again
-  int64_t next_patience_ = 64;
+  int64_t next_patience_ = 16;
+  int crowded_ = 0;          // held-up runs, less those that were not
   const std::function<void(const Member&)>* work_ = nullptr;
   alignas(64) std::atomic<uint64_t> epoch_{0};   // calls of run, times 256, plus the members taking part
   alignas(64) std::atomic<int> arrived_{0};
