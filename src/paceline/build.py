@@ -52,11 +52,9 @@ def load(
     """
     check_draft_tokens(draft_tokens)
     check_quant(quant)
-    _check_at_least("threads", threads, 1)
-    if threads is not None and threads > MAX_THREADS:
-        raise SettingsError(f"threads is {threads}; it must be at most {MAX_THREADS}")
-    _check_at_least("context", context, 2)
-    _check_at_least("prompt_chunk", prompt_chunk, 1)
+    _check_range("threads", threads, 1, MAX_THREADS)
+    _check_range("context", context, 2)
+    _check_range("prompt_chunk", prompt_chunk, 1)
     folder = locate(model)
     checkpoint = Checkpoint.open(folder)
     config = checkpoint.target_config()
@@ -64,7 +62,11 @@ def load(
     draft_config = draft_checkpoint.drafter_config() if draft_checkpoint else None
     if draft_config:
         check_pair(config, draft_config)
-    threads = threads or default_threads()
+    # What is quick to read comes before the weights, so that what is missing is said at once.
+    tokenizer = Tokenizer.open(checkpoint.tokenizer_path, checkpoint.tokenizer_config, config.bos_id)
+    template = ChatTemplate.open(checkpoint.chat_template_path, checkpoint.tokenizer_config)
+    stop_ids = frozenset(_stop_ids(checkpoint, config))
+    threads = threads or min(default_threads(), MAX_THREADS)
     target = open_source(checkpoint, config, quant, threads, notify=notify, progress=progress)
     sources = [target]
     pair = None
@@ -84,11 +86,11 @@ def load(
         source.keep(notify)
     return Engine(
         backend=backend,
-        tokenizer=Tokenizer.open(checkpoint.tokenizer_path, checkpoint.tokenizer_config, config.bos_id),
-        chat_template=ChatTemplate.open(checkpoint.chat_template_path, checkpoint.tokenizer_config),
+        tokenizer=tokenizer,
+        chat_template=template,
         target_config=config,
         drafter_config=draft_config,
-        stop_ids=frozenset(_stop_ids(checkpoint, config)),
+        stop_ids=stop_ids,
         quant=target.weights.quant,
         threads=backend.threads,
         weight_bytes=target.weights.nbytes,
@@ -111,6 +113,8 @@ def _open_drafter(model: str, folder: Path, choice: str, notify: Callable[[str],
     return Checkpoint.open(found)
 
 
-def _check_at_least(name: str, value: int | None, least: int) -> None:
+def _check_range(name: str, value: int | None, least: int, most: int | None = None) -> None:
     if value is not None and value < least:
         raise SettingsError(f"{name} is {value}; it must be at least {least}")
+    if value is not None and most is not None and value > most:
+        raise SettingsError(f"{name} is {value}; it must be at most {most}")
