@@ -64,9 +64,12 @@ void matmul(const Matrix& matrix, const Array<float, 2>& x, nb::ndarray<float, n
   const ActView act = prepared.view(matrix, lanes_for(rows));
   nb::gil_scoped_release release;
   Team(threads).run([&](const Member& m) {
-    LayerRunner::each(m, rows, [&](int64_t r) { kernels.prepare(act, r, x.data() + r * x.shape(1), matrix.view().cols); });
+    const int64_t cols = matrix.view().cols;
+    LayerRunner::each(m, rows, [&](int64_t r) {
+      kernels.prepare(act, r, x.data() + r * cols, cols, 0, act.padded_cols / kGroup);
+    });
     m.barrier();
-    m.deal(matrix.view().units(), [&](int64_t begin, int64_t end) {
+    m.deal(matrix.view().units(), 1, [&](int64_t begin, int64_t end) {
       kernels.matmul(matrix.view(), act, rows, begin, end, out.data(), ld);
     });
   });
@@ -81,7 +84,7 @@ uint64_t checksum(const Array<uint8_t, 1>& data, int threads) {
   std::vector<uint32_t> parts(static_cast<size_t>(chunks));
   nb::gil_scoped_release release;
   Team(threads).run([&](const Member& m) {
-    m.deal(chunks, [&](int64_t begin, int64_t end) {
+    m.deal(chunks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
         parts[size_t(i)] = kernels.checksum(data.data() + i * kChunk, std::min(kChunk, n - i * kChunk));
     });

@@ -14,6 +14,8 @@ Drafter::Drafter(DrafterWeights weights, std::shared_ptr<Target> target)
     if (source < 0) throw std::invalid_argument("the target has no cache for one of the drafter's layers");
     views_.push_back(&target_->views(source));
   }
+  if (first_head().view().format != weights_.post_projection->view().format)
+    throw std::invalid_argument("a drafter's head and post projection have one format: they meet the same rows");
 }
 
 void Drafter::draft(const int32_t* slots, const int32_t* positions, const int32_t* newest, const float* hidden,
@@ -33,10 +35,11 @@ void Drafter::draft(const int32_t* slots, const int32_t* positions, const int32_
   }
   for (bool sliding : {true, false}) target_->rope(sliding).cover(top);
   const int64_t width = weights_.head->view().panels() * kPanel;
-  runner_.reserve(weights_.layers, anchors, target_->cache().context(), target_->team().size());
-  inputs_.reserve(round_up(anchors, kTile), round_up(2 * backbone, kBlock));
+  const int threads = target_->team().size();
+  runner_.reserve(weights_.layers, anchors, target_->cache().context(), threads, true);
+  inputs_.reserve(round_up(anchors, kTile), round_up(2 * backbone, kBlock), threads);
   rows_.reserve(anchors, round_up(weights_.shape.hidden, kBlock));
-  both_.reserve(size_t(anchors * 2 * backbone * 4));
+  both_.reserve(size_t(threads * anchors * 2 * backbone * 4));
   next_.reserve(size_t(anchors * round_up(backbone, kPanel) * 4));
   x_.reserve(size_t(anchors * round_up(weights_.shape.hidden, kPanel) * 4));
   logits_.reserve(size_t(anchors * width * 4));
@@ -63,31 +66,27 @@ void Drafter::draft(const int32_t* slots, const int32_t* positions, const int32_
 // x = pre_projection(concat(target embedding of the newest token, hidden)).
 void Drafter::enter(const Member& m, const std::vector<int32_t>& newest, const float* hidden, int64_t rows) {
   const int64_t backbone = weights_.backbone, width = weights_.shape.hidden;
-  const Kernels& kernels = target_->kernels();
-  const ActView act = inputs_.view(*weights_.pre_projection, lanes_for(rows));
-  LayerRunner::each(m, rows, [&](int64_t r) {
-    float* both = both_.floats() + r * 2 * backbone;
-    target_->embed(newest[size_t(r)], both);
-    std::copy_n(hidden + r * backbone, backbone, both + backbone);
-    kernels.prepare(act, r, both, 2 * backbone);
+  float* both = both_.floats() + runner_.copy(m) * rows * 2 * backbone;
+  runner_.keep(m, rows, [&](int64_t r) {
+    target_->embed(newest[size_t(r)], both + r * 2 * backbone);
+    std::copy_n(hidden + r * backbone, backbone, both + r * 2 * backbone + backbone);
   });
-  m.barrier();
+  runner_.gather(m);
+  const ActView act = runner_.prepare_rows(m, inputs_, *weights_.pre_projection, rows, both, 2 * backbone);
   runner_.project(m, *weights_.pre_projection, act, rows, x_.floats(), round_up(width, kPanel));
   m.barrier();
-  LayerRunner::each(m, rows, [&](int64_t r) {
-    std::copy_n(x_.floats() + r * round_up(width, kPanel), width, runner_.x(r));
+  runner_.keep(m, rows, [&](int64_t r) {
+    std::copy_n(x_.floats() + r * round_up(width, kPanel), width, runner_.x(m, r));
   });
 }
 
 // Final norm, the hidden state of the next step, and the best token of the head. Ends with a barrier.
 void Drafter::choose(const Member& m, int64_t rows, int32_t* token, float* confidence) {
-  const int64_t width = weights_.shape.hidden;
-  const Kernels& kernels = target_->kernels();
-  LayerRunner::each(m, rows, [&](int64_t r) {
-    kernels.rms_norm(runner_.x(r), weights_.final_norm.data(), width, weights_.shape.eps, runner_.temporary(r));
-  });
-  const ActView act = runner_.prepare_rows(m, *weights_.post_projection, rows, runner_.temporary(0), width);
+  runner_.norm_rows(m, rows, weights_.final_norm);
+  const int64_t ld = weights_.head->view().panels() * kPanel;
+  const ActView act = runner_.prepare_rows(m, first_head(), rows, runner_.temporary(m, 0), weights_.shape.hidden);
   runner_.project(m, *weights_.post_projection, act, rows, next_.floats(), weights_.backbone);
+  runner_.project(m, first_head(), act, rows, logits_.floats(), ld);
   m.barrier();
   if (weights_.centroids) centroid_head(m, rows, token, confidence);
   else dense_head(m, rows, token, confidence);
@@ -97,25 +96,19 @@ void Drafter::choose(const Member& m, int64_t rows, int32_t* token, float* confi
 void Drafter::dense_head(const Member& m, int64_t rows, int32_t* token, float* confidence) {
   const Kernels& kernels = target_->kernels();
   const int64_t ld = weights_.head->view().panels() * kPanel;
-  const ActView act = runner_.prepare_rows(m, *weights_.head, rows, runner_.temporary(0), weights_.shape.hidden);
-  runner_.project(m, *weights_.head, act, rows, logits_.floats(), ld);
-  m.barrier();
   LayerRunner::each(m, rows, [&](int64_t r) {
     token[r] = int32_t(kernels.arg_max(logits_.floats() + r * ld, weights_.vocab, &confidence[r]));
   });
 }
 
-// The best centroids select the rows of the head that are computed; the others cannot be drafted.
+// The best centroids (their scores are in logits_) select the rows of the head that are computed; the others cannot be
+// drafted.
 void Drafter::centroid_head(const Member& m, int64_t rows, int32_t* token, float* confidence) {
   const Kernels& kernels = target_->kernels();
   const MatrixView& head = weights_.head->view();
   const MatrixView& centroids = weights_.centroids->view();
   const int64_t ld = head.panels() * kPanel, top_k = weights_.centroid_top_k;
   const int64_t panels = head.panels() / centroids.rows, width = panels * kPanel;  // a centroid
-  const ActView act = runner_.prepare_rows(m, *weights_.centroids, rows, runner_.temporary(0), weights_.shape.hidden);
-  runner_.project(m, *weights_.centroids, act, rows, logits_.floats(), ld);
-  m.barrier();
-
   const ActView single = rows_.view(*weights_.head, 1);  // each row meets other rows of the head: tiles of one
   LayerRunner::each(m, rows, [&](int64_t r) {
     float* score = logits_.floats() + r * ld;
@@ -129,7 +122,7 @@ void Drafter::centroid_head(const Member& m, int64_t rows, int32_t* token, float
     });
     chosen.resize(size_t(top_k));
     std::sort(chosen.begin(), chosen.end());
-    kernels.prepare(single, r, runner_.temporary(r), weights_.shape.hidden);
+    kernels.prepare(single, r, runner_.temporary(m, r), weights_.shape.hidden, 0, single.padded_cols / kGroup);
   });
   m.barrier();
 

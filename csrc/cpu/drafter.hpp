@@ -43,6 +43,7 @@ class Drafter {
   void enter(const Member& m, const std::vector<int32_t>& newest, const float* hidden, int64_t rows);
   void choose(const Member& m, int64_t rows, int32_t* token, float* confidence);
   void dense_head(const Member& m, int64_t rows, int32_t* token, float* confidence);
+  const Matrix& first_head() const { return weights_.centroids ? *weights_.centroids : *weights_.head; }
   void centroid_head(const Member& m, int64_t rows, int32_t* token, float* confidence);
 
   DrafterWeights weights_;

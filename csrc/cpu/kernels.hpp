@@ -26,8 +26,9 @@ struct CacheView {
 struct Kernels {
   const char* name;
 
-  // Put row x [n] into lane `row % lanes` of its tile of `act`; columns past n are zeros.
-  void (*prepare)(const ActView& act, int64_t row, const float* x, int64_t n);
+  // Put groups [begin, end) of 32 columns of row x [n] into lane `row % lanes` of its tile of `act`; columns past n are
+  // zeros.
+  void (*prepare)(const ActView& act, int64_t row, const float* x, int64_t n, int64_t begin, int64_t end);
 
   // out [rows][ld]: out[r][32 u ..] = W a_r for units u in [begin, end) of 32 outputs. ld covers whole panels.
   void (*matmul)(const MatrixView& w, const ActView& act, int64_t rows, int64_t begin, int64_t end, float* out,

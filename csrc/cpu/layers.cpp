@@ -8,12 +8,19 @@ namespace {
 
 int64_t padded(const MatrixPtr& matrix) { return matrix ? round_up(matrix->view().rows, kPanel) : 0; }
 
-// Deal out the units of several matrices as if they were one.
+constexpr int64_t kAlike = 4096;  // floats of x that every member may keep for itself
+
+// Units of a matrix that are dealt out together: a microsecond's work or more.
+int64_t grain(const MatrixView& matrix) {
+  return 1 + (int64_t(32) << 10) / (2 * matrix.stride);
+}
+
+// Deal out the units of several matrices, of one width, as if they were one.
 template <class F>
 void deal_units(const Member& m, const std::vector<const Matrix*>& matrices, F f) {
   int64_t total = 0;
   for (const Matrix* matrix : matrices) total += matrix->view().units();
-  m.deal(total, [&](int64_t begin, int64_t end) {
+  m.deal(total, grain(matrices[0]->view()), [&](int64_t begin, int64_t end) {
     int64_t first = 0;
     for (size_t i = 0; i < matrices.size(); ++i) {
       const int64_t units = matrices[i]->view().units();
@@ -26,21 +33,26 @@ void deal_units(const Member& m, const std::vector<const Matrix*>& matrices, F f
 
 }  // namespace
 
-void Prepared::reserve(int64_t lanes, int64_t padded_cols) {
-  data_.reserve(size_t(lanes * padded_cols * 4));
-  scale_.reserve(size_t(lanes * padded_cols / kGroup * 4));
-  start_.reserve(size_t(lanes * padded_cols / kGroup * 4));
+void Prepared::reserve(int64_t lanes, int64_t padded_cols, int64_t copies) {
+  copy_floats_ = lanes * padded_cols;
+  copy_groups_ = round_up(lanes * padded_cols / kGroup, 16);
+  data_.reserve(size_t(copies * copy_floats_ * 4));
+  scale_.reserve(size_t(copies * copy_groups_ * 4));
+  start_.reserve(size_t(copies * copy_groups_ * 4));
 }
 
-ActView Prepared::view(const Matrix& matrix, int lanes) const {
+ActView Prepared::view(const Matrix& matrix, int lanes, int64_t copy) const {
   const MatrixView& v = matrix.view();
-  return {v.format, lanes, v.padded_cols, data_.data(), scale_.floats(), reinterpret_cast<int32_t*>(start_.data())};
+  return {v.format, lanes, v.padded_cols, data_.data() + copy * copy_floats_ * 4, scale_.floats() + copy * copy_groups_,
+          reinterpret_cast<int32_t*>(start_.data()) + copy * copy_groups_};
 }
 
-void LayerRunner::reserve(const std::vector<Layer>& layers, int64_t rows, int64_t context, int threads) {
+void LayerRunner::reserve(const std::vector<Layer>& layers, int64_t rows, int64_t context, int threads,
+                          bool all_wanted) {
   const int64_t whole = round_up(rows, kTile), hidden = round_up(shape_.hidden, kBlock);
   int64_t widest = hidden, inner = 0, picks = 0, expert_ld = 0, experts = 0, head_dim = 0;
   y_ld_ = hidden;
+  alike_ = all_wanted && rows * hidden <= kAlike;
   for (const Layer& layer : layers) {
     qkv_ld_ = std::max(qkv_ld_, padded(layer.q) + padded(layer.k) + padded(layer.v));
     qkv_ld_ = std::max(qkv_ld_, padded(layer.ple_gate));  // it gathers per-layer inputs too
@@ -52,15 +64,18 @@ void LayerRunner::reserve(const std::vector<Layer>& layers, int64_t rows, int64_
       picks = rows * layer.experts->active;
       experts = std::min(picks, int64_t(layer.experts->gate.size()));
       router_ld_ = padded(layer.experts->router);
+      alike_ = false;
       inner = std::max(inner, layer.experts->down[0]->view().padded_cols);
       expert_ld = hidden;
     }
   }
   widest = std::max({widest, round_up(attended_ld_, kBlock), inner});
-  const int64_t expert_lanes = picks + experts * (kTile - 1);
-  act.reserve(std::max(whole, expert_lanes), widest);
+  const int64_t expert_lanes = picks + experts * (kTile - 1), copies = alike_ ? threads : 1;
+  rows_ = rows;
+  act.reserve(std::max(whole, expert_lanes), widest, copies);
   inner_.reserve(std::max(whole, expert_lanes), inner);
-  for (Buffer* buffer : {&x_, &t_, &y_}) buffer->reserve(size_t(rows * hidden * 4));
+  for (Buffer* buffer : {&x_, &t_}) buffer->reserve(size_t(copies * rows * hidden * 4));
+  y_.reserve(size_t(rows * hidden * 4));
   qkv_.reserve(size_t(rows * qkv_ld_ * 4));
   attended_.reserve(size_t(rows * attended_ld_ * 4));
   score_floats_ = std::max(kQueryHeads * round_up(context + 32, 16), 2 * head_dim);
@@ -73,47 +88,55 @@ void LayerRunner::reserve(const std::vector<Layer>& layers, int64_t rows, int64_
 
 void LayerRunner::project(const Member& m, const Matrix& matrix, const ActView& prepared, int64_t rows, float* y,
                           int64_t ld) const {
-  m.deal(matrix.view().units(), [&](int64_t begin, int64_t end) {
+  m.deal(matrix.view().units(), grain(matrix.view()), [&](int64_t begin, int64_t end) {
     kernels_.matmul(matrix.view(), prepared, rows, begin, end, y, ld);
   });
 }
 
-ActView LayerRunner::prepare_rows(const Member& m, const Matrix& matrix, int64_t rows, const float* source,
-                                  int64_t ld) const {
-  const ActView view = act.view(matrix, lanes_for(rows));
-  each(m, rows, [&](int64_t r) { kernels_.prepare(view, r, source + r * ld, matrix.view().cols); });
-  m.barrier();
+void LayerRunner::norm_rows(const Member& m, int64_t rows, const Floats& weight) const {
+  keep(m, rows, [&](int64_t r) {
+    kernels_.rms_norm(x(m, r), weight.data(), shape_.hidden, shape_.eps, temporary(m, r));
+  });
+  gather(m);
+}
+
+// Rows lie side by side in a tile, so members take columns: two of them never write to one cache line.
+ActView LayerRunner::prepare_rows(const Member& m, const Prepared& where, const Matrix& matrix, int64_t rows,
+                                  const float* source, int64_t ld) const {
+  const ActView view = where.view(matrix, lanes_for(rows), copy(m));
+  int64_t begin = 0, end = view.padded_cols / kGroup;
+  if (!alike_) m.share(end, begin, end);
+  for (int64_t r = 0; r < rows; ++r) kernels_.prepare(view, r, source + r * ld, matrix.view().cols, begin, end);
+  gather(m);
   return view;
 }
 
 void LayerRunner::run(const Member& m, const Call& call, std::vector<Row>& rows) {
   const Layer& layer = call.layer;
-  const int64_t hidden = shape_.hidden;
   attention(m, call, rows);
   const int64_t count = int64_t(rows.size());
-  each(m, count, [&](int64_t r) {
-    kernels_.rms_norm(y_.floats() + r * y_ld_, layer.post_attention_norm.data(), hidden, shape_.eps, temporary(r));
-    kernels_.add_scaled(x(r), temporary(r), hidden, 1.0f);
-  });
+  if (!count) return;  // all were dropped
+  keep(m, count, [&](int64_t r) { add_normed(x(m, r), r, layer.post_attention_norm, 1.0f, temporary(m, r)); });
   feedforward(m, layer, count);
   if (layer.experts) mixture(m, layer, count);
   const float scalar = layer.ple_gate ? 1.0f : layer.scalar;
-  each(m, count, [&](int64_t r) {
-    kernels_.rms_norm(y_.floats() + r * y_ld_, layer.post_feedforward_norm.data(), hidden, shape_.eps, temporary(r));
-    kernels_.add_scaled(x(r), temporary(r), hidden, scalar);
-  });
+  keep(m, count, [&](int64_t r) { add_normed(x(m, r), r, layer.post_feedforward_norm, scalar, temporary(m, r)); });
   if (layer.ple_gate) per_layer_input(m, call, rows);
 }
 
-// Leaves the output projection of the attended rows in y_. Starts where each member owns its share of x.
+// x = (x + norm(y)) * scale, for one row.
+void LayerRunner::add_normed(float* x, int64_t row, const Floats& weight, float scale, float* scratch) const {
+  kernels_.rms_norm(y_.floats() + row * y_ld_, weight.data(), shape_.hidden, shape_.eps, scratch);
+  kernels_.add_scaled(x, scratch, shape_.hidden, scale);
+}
+
+// Leaves the output projection of the attended rows in y_.
 void LayerRunner::attention(const Member& m, const Call& call, std::vector<Row>& rows) {
   const Layer& layer = call.layer;
   const int64_t dim = layer.head_dim, heads = shape_.heads, own = layer.k ? layer.kv_heads : 0;
   int64_t count = int64_t(rows.size());
-  each(m, count, [&](int64_t r) {
-    kernels_.rms_norm(x(r), layer.input_norm.data(), shape_.hidden, shape_.eps, temporary(r));
-  });
-  const ActView prepared = prepare_rows(m, *layer.q, count, t_.floats(), shape_.hidden);
+  norm_rows(m, count, layer.input_norm);
+  const ActView prepared = prepare_rows(m, *layer.q, count, temporary(m, 0), shape_.hidden);
 
   std::vector<const Matrix*> parts = {layer.q.get()};
   int64_t at[3] = {0, padded(layer.q), padded(layer.q) + padded(layer.k)};
@@ -125,45 +148,34 @@ void LayerRunner::attention(const Member& m, const Call& call, std::vector<Row>&
   m.barrier();
 
   float* scratch = scores_.floats() + m.id * score_floats_;
-  each(m, count * (heads + own), [&](int64_t i) {
-    const Row& row = rows[size_t(i / (heads + own))];
-    float* q = qkv_.floats() + i / (heads + own) * qkv_ld_;
-    const int64_t head = i % (heads + own);
-    if (head < heads) {
-      kernels_.rms_norm(q + head * dim, layer.q_norm.data(), dim, shape_.eps, q + head * dim);
-      kernels_.rope(q + head * dim, dim, call.rope.cos(row.position), call.rope.sin(row.position), call.rope.pairs());
-    } else {
-      const int64_t h = head - heads;
-      write_kv(call, row, q + at[1] + h * dim, q + (layer.v ? at[2] : at[1]) + h * dim, h, scratch);
-    }
-  });
-  m.barrier();
+  if (own) {
+    each(m, count * own, [&](int64_t i) {
+      const float* k = qkv_.floats() + i / own * qkv_ld_ + at[1] + i % own * dim;
+      write_kv(call, rows[size_t(i / own)], k, layer.v ? k + at[2] - at[1] : k, i % own, scratch);
+    });
+    m.barrier();
+  }
 
   if (call.keep_wanted) {
-    if (m.id == 0) {
-      size_t kept = 0;
-      for (size_t r = 0; r < rows.size(); ++r) {
-        if (!(*call.wanted)[size_t(rows[r].origin)]) continue;
-        std::copy_n(x(int64_t(r)), shape_.hidden, x(int64_t(kept)));
-        std::copy_n(qkv_.floats() + int64_t(r) * qkv_ld_, heads * dim, qkv_.floats() + int64_t(kept) * qkv_ld_);
-        rows[kept++] = rows[r];
-      }
-      rows.resize(kept);
-    }
+    if (m.id == 0) drop_unwanted(m, call, rows);
     m.barrier();
     count = int64_t(rows.size());
   }
 
   const int64_t shared = heads / layer.kv_heads;  // queries a K/V head
   const int64_t calls = (shared + kQueryHeads - 1) / kQueryHeads;
-  m.deal(count * layer.kv_heads * calls, [&](int64_t begin, int64_t end) {
+  m.deal(count * layer.kv_heads * calls, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t r = i / (layer.kv_heads * calls), h = i / calls % layer.kv_heads, part = i % calls;
       const int64_t first = h * shared + shared * part / calls, stop = h * shared + shared * (part + 1) / calls;
       const Row& row = rows[size_t(r)];
-      kernels_.attend(call.views[size_t(row.slot)], h, qkv_.floats() + r * qkv_ld_ + first * dim, int(stop - first),
-                      layer.sliding ? row.first_sliding : 0, row.last, scratch,
-                      attended_.floats() + r * attended_ld_ + first * dim);
+      float* q = qkv_.floats() + r * qkv_ld_ + first * dim;
+      for (int64_t j = 0; j < stop - first; ++j) {
+        kernels_.rms_norm(q + j * dim, layer.q_norm.data(), dim, shape_.eps, q + j * dim);
+        kernels_.rope(q + j * dim, dim, call.rope.cos(row.position), call.rope.sin(row.position), call.rope.pairs());
+      }
+      kernels_.attend(call.views[size_t(row.slot)], h, q, int(stop - first), layer.sliding ? row.first_sliding : 0,
+                      row.last, scratch, attended_.floats() + r * attended_ld_ + first * dim);
     }
   });
   m.barrier();
@@ -182,14 +194,24 @@ void LayerRunner::write_kv(const Call& call, const Row& row, const float* k, con
   kernels_.append(call.views[size_t(row.slot)], head, row.position, key, value);
 }
 
+// Only rows that are wanted go on: move them together. One member does it.
+void LayerRunner::drop_unwanted(const Member& m, const Call& call, std::vector<Row>& rows) const {
+  size_t kept = 0;
+  for (size_t r = 0; r < rows.size(); ++r) {
+    if (!(*call.wanted)[size_t(rows[r].origin)]) continue;
+    std::copy_n(x(m, int64_t(r)), shape_.hidden, x(m, int64_t(kept)));
+    std::copy_n(qkv_.floats() + int64_t(r) * qkv_ld_, padded(call.layer.q), qkv_.floats() + int64_t(kept) * qkv_ld_);
+    rows[kept++] = rows[r];
+  }
+  rows.resize(kept);
+}
+
 // Leaves the MLP's output in y_.
 void LayerRunner::feedforward(const Member& m, const Layer& layer, int64_t rows) {
-  each(m, rows, [&](int64_t r) {
-    kernels_.rms_norm(x(r), layer.pre_feedforward_norm.data(), shape_.hidden, shape_.eps, temporary(r));
-  });
-  const ActView prepared = prepare_rows(m, *layer.gate, rows, t_.floats(), shape_.hidden);
+  norm_rows(m, rows, layer.pre_feedforward_norm);
+  const ActView prepared = prepare_rows(m, *layer.gate, rows, temporary(m, 0), shape_.hidden);
   const ActView inner = inner_.view(*layer.down, lanes_for(rows));
-  m.deal(layer.gate->view().units(), [&](int64_t begin, int64_t end) {
+  m.deal(layer.gate->view().units(), grain(layer.gate->view()), [&](int64_t begin, int64_t end) {
     kernels_.gated(layer.gate->view(), &layer.up->view(), nullptr, 0, prepared, rows, begin, end, inner);
   });
   m.barrier();
@@ -200,24 +222,27 @@ void LayerRunner::feedforward(const Member& m, const Layer& layer, int64_t rows)
 // x = (x + norm(projection(gelu(gate x) * per-layer input))) * layer scalar
 void LayerRunner::per_layer_input(const Member& m, const Call& call, const std::vector<Row>& rows) {
   const Layer& layer = call.layer;
-  const int64_t count = int64_t(rows.size()), size = layer.ple_gate->view().rows;
-  each(m, count, [&](int64_t r) {  // gather the rows' inputs, padded to whole panels, beside each other
-    float* to = qkv_.floats() + r * qkv_ld_;
-    std::copy_n(call.ple + rows[size_t(r)].origin * call.ple_stride, size, to);
-    std::fill(to + size, to + round_up(size, kPanel), 0.0f);
-  });
-  const ActView prepared = prepare_rows(m, *layer.ple_gate, count, x_.floats(), shape_.hidden);
+  const int64_t count = int64_t(rows.size());
+  const float* factor = call.ple;
+  int64_t factor_ld = call.ple_stride;
+  if (rows.back().origin + 1 != count) {  // rows were dropped: put the inputs of those that are left side by side
+    factor = qkv_.floats();
+    factor_ld = qkv_ld_;
+    each(m, count, [&](int64_t r) {
+      std::copy_n(call.ple + rows[size_t(r)].origin * call.ple_stride, layer.ple_gate->view().rows,
+                  qkv_.floats() + r * qkv_ld_);
+    });
+  }
+  gather(m);
+  const ActView prepared = prepare_rows(m, *layer.ple_gate, count, x(m, 0), shape_.hidden);
   const ActView inner = inner_.view(*layer.ple_projection, lanes_for(count));
-  m.deal(layer.ple_gate->view().units(), [&](int64_t begin, int64_t end) {
-    kernels_.gated(layer.ple_gate->view(), nullptr, qkv_.floats(), qkv_ld_, prepared, count, begin, end, inner);
+  m.deal(layer.ple_gate->view().units(), grain(layer.ple_gate->view()), [&](int64_t begin, int64_t end) {
+    kernels_.gated(layer.ple_gate->view(), nullptr, factor, factor_ld, prepared, count, begin, end, inner);
   });
   m.barrier();
   project(m, *layer.ple_projection, inner, count, y_.floats(), y_ld_);
   m.barrier();
-  each(m, count, [&](int64_t r) {
-    kernels_.rms_norm(y_.floats() + r * y_ld_, layer.ple_norm.data(), shape_.hidden, shape_.eps, temporary(r));
-    kernels_.add_scaled(x(r), temporary(r), shape_.hidden, layer.scalar);
-  });
+  keep(m, count, [&](int64_t r) { add_normed(x(m, r), r, layer.ple_norm, layer.scalar, temporary(m, r)); });
 }
 
 // y = norm(y) + norm(experts(norm(x))): the dense output is in y_ already.
@@ -227,10 +252,11 @@ void LayerRunner::mixture(const Member& m, const Layer& layer, int64_t rows) {
   each(m, rows, [&](int64_t r) {
     kernels_.rms_norm(y_.floats() + r * y_ld_, e.post_norm_dense.data(), hidden, shape_.eps,
                       dense_.floats() + r * hidden);
-    kernels_.rms_norm(x(r), e.pre_norm.data(), hidden, shape_.eps, routed_.floats() + r * hidden);
-    kernels_.rms_norm(x(r), e.router_norm.data(), hidden, shape_.eps, temporary(r));
+    kernels_.rms_norm(x(m, r), e.pre_norm.data(), hidden, shape_.eps, routed_.floats() + r * hidden);
+    kernels_.rms_norm(x(m, r), e.router_norm.data(), hidden, shape_.eps, temporary(m, r));
   });
-  const ActView prepared = prepare_rows(m, *e.router, rows, t_.floats(), hidden);
+  gather(m);
+  const ActView prepared = prepare_rows(m, *e.router, rows, temporary(m, 0), hidden);
   project(m, *e.router, prepared, rows, router_.floats(), router_ld_);
   m.barrier();
   if (m.id == 0) choose_experts(e, rows);
@@ -240,7 +266,8 @@ void LayerRunner::mixture(const Member& m, const Layer& layer, int64_t rows) {
   const ActView expert_act = act.view(*e.gate[0], expert_lanes_), inner = inner_.view(*e.down[0], expert_lanes_);
   each(m, rows * e.active, [&](int64_t i) {
     const Pick& pick = picks_[size_t(i)];
-    kernels_.prepare(expert_act, pick.slot, routed_.floats() + i / e.active * hidden, hidden);
+    kernels_.prepare(expert_act, pick.slot, routed_.floats() + i / e.active * hidden, hidden, 0,
+                     expert_act.padded_cols / kGroup);
   });
   m.barrier();
   std::vector<const Matrix*> gates, downs;
@@ -259,7 +286,7 @@ void LayerRunner::mixture(const Member& m, const Layer& layer, int64_t rows) {
   });
   m.barrier();
   each(m, rows, [&](int64_t r) {
-    float* total = temporary(r);
+    float* total = temporary(m, r);
     std::fill_n(total, hidden, 0.0f);
     for (int64_t k = 0; k < e.active; ++k) {
       const Pick& pick = picks_[size_t(r * e.active + k)];

@@ -55,22 +55,29 @@ struct Shape {
 // Memory for activations prepared for a matrix. Reserve first, on one thread; views are free.
 class Prepared {
  public:
-  void reserve(int64_t lanes, int64_t padded_cols);  // lanes: rows rounded up to whole tiles
-  ActView view(const Matrix& matrix, int lanes) const;
+  void reserve(int64_t lanes, int64_t padded_cols, int64_t copies = 1);  // lanes: rows rounded up to whole tiles
+  ActView view(const Matrix& matrix, int lanes, int64_t copy = 0) const;
 
  private:
+  int64_t copy_floats_ = 0, copy_groups_ = 0;
   Buffer data_, scale_, start_;
 };
 
 // Scratch memory and the layer itself. One instance serves one forward pass at a time.
+//
+// What is done to a row by itself (norms, residuals, preparing it for a matrix) is little work, but to pass its results
+// from one processor to another takes half a microsecond where these share no cache. So few or short rows are kept
+// alike: every member keeps all of them, in memory of its own, and members meet only behind matrices and attention.
+// Many rows are kept apart: each member keeps its share, and all prepare a stretch of columns of every row.
 class LayerRunner {
  public:
   LayerRunner(const Kernels& kernels, Shape shape) : kernels_(kernels), shape_(shape) {}
 
   // Make room for that many rows through these layers, over caches of that many positions; call before `run`.
-  void reserve(const std::vector<Layer>& layers, int64_t rows, int64_t context, int threads);
+  // `all_wanted`: no rows are dropped on the way.
+  void reserve(const std::vector<Layer>& layers, int64_t rows, int64_t context, int threads, bool all_wanted);
 
-  // Run one layer on the rows of x in place; all members call it, and each comes and goes owning its share of x.
+  // Run one layer on the rows of x in place; all members call it, and each comes and goes with the rows that it keeps.
   // Layers with K/V of their own append them to the cache first; the others only read it.
   struct Call {
     const Layer& layer;
@@ -83,18 +90,39 @@ class LayerRunner {
   };
   void run(const Member& m, const Call& call, std::vector<Row>& rows);
 
-  float* x(int64_t row) const { return x_.floats() + row * shape_.hidden; }
-  float* temporary(int64_t row) const { return t_.floats() + row * shape_.hidden; }
+  // A member's copy of the rows, the only one unless rows are kept alike.
+  int64_t copy(const Member& m) const { return alike_ ? m.id : 0; }
+  float* x(const Member& m, int64_t row) const { return x_.floats() + (copy(m) * rows_ + row) * shape_.hidden; }
+  float* temporary(const Member& m, int64_t row) const { return t_.floats() + (copy(m) * rows_ + row) * shape_.hidden; }
 
-  // Prepare `source` [rows][ld] for a matrix, in `act`; ends with a barrier.
-  ActView prepare_rows(const Member& m, const Matrix& matrix, int64_t rows, const float* source, int64_t ld) const;
+  // Call f(row) for the rows that this member keeps.
+  template <class F>
+  void keep(const Member& m, int64_t n, F f) const {
+    if (!alike_) return each(m, n, f);
+    for (int64_t i = 0; i < n; ++i) f(i);
+  }
+
+  // Wait until all kept rows are written.
+  void gather(const Member& m) const {
+    if (!alike_) m.barrier();
+  }
+
+  // temporary = norm(x)
+  void norm_rows(const Member& m, int64_t rows, const Floats& weight) const;
+
+  // Prepare `source` [rows][ld] for a matrix, in `act` unless told otherwise; all members may use it on return.
+  ActView prepare_rows(const Member& m, const Matrix& matrix, int64_t rows, const float* source, int64_t ld) const {
+    return prepare_rows(m, act, matrix, rows, source, ld);
+  }
+  ActView prepare_rows(const Member& m, const Prepared& where, const Matrix& matrix, int64_t rows, const float* source,
+                       int64_t ld) const;
 
   // y [rows][ld] = matrix times the prepared rows, dealt out among the members. No barrier.
   void project(const Member& m, const Matrix& matrix, const ActView& act, int64_t rows, float* y, int64_t ld) const;
 
   Prepared act;  // activations for the next matrix
 
-  // Call f(row) for this member's rows.
+  // Call f(i) for this member's share of n items.
   template <class F>
   static void each(const Member& m, int64_t n, F f) {
     int64_t begin, end;
@@ -104,6 +132,8 @@ class LayerRunner {
 
  private:
   void attention(const Member& m, const Call& call, std::vector<Row>& rows);
+  void drop_unwanted(const Member& m, const Call& call, std::vector<Row>& rows) const;
+  void add_normed(float* x, int64_t row, const Floats& weight, float scale, float* scratch) const;
   void write_kv(const Call& call, const Row& row, const float* k, const float* v, int64_t head, float* scratch) const;
   void feedforward(const Member& m, const Layer& layer, int64_t rows);
   void mixture(const Member& m, const Layer& layer, int64_t rows);
@@ -112,6 +142,8 @@ class LayerRunner {
 
   const Kernels& kernels_;
   Shape shape_;
+  bool alike_ = false;
+  int64_t rows_ = 0;
   Buffer x_, t_, y_, qkv_, attended_, scores_;
   int64_t y_ld_ = 0, qkv_ld_ = 0, attended_ld_ = 0, score_floats_ = 0;
   Prepared inner_;            // activations between gate/up and down

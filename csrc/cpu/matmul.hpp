@@ -171,8 +171,8 @@ inline void prepare_group(const ActView& act, int64_t row, int64_t group, f32x16
   tile.start[group * act.lanes + lane] = -(act.format == Format::q8 ? 128 : 8) * sum(q0 + q1);
 }
 
-void prepare(const ActView& act, int64_t row, const float* x, int64_t n) {
-  for (int64_t group = 0; group < act.padded_cols / kGroup; ++group) {
+void prepare(const ActView& act, int64_t row, const float* x, int64_t n, int64_t begin, int64_t end) {
+  for (int64_t group = begin; group < end; ++group) {
     const int64_t left = n - group * kGroup;
     if (left >= kGroup) {
       prepare_group(act, row, group, load<f32x16>(x + group * kGroup), load<f32x16>(x + group * kGroup + 16));

@@ -84,7 +84,7 @@ int64_t Target::forward(const int32_t* slots, const int32_t* positions, const in
   rope_sliding_.cover(top);
   rope_full_.cover(top);
   const int64_t ple_row = weights_.ple_size * int64_t(weights_.layers.size());
-  runner_.reserve(weights_.layers, count, cache_.context(), team_->size());
+  runner_.reserve(weights_.layers, count, cache_.context(), team_->size(), kept == count);
   ple_.reserve(size_t(count * round_up(ple_row, kPanel) * 4));
   hidden_.reserve(size_t(kept * weights_.shape.hidden * 4));
   logits_.reserve(size_t(kept * logits_ld() * 4));
@@ -105,13 +105,14 @@ int64_t Target::forward(const int32_t* slots, const int32_t* positions, const in
 }
 
 // x = embedding * scale, and the per-layer inputs of all layers:
-// (norm(projection(x) * hidden^-0.5) + table row * scale) * 2^-0.5. The caller's next step owns its rows of x.
+// (norm(projection(x) * hidden^-0.5) + table row * scale) * 2^-0.5.
 void Target::embed_rows(const Member& m, const int32_t* tokens, int64_t rows) {
-  LayerRunner::each(m, rows, [&](int64_t r) { embed(tokens[r], runner_.x(r)); });
+  runner_.keep(m, rows, [&](int64_t r) { embed(tokens[r], runner_.x(m, r)); });
   if (!weights_.ple_size) return;
   const int64_t size = weights_.ple_size, layers = int64_t(weights_.layers.size());
   const int64_t ld = round_up(size * layers, kPanel), hidden = weights_.shape.hidden;
-  const ActView act = runner_.prepare_rows(m, *weights_.ple_projection, rows, runner_.x(0), hidden);
+  runner_.gather(m);
+  const ActView act = runner_.prepare_rows(m, *weights_.ple_projection, rows, runner_.x(m, 0), hidden);
   runner_.project(m, *weights_.ple_projection, act, rows, ple_.floats(), ld);
   m.barrier();
   const float root = 1.0f / std::sqrt(float(hidden)), half = std::sqrt(0.5f);
@@ -129,13 +130,13 @@ void Target::embed_rows(const Member& m, const int32_t* tokens, int64_t rows) {
 // The wanted rows are the first of x: final norm, LM head, soft cap.
 void Target::head(const Member& m, int64_t rows) {
   const int64_t hidden = weights_.shape.hidden;
+  runner_.norm_rows(m, rows, weights_.final_norm);
   LayerRunner::each(m, rows, [&](int64_t r) {
-    kernels_.rms_norm(runner_.x(r), weights_.final_norm.data(), hidden, weights_.shape.eps,
-                      hidden_.floats() + r * hidden);
+    std::copy_n(runner_.temporary(m, r), hidden, hidden_.floats() + r * hidden);
   });
-  const ActView act = runner_.prepare_rows(m, *weights_.embedding, rows, hidden_.floats(), hidden);
+  const ActView act = runner_.prepare_rows(m, *weights_.embedding, rows, runner_.temporary(m, 0), hidden);
   const MatrixView& w = weights_.embedding->view();
-  m.deal(w.units(), [&](int64_t begin, int64_t end) {
+  m.deal(w.units(), 1, [&](int64_t begin, int64_t end) {
     kernels_.matmul(w, act, rows, begin, end, logits_.floats(), logits_ld());
     if (weights_.softcap == 0) return;
     const int64_t first = begin * kGroup, last = std::min(end * kGroup, logits_ld());

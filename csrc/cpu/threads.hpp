@@ -24,11 +24,11 @@ struct Member {
 
   void barrier() const;
 
-  // Hand out n items among the members as they come: f(begin, end) until none are left. Shares start large and shrink,
-  // so that a slower processor holds nobody up. All members call it in the same order, with a barrier at the latest
-  // after kBags calls.
+  // Hand out n items among the members as they come: f(begin, end) until none are left. Shares start large and shrink
+  // to `grain` items, so that a slower processor holds nobody up; where there are no more than that for each, all take
+  // equal shares. All members call it in the same order, with a barrier at the latest after kBags calls.
   template <class F>
-  void deal(int64_t n, F f) const;
+  void deal(int64_t n, int64_t grain, F f) const;
 
   // This member's share [begin, end) of n items, contiguous.
   void share(int64_t n, int64_t& begin, int64_t& end) const {
@@ -81,15 +81,17 @@ inline void Member::barrier() const {
 }
 
 template <class F>
-void Member::deal(int64_t n, F f) const {
-  if (size == 1) {
-    if (n > 0) f(int64_t(0), n);
+void Member::deal(int64_t n, int64_t grain, F f) const {
+  if (n <= grain * size || size == 1) {
+    int64_t begin, end;
+    share(n, begin, end);
+    if (begin < end) f(begin, end);
     return;
   }
   std::atomic<int64_t>& dealt = team.bags_[bag++].dealt;
   int64_t begin = dealt.load(std::memory_order_relaxed);
   while (begin < n) {
-    const int64_t end = begin + std::max(int64_t(1), (n - begin) / (2 * size));
+    const int64_t end = std::min(n, begin + std::max(grain, (n - begin) / (2 * size)));
     if (!dealt.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
     f(begin, end);
     begin = dealt.load(std::memory_order_relaxed);

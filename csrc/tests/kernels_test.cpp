@@ -136,7 +136,7 @@ int64_t padded_rows(const MatrixView& matrix) { return matrix.panels() * kPanel;
 
 Floats times(const Kernels& kernels, const MatrixView& matrix, const float* x, int64_t rows) {
   const Activations act(matrix, rows);
-  for (int64_t r = 0; r < rows; ++r) kernels.prepare(act.view, r, x + r * matrix.cols, matrix.cols);
+  for (int64_t r = 0; r < rows; ++r) kernels.prepare(act.view, r, x + r * matrix.cols, matrix.cols, 0, act.view.padded_cols / kGroup);
   Floats out(size_t(rows * padded_rows(matrix)), kNaN);
   for (int64_t unit = 0; unit < matrix.units(); ++unit)
     kernels.matmul(matrix, act.view, rows, unit, unit + 1, out.data(), padded_rows(matrix));
@@ -222,7 +222,7 @@ void test_gated(const Kernels& kernels, Format format, int64_t inner, int64_t co
   const Floats x = random.floats(rows * cols, 0.1f);
   const Floats a = times(kernels, gate.view, x.data(), rows), b = times(kernels, up.view, x.data(), rows);
   const Activations act(gate.view, rows);
-  for (int64_t r = 0; r < rows; ++r) kernels.prepare(act.view, r, &x[size_t(r * cols)], cols);
+  for (int64_t r = 0; r < rows; ++r) kernels.prepare(act.view, r, &x[size_t(r * cols)], cols, 0, act.view.padded_cols / kGroup);
   const int64_t ld = padded_rows(gate.view), padded = pad_cols(format, inner), units = gate.view.units();
   const Activations plain(Format::f32, pad_cols(Format::f32, inner), rows), want(format, padded, rows);
   const Activations two(format, padded, rows), one(format, padded, rows);
@@ -237,7 +237,7 @@ void test_gated(const Kernels& kernels, Format format, int64_t inner, int64_t co
       std::memcpy(&row[size_t(i)], plain.view.tile(r / kTile).data + (i * kTile + r % kTile) * 4, 4);
       exact = exact && near(row[size_t(i)], product, 2e-6 * (std::fabs(product) + 1e-6));
     }
-    kernels.prepare(want.view, r, row.data(), inner);
+    kernels.prepare(want.view, r, row.data(), inner, 0, want.view.padded_cols / kGroup);
     check(same_row(two, want, r), kernels.name, what + ", prepared");
     check(same_row(one, want, r), kernels.name, what + " of before, prepared");
   }
@@ -407,11 +407,11 @@ void test_team() {
     for (int run = 0; run < 300; ++run) {
       std::vector<int64_t> first(n, 0), second(n, 0);
       team.run([&](const Member& m) {
-        m.deal(n, [&](int64_t begin, int64_t end) {
+        m.deal(n, 1 + run % 3 * 200, [&](int64_t begin, int64_t end) {
           for (int64_t i = begin; i < end; ++i) first[size_t(i)] += i + run;
         });
         m.barrier();
-        m.deal(n, [&](int64_t begin, int64_t end) {
+        m.deal(n, 1 + run % 5 * 7, [&](int64_t begin, int64_t end) {
           for (int64_t i = begin; i < end; ++i) second[size_t(i)] += first[size_t(i * 7 % n)];
         });
         m.barrier();
