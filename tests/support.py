@@ -11,9 +11,13 @@ from paceline.backends.base import Backend
 from paceline.backends.cpu.backend import DRAFTER_FORMAT, CpuBackend
 from paceline.backends.cpu.weights import CheckpointWeights
 from paceline.checkpoint import Checkpoint, resolve
+from paceline.decode.rules import Coupled, Rule
+from paceline.decode.sampling import History
 from paceline.engine.sequence import Sequence
 from paceline.engine.step import step
-from paceline.types import Anchors, Drafts, Statistics
+from paceline.types import Anchors, Drafts, Line, Sampling, Statistics
+
+GREEDY_RULE = Coupled()
 
 
 class Ids:
@@ -28,13 +32,26 @@ class Ids:
 
 @dataclass
 class Recorder:
-    """Greedy drawing that keeps every row of logits a token was drawn from."""
+    """A rule (greedy unless told otherwise) that keeps every row of logits a token was settled from."""
 
+    rule: Rule = GREEDY_RULE
     rows: list[np.ndarray] = field(default_factory=list)
 
-    def draw(self, logits: np.ndarray, position: int) -> int:
+    @property
+    def sampling(self) -> Sampling:
+        return self.rule.sampling
+
+    @property
+    def stream(self) -> int:
+        return self.rule.stream
+
+    @property
+    def with_logits(self) -> bool:
+        return self.rule.with_logits
+
+    def settle(self, logits: np.ndarray, position: int, history: History, line: Line, depth: int) -> int:
         self.rows.append(logits.copy())
-        return int(logits.argmax())
+        return self.rule.settle(logits, position, history, line, depth)
 
 
 class Oracle:
@@ -49,12 +66,13 @@ class Oracle:
 
     can_draft = True
 
-    def draft(self, anchors: Anchors, depth: int) -> Drafts:
+    def draft(self, anchors: Anchors) -> Drafts:
+        depth = anchors.plans[0].depth
         first = int(anchors.positions[0]) + 1
         line = [*self._text[first : first + depth], *[0] * depth][:depth]
         lies = self._random.random(depth) >= self._honesty
         guesses = np.where(lies, self._random.integers(0, self._backend.vocab_size, depth), line)
-        return Drafts(guesses[None].astype(np.int32), np.ones((1, depth), np.float32))
+        return Drafts(guesses[None].astype(np.int32), np.ones((1, depth), np.float32), np.array([depth], np.int32))
 
 
 @dataclass(frozen=True)
@@ -66,7 +84,7 @@ class Run:
 
 def sequence(backend: Backend, prompt: list[int], **settings: object) -> Sequence:
     defaults = {
-        "sampling": Recorder(),
+        "rule": Recorder(),
         "draft_tokens": 0,
         "max_tokens": 20,
         "limit": backend.context,
@@ -82,7 +100,7 @@ def run(backend: Backend, sequences: list[Sequence], chunk: int = 8) -> list[Run
         step(backend, running, chunk)
     for s in sequences:
         backend.close_slot(s.slot)
-    return [Run(s.generated, np.array(s.sampling.rows), s.statistics) for s in sequences]
+    return [Run(s.generated, np.array(s.rule.rows), s.statistics) for s in sequences]
 
 
 def cpu_backend(

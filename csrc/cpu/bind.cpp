@@ -1,6 +1,7 @@
 // The Python module paceline._cpu. No arithmetic here: types in, types out, the GIL released around the work.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -8,6 +9,7 @@
 #include <algorithm>
 #include <array>
 #include <memory>
+#include <optional>
 
 #include "drafter.hpp"
 #include "target.hpp"
@@ -114,9 +116,36 @@ nb::tuple forward(nb::handle self, const Array<int32_t, 1>& slots, const Array<i
                         view(target.hidden(), w.shape.hidden, w.shape.hidden));
 }
 
+int32_t draw(const Array<float, 1>& logits, const Draw& draw, uint32_t position, const std::string& isa) {
+  if (logits.size() == 0) throw std::invalid_argument("no logits");
+  const Sampler& sampler = *select_kernels(isa).sampler;
+  return sampler.draw({logits.data(), nullptr, int64_t(logits.size())}, draw, position, false).token;
+}
+
+nb::tuple allowed(const Array<float, 1>& logits, const Draw& draw, const std::string& isa) {
+  if (logits.size() == 0) throw std::invalid_argument("no logits");
+  const auto list = select_kernels(isa).sampler->allowed({logits.data(), nullptr, int64_t(logits.size())}, draw);
+  auto* ids = new int32_t[list.size()];
+  auto* weights = new int64_t[list.size()];
+  const auto id_array = owned<int32_t, 1>(ids, {list.size()});
+  const auto weight_array = owned<int64_t, 1>(weights, {list.size()});
+  for (size_t i = 0; i < list.size(); ++i) ids[i] = list[i].id, weights[i] = list[i].weight;
+  return nb::make_tuple(id_array, weight_array);
+}
+
 nb::tuple draft(Drafter& drafter, const Array<int32_t, 1>& slots, const Array<int32_t, 1>& positions,
-                const Array<int32_t, 1>& newest, const Array<float, 2>& hidden, int64_t depth) {
+                const Array<int32_t, 1>& newest, const Array<float, 2>& hidden, int64_t depth,
+                const std::vector<Draw>& draws, const std::optional<Array<float, 2>>& floors,
+                const std::optional<Array<float, 2>>& acceptance, bool with_logits) {
   const size_t anchors = newest.size();
+  check_cols(int64_t(draws.size()), int64_t(anchors));
+  if (floors.has_value() != acceptance.has_value()) throw std::invalid_argument("floors come with acceptance");
+  if (floors) {
+    check_cols(int64_t(floors->shape(0)), int64_t(anchors));
+    check_cols(int64_t(floors->shape(1)), depth);
+    check_cols(int64_t(acceptance->shape(0)), int64_t(anchors));
+    check_cols(int64_t(acceptance->shape(1)), kConfidenceBins);
+  }
   check_cols(int64_t(slots.size()), int64_t(anchors));
   check_cols(int64_t(positions.size()), int64_t(anchors));
   check_cols(int64_t(hidden.shape(0)), int64_t(anchors));
@@ -127,12 +156,18 @@ nb::tuple draft(Drafter& drafter, const Array<int32_t, 1>& slots, const Array<in
   auto* confidence = new float[count];
   const auto token_array = owned<int32_t, 2>(tokens, {anchors, size_t(depth)});
   const auto confidence_array = owned<float, 2>(confidence, {anchors, size_t(depth)});
+  auto* lengths = new int32_t[anchors];
+  const auto length_array = owned<int32_t, 1>(lengths, {anchors});
+  const size_t vocab = with_logits ? size_t(drafter.vocab()) : 0;
+  auto* logits = new float[count * vocab];
+  const auto logit_array = owned<float, 3>(logits, {anchors, size_t(depth), vocab});
   {
     nb::gil_scoped_release release;
-    drafter.draft(slots.data(), positions.data(), newest.data(), hidden.data(), int64_t(anchors), depth, tokens,
-                  confidence);
+    drafter.draft({slots.data(), positions.data(), newest.data(), hidden.data(), int64_t(anchors), depth, draws.data(),
+                   floors ? floors->data() : nullptr, acceptance ? acceptance->data() : nullptr},
+                  {tokens, confidence, lengths, with_logits ? logits : nullptr});
   }
-  return nb::make_tuple(token_array, confidence_array);
+  return nb::make_tuple(token_array, confidence_array, length_array, logit_array);
 }
 
 }  // namespace
@@ -169,6 +204,15 @@ NB_MODULE(_cpu, module) {
       .def("packed", [](const Matrix& self) {
         return Result<const uint8_t, 1>(self.view().data, {self.bytes()});
       }, nb::rv_policy::reference_internal, "The packed bytes, in place.");
+
+  nb::class_<Draw>(module, "Draw", "How a token is drawn from logits.")
+      .def("__init__", [](Draw* self, float temperature, int64_t top_k, double top_p, float gap, uint64_t seed,
+                          uint32_t stream) { new (self) Draw{temperature, top_k, top_p, gap, seed, stream}; },
+           nb::kw_only(), "temperature"_a, "top_k"_a, "top_p"_a, "gap"_a, "seed"_a, "stream"_a);
+  module.def("draw", &draw, "logits"_a, "draw"_a, "position"_a, "isa"_a = "",
+             "The token drawn from logits [vocab], temperature above 0.");
+  module.def("allowed", &allowed, "logits"_a, "draw"_a, "isa"_a = "",
+             "Tokens [n] that can be drawn and their weights [n], in units of 2^-30 of the largest.");
 
   nb::class_<Experts>(module, "Experts").def(nb::init<>())
       .def_rw("active", &Experts::active).def_rw("router", &Experts::router)
@@ -238,8 +282,9 @@ NB_MODULE(_cpu, module) {
 
   nb::class_<Drafter>(module, "Drafter", "A loaded drafter over a target's cache.")
       .def(nb::init<DrafterWeights, std::shared_ptr<Target>>(), "weights"_a, "target"_a)
-      .def("draft", &draft, "slots"_a, "positions"_a, "newest"_a, "hidden"_a, "depth"_a,
-           "Tokens and confidence [anchors, depth].")
+      .def("draft", &draft, "slots"_a, "positions"_a, "newest"_a, "hidden"_a, "depth"_a, "draws"_a,
+           "floors"_a = nb::none(), "acceptance"_a = nb::none(), "with_logits"_a = false,
+           "Tokens and confidence [anchors, depth], lengths [anchors], logits [anchors, depth, vocab] if wanted.")
       .def("last_step", [](const Drafter& self, int64_t row) {
         auto logits = std::make_unique<float[]>(size_t(self.vocab()));
         auto hidden = std::make_unique<float[]>(size_t(self.backbone()));

@@ -18,19 +18,19 @@ Drafter::Drafter(DrafterWeights weights, std::shared_ptr<Target> target)
     throw std::invalid_argument("a drafter's head and post projection have one format: they meet the same rows");
 }
 
-void Drafter::draft(const int32_t* slots, const int32_t* positions, const int32_t* newest, const float* hidden,
-                    int64_t anchors, int64_t depth, int32_t* tokens, float* confidence) {
+void Drafter::draft(const DraftRequest& request, const DraftResult& result) {
   const std::lock_guard lock(target_->busy());
   const int64_t window = target_->weights().window, backbone = weights_.backbone;
+  const int64_t anchors = request.anchors, depth = request.depth;
   std::vector<Row> rows;
   int64_t top = 0;
   for (int64_t r = 0; r < anchors; ++r) {
-    const int64_t position = positions[r];
-    if (slots[r] < 0 || slots[r] >= target_->cache().slots() || position < 1 ||
-        position != target_->cache().length(slots[r]) || newest[r] < 0 || newest[r] >= target_->weights().vocab)
+    const int64_t slot = request.slots[r], position = request.positions[r], newest = request.newest[r];
+    if (slot < 0 || slot >= target_->cache().slots() || position < 1 || position != target_->cache().length(slot) ||
+        newest < 0 || newest >= target_->weights().vocab)
       throw std::invalid_argument("an anchor does not continue its slot");
     // The position is that of the newest token, which is not cached; sliding layers see the window of rows before it.
-    rows.push_back({slots[r], position, position - 1, std::max(int64_t(0), position - window), r});
+    rows.push_back({slot, position, position - 1, std::max(int64_t(0), position - window), r});
     top = std::max(top, position + 1);
   }
   for (bool sliding : {true, false}) target_->rope(sliding).cover(top);
@@ -44,31 +44,45 @@ void Drafter::draft(const int32_t* slots, const int32_t* positions, const int32_
   x_.reserve(size_t(anchors * round_up(weights_.shape.hidden, kPanel) * 4));
   logits_.reserve(size_t(anchors * width * 4));
   clusters_.resize(size_t(anchors));
-  std::vector<int32_t> token(newest, newest + anchors);
-  std::vector<float> sure(static_cast<size_t>(anchors));
+  ids_.resize(size_t(anchors));
+  std::vector<Drawn> drawn;
+  for (int64_t r = 0; r < anchors; ++r) drawn.push_back({request.newest[r], 1.0f});
+  std::fill_n(result.lengths, anchors, int32_t(depth));
 
   target_->team().run([&](const Member& m) {
-    for (int64_t step = 0; step < depth; ++step) {
-      enter(m, token, step ? next_.floats() : hidden, anchors);
+    std::vector<float> chance(size_t(anchors), 1.0f);  // the same on every member
+    for (int64_t step = 0, going = anchors; step < depth && going > 0; ++step) {
+      enter(m, drawn, step ? next_.floats() : request.hidden, anchors);
       for (size_t i = 0; i < weights_.layers.size(); ++i) {
         const Layer& layer = weights_.layers[i];
         runner_.run(m, LayerRunner::Call{layer, *views_[i], target_->rope(layer.sliding)}, rows);
       }
-      choose(m, anchors, token.data(), sure.data());
+      choose(m, request, step, drawn);
       LayerRunner::each(m, anchors, [&](int64_t r) {
-        tokens[r * depth + step] = token[size_t(r)];
-        confidence[r * depth + step] = std::isnan(sure[size_t(r)]) ? 0.0f : sure[size_t(r)];
+        result.tokens[r * depth + step] = drawn[size_t(r)].token;
+        result.confidence[r * depth + step] = drawn[size_t(r)].probability;
+        if (result.logits) last_logits(r, result.logits + (r * depth + step) * weights_.vocab);
       });
+      for (int64_t r = 0; request.floors && r < anchors; ++r) {
+        float& p = chance[size_t(r)];
+        if (p < 0) continue;
+        const int bin = std::min(kConfidenceBins - 1, int(drawn[size_t(r)].probability * kConfidenceBins));
+        p *= request.acceptance[r * kConfidenceBins + bin];
+        if (p >= request.floors[r * depth + step]) continue;
+        p = -1.0f;
+        --going;
+        if (m.id == 0) result.lengths[r] = int32_t(step + 1);
+      }
     }
   });
 }
 
 // x = pre_projection(concat(target embedding of the newest token, hidden)).
-void Drafter::enter(const Member& m, const std::vector<int32_t>& newest, const float* hidden, int64_t rows) {
+void Drafter::enter(const Member& m, const std::vector<Drawn>& newest, const float* hidden, int64_t rows) {
   const int64_t backbone = weights_.backbone, width = weights_.shape.hidden;
   float* both = both_.floats() + runner_.copy(m) * rows * 2 * backbone;
   runner_.keep(m, rows, [&](int64_t r) {
-    target_->embed(newest[size_t(r)], both + r * 2 * backbone);
+    target_->embed(newest[size_t(r)].token, both + r * 2 * backbone);
     std::copy_n(hidden + r * backbone, backbone, both + r * 2 * backbone + backbone);
   });
   runner_.gather(m);
@@ -80,30 +94,47 @@ void Drafter::enter(const Member& m, const std::vector<int32_t>& newest, const f
   });
 }
 
-// Final norm, the hidden state of the next step, and the best token of the head. Ends with a barrier.
-void Drafter::choose(const Member& m, int64_t rows, int32_t* token, float* confidence) {
+// Final norm, the hidden state of the next step, and the token drawn from the head. Ends with a barrier.
+void Drafter::choose(const Member& m, const DraftRequest& request, int64_t step, std::vector<Drawn>& drawn) {
+  const int64_t rows = request.anchors, ld = weights_.head->view().panels() * kPanel;
   runner_.norm_rows(m, rows, weights_.final_norm);
-  const int64_t ld = weights_.head->view().panels() * kPanel;
   const ActView act = runner_.prepare_rows(m, first_head(), rows, runner_.temporary(m, 0), weights_.shape.hidden);
   runner_.project(m, *weights_.post_projection, act, rows, next_.floats(), weights_.backbone);
   runner_.project(m, first_head(), act, rows, logits_.floats(), ld);
   m.barrier();
-  if (weights_.centroids) centroid_head(m, rows, token, confidence);
-  else dense_head(m, rows, token, confidence);
+  if (weights_.centroids) centroid_head(m, rows);
+  LayerRunner::each(m, rows, [&](int64_t r) {
+    const std::vector<int32_t>& ids = ids_[size_t(r)];
+    const int64_t n = weights_.centroids ? int64_t(ids.size()) : weights_.vocab;
+    drawn[size_t(r)] = draw({logits_.floats() + r * ld, ids.empty() ? nullptr : ids.data(), n}, request, r, step);
+  });
   m.barrier();
 }
 
-void Drafter::dense_head(const Member& m, int64_t rows, int32_t* token, float* confidence) {
+// Damaged weights may leave nothing to choose from, or no probability; the target will not mind.
+Drawn Drafter::draw(const Logits& logits, const DraftRequest& request, int64_t row, int64_t step) const {
   const Kernels& kernels = target_->kernels();
-  const int64_t ld = weights_.head->view().panels() * kPanel;
-  LayerRunner::each(m, rows, [&](int64_t r) {
-    token[r] = int32_t(kernels.arg_max(logits_.floats() + r * ld, weights_.vocab, &confidence[r]));
-  });
+  const Draw& settings = request.draws[row];
+  Drawn drawn{0, 0.0f};
+  if (settings.temperature > 0) {
+    drawn = kernels.sampler->draw(logits, settings, uint32_t(request.positions[row] + 1 + step), true);
+  } else {
+    const float top = logits.x[kernels.arg_max(logits.x, logits.n, &drawn.probability)];
+    int32_t best = -1;
+    for (int64_t i = 0; i < logits.n; ++i) {  // of equal logits the lowest token
+      const int32_t id = logits.ids ? logits.ids[i] : int32_t(i);
+      if (logits.x[i] == top && id >= 0 && (best < 0 || id < best)) best = id;
+    }
+    drawn.token = best;
+  }
+  if (drawn.token < 0 || drawn.token >= weights_.vocab) drawn.token = 0;
+  if (std::isnan(drawn.probability)) drawn.probability = 0.0f;
+  return drawn;
 }
 
 // The best centroids (their scores are in logits_) select the rows of the head that are computed; the others cannot be
-// drafted.
-void Drafter::centroid_head(const Member& m, int64_t rows, int32_t* token, float* confidence) {
+// drafted. Members go on with the rows that they would share.
+void Drafter::centroid_head(const Member& m, int64_t rows) {
   const Kernels& kernels = target_->kernels();
   const MatrixView& head = weights_.head->view();
   const MatrixView& centroids = weights_.centroids->view();
@@ -137,16 +168,12 @@ void Drafter::centroid_head(const Member& m, int64_t rows, int32_t* token, float
 
   LayerRunner::each(m, rows, [&](int64_t r) {
     float* logit = logits_.floats() + r * ld;
-    const auto id = [&](int64_t i) {
-      return weights_.tokens[size_t(clusters_[size_t(r)][size_t(i / width)] * width + i % width)];
-    };
-    int32_t best = -1;
-    for (int64_t i = 0; i < top_k * width; ++i)
-      if (id(i) < 0) logit[i] = -3e38f;
-    const float top = logit[kernels.arg_max(logit, top_k * width, &confidence[r])];
-    for (int64_t i = 0; i < top_k * width; ++i)  // of equal logits the lowest token
-      if (logit[i] == top && id(i) >= 0 && (best < 0 || id(i) < best)) best = id(i);
-    token[r] = std::max(best, 0);  // damaged weights may leave nothing to choose from; the target will not mind
+    std::vector<int32_t>& ids = ids_[size_t(r)];
+    ids.clear();
+    for (const int64_t cluster : clusters_[size_t(r)])
+      ids.insert(ids.end(), &weights_.tokens[size_t(cluster * width)], &weights_.tokens[size_t(cluster * width)] + width);
+    for (size_t i = 0; i < ids.size(); ++i)
+      if (ids[i] < 0) logit[i] = -3e38f;
   });
 }
 
@@ -157,11 +184,10 @@ void Drafter::last_logits(int64_t row, float* out) const {
     std::copy_n(logit, weights_.vocab, out);
     return;
   }
-  const int64_t width = ld / weights_.centroids->view().rows;
   std::fill_n(out, weights_.vocab, -3e38f);
-  for (int64_t cluster : clusters_.at(size_t(row)))
-    for (int64_t i = 0; i < width; ++i, ++logit)
-      if (const int32_t token = weights_.tokens[size_t(cluster * width + i)]; token >= 0) out[token] = *logit;
+  const std::vector<int32_t>& ids = ids_.at(size_t(row));
+  for (size_t i = 0; i < ids.size(); ++i)
+    if (ids[i] >= 0) out[ids[i]] = logit[i];
 }
 
 }  // namespace paceline

@@ -24,13 +24,32 @@ struct DrafterWeights {
   std::vector<int32_t> tokens;
 };
 
+constexpr int kConfidenceBins = 16;
+
+// What to draft: `depth` tokens at most for each of `anchors` sequences.
+struct DraftRequest {
+  const int32_t *slots, *positions, *newest;  // [anchors]
+  const float* hidden;                        // [anchors][backbone]
+  int64_t anchors, depth;
+  const Draw* draws;  // [anchors]
+  // [anchors][depth]: no drafting behind a depth when the line's chance of being accepted so far is below this; null: no
+  // early stop. The chance is the product of `acceptance` [anchors][kConfidenceBins] by each draft's confidence.
+  const float* floors;
+  const float* acceptance;
+};
+
+struct DraftResult {
+  int32_t* tokens;    // [anchors][depth]
+  float* confidence;  // [anchors][depth]: the probability of each draft among those it was drawn from
+  int32_t* lengths;   // [anchors]: drafts made; what stands behind them is void
+  float* logits;      // [anchors][depth][vocab], null if not wanted
+};
+
 class Drafter {
  public:
   Drafter(DrafterWeights weights, std::shared_ptr<Target> target);
 
-  // Guess `depth` tokens for each of `anchors` sequences: tokens and confidence [anchors][depth].
-  void draft(const int32_t* slots, const int32_t* positions, const int32_t* newest, const float* hidden,
-             int64_t anchors, int64_t depth, int32_t* tokens, float* confidence);
+  void draft(const DraftRequest& request, const DraftResult& result);
   int64_t backbone() const { return weights_.backbone; }
   int64_t vocab() const { return weights_.vocab; }
 
@@ -40,17 +59,18 @@ class Drafter {
   const float* last_hidden(int64_t row) const { return next_.floats() + row * weights_.backbone; }
 
  private:
-  void enter(const Member& m, const std::vector<int32_t>& newest, const float* hidden, int64_t rows);
-  void choose(const Member& m, int64_t rows, int32_t* token, float* confidence);
-  void dense_head(const Member& m, int64_t rows, int32_t* token, float* confidence);
+  void enter(const Member& m, const std::vector<Drawn>& newest, const float* hidden, int64_t rows);
+  void choose(const Member& m, const DraftRequest& request, int64_t step, std::vector<Drawn>& drawn);
+  Drawn draw(const Logits& logits, const DraftRequest& request, int64_t row, int64_t step) const;
   const Matrix& first_head() const { return weights_.centroids ? *weights_.centroids : *weights_.head; }
-  void centroid_head(const Member& m, int64_t rows, int32_t* token, float* confidence);
+  void centroid_head(const Member& m, int64_t rows);
 
   DrafterWeights weights_;
   std::shared_ptr<Target> target_;
   LayerRunner runner_;
   std::vector<const std::vector<CacheView>*> views_;  // a layer
   std::vector<std::vector<int64_t>> clusters_;        // a row: the centroids chosen
+  std::vector<std::vector<int32_t>> ids_;             // a row: the tokens of its logits
   Buffer both_, x_, next_, logits_;
   Prepared inputs_, rows_;
 };

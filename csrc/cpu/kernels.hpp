@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "formats.hpp"
+#include "sample.hpp"
 
 namespace paceline {
 
@@ -66,6 +67,8 @@ struct Kernels {
 
   // A check value of `n` bytes, n a multiple of 512, at the speed of memory; it finds damage, not forgery.
   uint32_t (*checksum)(const uint8_t* data, int64_t n);
+
+  const Sampler* sampler;
 };
 
 // The kernels of `isa`, or of the best instruction set this processor has if it is empty.

@@ -12,11 +12,17 @@ if TYPE_CHECKING:
     from paceline.build import load as load
     from paceline.engine.engine import Engine as Engine
     from paceline.engine.engine import Stream as Stream
+    from paceline.types import Sampling as Sampling
 
 __version__ = "0.1.0"
-__all__ = ["Engine", "Stream", "__version__", "load"]
+__all__ = ["Engine", "Sampling", "Stream", "__version__", "load"]
 
-_HOMES = {"load": "paceline.build", "Engine": "paceline.engine.engine", "Stream": "paceline.engine.engine"}
+_HOMES = {
+    "load": "paceline.build",
+    "Engine": "paceline.engine.engine",
+    "Stream": "paceline.engine.engine",
+    "Sampling": "paceline.types",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -30,6 +30,12 @@ class Matrix:
     @property
     def nbytes(self) -> int: ...
 
+def draw(logits: NDArray[np.float32], draw: Draw, position: int, isa: str = "") -> int: ...
+def allowed(logits: NDArray[np.float32], draw: Draw, isa: str = "") -> tuple[NDArray[np.int32], NDArray[np.int64]]: ...
+
+class Draw:
+    def __init__(self, *, temperature: float, top_k: int, top_p: float, gap: float, seed: int, stream: int) -> None: ...
+
 class Experts:
     active: int
     router: Matrix
@@ -137,5 +143,9 @@ class Drafter:
         newest: NDArray[np.int32],
         hidden: NDArray[np.float32],
         depth: int,
-    ) -> tuple[NDArray[np.int32], NDArray[np.float32]]: ...
+        draws: Sequence[Draw],
+        floors: NDArray[np.float32] | None = None,
+        acceptance: NDArray[np.float32] | None = None,
+        with_logits: bool = False,
+    ) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.int32], NDArray[np.float32]]: ...
     def last_step(self, row: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]: ...

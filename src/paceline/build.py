@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 from paceline.backends.cpu.backend import DRAFTER_FORMAT, CpuBackend, default_threads
+from paceline.backends.cpu.pack_cache import cache_folder
 from paceline.backends.cpu.sources import check_quant, open_source
 from paceline.checkpoint import Checkpoint, locate, locate_drafter
 from paceline.config import TargetConfig, check_pair, token_ids
-from paceline.engine.engine import Engine, check_draft_tokens
+from paceline.decode.sampling import check_sampling
+from paceline.engine.engine import DraftTokens, Engine, Experience, check_draft_tokens
+from paceline.engine.pricing import load_costs
 from paceline.errors import SettingsError
 from paceline.text.chat import ChatTemplate
 from paceline.text.tokenizer import Tokenizer
@@ -26,7 +30,7 @@ def load(
     quant: str = "auto",
     threads: int | None = None,
     context: int | None = None,
-    draft_tokens: int = 4,
+    draft_tokens: DraftTokens = "auto",
     prompt_chunk: int = 256,
     notify: Callable[[str], None] = lambda _: None,
     progress: Callable[[int], None] = lambda _: None,
@@ -39,9 +43,10 @@ def load(
         quant: weight format: f32, bf16, q8, q4, or auto for the most precise one that fits the memory at hand.
         threads: worker threads; None for the physical cores.
         context: tokens a sequence may hold, prompt included; None for the model's own limit, at most 32768.
-        draft_tokens: tokens drafted a round unless a request says otherwise, 0 to 15.
+        draft_tokens: tokens drafted a round unless a request says otherwise: 0 to 15, or "auto" for as many as pay;
+            what rounds cost is then measured, once for a pair and its settings.
         prompt_chunk: prompt tokens read in one pass.
-        notify: receives one-line notices of what was chosen.
+        notify: receives one-line notices of what was chosen, and warnings.
         progress: receives the file bytes of every tensor as it is loaded.
 
     Raises:
@@ -66,6 +71,7 @@ def load(
     tokenizer = Tokenizer.open(checkpoint.tokenizer_path, checkpoint.tokenizer_config, config.bos_id)
     template = ChatTemplate.open(checkpoint.chat_template_path, checkpoint.tokenizer_config)
     stop_ids = frozenset(_stop_ids(checkpoint, config))
+    sampling = check_sampling(checkpoint.sampling(), config.vocab_size)
     threads = threads or min(default_threads(), MAX_THREADS)
     target = open_source(checkpoint, config, quant, threads, notify=notify, progress=progress)
     sources = [target]
@@ -84,6 +90,10 @@ def load(
     )
     for source in sources:
         source.keep(notify)
+    about = json.dumps([repr(config), repr(draft_config), target.weights.quant, backend.threads, backend.isa])
+    experience = Experience(lambda: load_costs(backend, sampling, about, cache_folder(), notify))
+    if backend.can_draft and draft_tokens == "auto":
+        experience.priced()
     return Engine(
         backend=backend,
         tokenizer=tokenizer,
@@ -91,11 +101,14 @@ def load(
         target_config=config,
         drafter_config=draft_config,
         stop_ids=stop_ids,
+        sampling=sampling,
         quant=target.weights.quant,
         threads=backend.threads,
         weight_bytes=target.weights.nbytes,
         draft_tokens=draft_tokens,
         prompt_chunk=prompt_chunk,
+        experience=experience,
+        notify=notify,
     )
 
 

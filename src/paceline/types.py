@@ -45,6 +45,41 @@ class Output:
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn from the target's logits. The default is greedy decoding.
+
+    A token's noise is a pure function of seed, position and token id, so equal settings give equal text. Penalties and
+    bias come first, then temperature, then top-k, top-p of what top-k left, and min-p.
+    """
+
+    temperature: float = 0.0  # 0: always the most likely token
+    top_k: int = 0  # only the k most likely tokens; 0: all
+    top_p: float = 1.0  # only the fewest most likely tokens whose probabilities sum to this; 1: all
+    min_p: float = 0.0  # only tokens at least this likely compared with the most likely one; 0: all
+    repetition_penalty: float = 1.0  # divides positive, multiplies negative logits of tokens in the prompt or the text
+    presence_penalty: float = 0.0  # subtracted from the logits of tokens in the text
+    frequency_penalty: float = 0.0  # the same for each time they occur in it
+    bias: tuple[tuple[int, float], ...] = ()  # added to the logits of these tokens
+    suppressed: tuple[int, ...] = ()  # tokens that are never drawn
+    seed: int | None = None  # 0 to 2^64 - 1; None: a new one for each generation
+
+
+GREEDY = Sampling()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How far to draft in one round."""
+
+    depth: int  # drafts at most
+    floors: tuple[float, ...] = ()  # [depth]: stop behind a depth when the line's chance is below this; empty: never
+    acceptance: tuple[float, ...] = ()  # [CONFIDENCE_BINS]: chance of a draft by the drafter's confidence
+
+
+CONFIDENCE_BINS = 16  # of equal width, over 0..1
+
+
+@dataclass(frozen=True)
 class Anchors:
     """Where A sequences stand at the start of a round: each one's newest token, which is not in the cache yet."""
 
@@ -52,14 +87,37 @@ class Anchors:
     positions: Int32  # [A] position P of the newest token; the drafter sees cache rows below P
     tokens: Int32  # [A] the newest token
     hidden: Float32  # [A, hidden] the target's hidden state at the row that produced it (position P - 1)
+    samplings: tuple[Sampling, ...]  # [A] how drafts are drawn: as the target draws, but for penalties and bias
+    plans: tuple[Plan, ...]  # [A]
+    streams: tuple[int, ...]  # [A] of the noise: 0 is the target's own
+    with_logits: bool = False
 
 
 @dataclass(frozen=True)
 class Drafts:
-    """K guesses for each of A anchors."""
+    """Up to K guesses for each of A anchors, K being the depth of the deepest plan."""
 
     tokens: Int32  # [A, K]
-    confidence: Float32  # [A, K] the drafter's own probability of its guess, in 0..1
+    confidence: Float32  # [A, K] the drafter's probability of its guess among those it could have drawn, in 0..1
+    lengths: Int32  # [A] guesses made; what stands behind them is void
+    logits: Float32 | None = None  # [A, K, vocabulary], -3e38 where the drafter did not look; only if asked for
+
+
+@dataclass(frozen=True)
+class Line:
+    """What was drafted for one sequence: K tokens."""
+
+    tokens: tuple[int, ...] = ()
+    confidence: tuple[float, ...] = ()
+    logits: Float32 | None = None  # [K, vocabulary]
+
+
+@dataclass(frozen=True)
+class Logprobs:
+    """What the target thought of one committed token: logarithms of probabilities after temperature alone."""
+
+    token: float
+    top: tuple[tuple[int, float], ...]  # the most likely tokens, best first
 
 
 @dataclass(frozen=True)
@@ -68,6 +126,7 @@ class Commit:
 
     tokens: tuple[int, ...]
     accepted: int  # how many of them were drafted; always len(tokens) - 1
+    logprobs: tuple[Logprobs, ...] = ()  # one a token, if asked for
 
 
 @dataclass(frozen=True)
@@ -77,6 +136,7 @@ class Piece:
     token: int
     text: str
     depth: int  # 1 for the first drafted token of its round, 2 for the second, ...; 0 for the target's own
+    logprobs: Logprobs | None = None
 
 
 @dataclass(frozen=True)
@@ -131,3 +191,5 @@ class Generation:
     tokens: tuple[int, ...]
     finish: FinishReason
     statistics: Statistics
+    sampling: Sampling = GREEDY  # what it was drawn with, seed included
+    logprobs: tuple[Logprobs, ...] = ()  # one a token, if asked for

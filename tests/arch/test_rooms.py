@@ -19,7 +19,7 @@ ROOMS = {
     "models": 2,
     "_cpu": 2,  # the compiled kernels
     "backends": 3,
-    "decode": 3,
+    "decode": 1,
     "engine": 4,
     "train": 4,
     "build": 4.5,  # the composition root: chooses a backend and hands it to an engine

@@ -100,7 +100,7 @@ def test_a_plot_is_drawn_or_its_need_named(capsys: pytest.CaptureFixture[str], t
 def test_simulated_shares_hold() -> None:
     shares = (0.8, 0.65, 0.5)
     backend = Script(FakeBackend(context=4096), shares)
-    s = sequence(backend, [1, 2, 3], sampling=backend, draft_tokens=3, max_tokens=3000)
+    s = sequence(backend, [1, 2, 3], rule=backend, draft_tokens=3, max_tokens=3000)
     while s.finish is None:
         step(backend, [s], 8)
     assert s.statistics.acceptance_by_depth == pytest.approx(shares, abs=0.01)

@@ -24,12 +24,13 @@ def generate(capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any
 
 @pytest.mark.parametrize("quant", ["f32", "bf16", "q8", "q4"])
 def test_the_drafter_saves_rounds_and_changes_nothing(capsys: pytest.CaptureFixture[str], quant: str) -> None:
-    plain = generate(capsys, "--quant", quant, "--draft-tokens", "0")
-    drafted = generate(capsys, "--quant", quant)
+    plain = generate(capsys, "--quant", quant, "--seed", "1", "--draft-tokens", "0")
+    drafted = generate(capsys, "--quant", quant, "--seed", "1", "--draft-tokens", "4")
     assert drafted["text"] == plain["text"]
     assert drafted["tokens"] == plain["tokens"]
     assert drafted["rounds"] < plain["rounds"]
     assert drafted["acceptance_length"] > 1.3
+    assert generate(capsys, "--quant", quant, "--seed", "1")["text"] == plain["text"]
     shares = drafted["acceptance_by_depth"]
     assert shares == sorted(shares, reverse=True)
 

@@ -14,7 +14,7 @@ from paceline import _cpu
 from paceline.backends.cpu.backend import CpuBackend
 from paceline.checkpoint import Checkpoint, resolve
 from paceline.quant import blocks
-from paceline.types import Anchors, Batch
+from paceline.types import Anchors, Batch, Plan, Sampling
 from tests.parity.fixtures import SHAPES, VOCABULARY, WINDOW, _randomise, write_pair
 from tests.parity.test_torch_truth import head_of, read_pair
 from tests.support import cpu_backend, run, sequence
@@ -46,6 +46,10 @@ def feed(backend: CpuBackend, slot: int, tokens: np.ndarray, start: int = 0, wan
     count = len(tokens)
     positions = np.arange(start, start + count, dtype=np.int32)
     return backend.forward(Batch(np.full(count, slot, np.int32), positions, tokens, np.full(count, wanted)))
+
+
+def anchors(at: tuple[np.ndarray, np.ndarray], token: int, hidden: np.ndarray, depth: int) -> Anchors:
+    return Anchors(*at, np.array([token], np.int32), hidden, (Sampling(),), (Plan(depth),), (0,))
 
 
 def assert_close(ours: np.ndarray, theirs: torch.Tensor) -> None:
@@ -107,14 +111,14 @@ def test_draft_steps(case: Case, position: int) -> None:
     our_hidden = output.hidden[-1:].copy()
     token = int(output.logits[-1].argmax())
     at = np.array([slot], np.int32), np.array([position], np.int32)
-    whole = backend.draft(Anchors(*at, np.array([token], np.int32), our_hidden), DEPTH)
+    whole = backend.draft(anchors(at, token, our_hidden, DEPTH))
     for step in range(DEPTH):
         reference = case.hf_drafter(
             inputs_embeds=torch.cat((embed(torch.tensor([[token]])), hidden), dim=-1),
             position_ids=torch.tensor([[position]]),
             shared_kv_states=shared,
         )
-        drafts = backend.draft(Anchors(*at, np.array([token], np.int32), our_hidden), 1)
+        drafts = backend.draft(anchors(at, token, our_hidden, 1))
         logits, next_hidden = backend._drafter.last_step(0)
         hidden, our_hidden = reference.last_hidden_state, next_hidden[None]
         assert_close(next_hidden, hidden[0, 0])

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from paceline.backends.fake import FakeBackend
-from paceline.engine.engine import Engine, Stream
+from paceline.decode.control import Costs
+from paceline.engine.engine import Engine, Experience, Stream
 from paceline.errors import BackendError, PromptError, SettingsError
+from paceline.types import Sampling
 from tests.support import Ids
 
 
@@ -37,11 +39,13 @@ def engine(**settings: object) -> Engine:
         "target_config": SimpleNamespace(),
         "drafter_config": None,
         "stop_ids": frozenset(),
+        "sampling": Sampling(),
         "quant": "f32",
         "threads": 1,
         "weight_bytes": 0,
         "draft_tokens": 4,
         "prompt_chunk": 8,
+        "experience": Experience(lambda: Costs((10.0, 11.0, 12.0, 13.0))),
     }
     return Engine(**{**defaults, **settings})
 
@@ -77,7 +81,20 @@ def test_no_template_means_raw() -> None:
         engine(chat_template=None).stream("hello")
 
 
-@pytest.mark.parametrize("settings", [{"max_tokens": 0}, {"draft_tokens": -1}, {"draft_tokens": 16}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_tokens": 0},
+        {"draft_tokens": -1},
+        {"draft_tokens": 16},
+        {"draft_tokens": "many"},
+        {"logprobs": 101},
+        {"logprobs": -1},
+        {"acceptance_rule": "hope"},
+        {"stop": [""]},
+        {"stop": ""},
+    ],
+)
 def test_settings_out_of_range(settings: dict) -> None:
     with pytest.raises(SettingsError):
         engine().stream([1], **settings)
@@ -109,3 +126,56 @@ def test_a_stream_left_early_gives_its_slot_back() -> None:
     for _ in e.stream([1, 2, 3]):
         break
     assert isinstance(e.stream([4]), Stream)
+
+
+def test_a_seed_is_taken_and_reported() -> None:
+    e = engine(sampling=Sampling(temperature=1.0))
+    one, two = (e.generate([1, 2, 3], max_tokens=20) for _ in range(2))
+    assert one.sampling.seed != two.sampling.seed
+    assert one.tokens != two.tokens
+    assert e.generate([1, 2, 3], sampling=one.sampling, max_tokens=20, draft_tokens=0).tokens == one.tokens
+
+
+@pytest.mark.parametrize("rule", ["coupled", "rejection"])
+@pytest.mark.parametrize("depth", [0, 3, "auto"])
+def test_greedy_text_is_the_same_by_either_rule(rule: str, depth: int | str) -> None:
+    e = engine()
+    settings = {"acceptance_rule": rule, "draft_tokens": depth, "max_tokens": 30}
+    assert e.generate([1, 2, 3], **settings).tokens == e.generate([1, 2, 3], draft_tokens=0, max_tokens=30).tokens
+
+
+def test_stop_strings_end_the_text_whatever_was_drafted() -> None:
+    e = engine()
+    whole = e.generate([1, 2, 3], max_tokens=40).text
+    stop = whole[len(whole) // 2 :][:9]
+    cut = [e.generate([1, 2, 3], stop=[stop], max_tokens=40, draft_tokens=depth) for depth in (0, 2, 7, "auto")]
+    assert {(g.text, g.tokens, g.finish) for g in cut} == {(whole[: whole.index(stop)], cut[0].tokens, "stop")}
+    assert len(cut[0].tokens) < 40
+
+
+def test_logprobs_are_the_targets_own_and_do_not_depend_on_drafts() -> None:
+    e = engine(sampling=Sampling(temperature=0.8, top_k=5, seed=3))
+    plain, drafted = (e.generate([1, 2, 3], logprobs=4, max_tokens=30, draft_tokens=depth) for depth in (0, 5))
+    assert plain.logprobs == drafted.logprobs
+    assert len(plain.logprobs) == len(plain.tokens) == 30
+    assert all(len(report.top) == 4 and report.token <= report.top[0][1] for report in plain.logprobs)
+    assert e.generate([1, 2, 3], max_tokens=3).logprobs == ()
+
+
+def test_auto_drafts_where_it_pays_and_stops_where_it_does_not() -> None:
+    cheap, dear = Costs((10.0, 10.1, 10.2, 10.3, 10.4)), Costs((10.0, 90.0, 180.0))
+    for costs, least, most in ((cheap, 2.0, 5.0), (dear, 1.0, 1.1)):
+        e = engine(backend=FakeBackend(slots=1, context=512, truth=0.9), experience=Experience(lambda c=costs: c))
+        statistics = e.generate([1, 2, 3], draft_tokens="auto", max_tokens=300).statistics
+        assert least <= statistics.acceptance_length <= most
+
+
+def test_a_drafter_that_is_never_right_is_named_once() -> None:
+    said: list[str] = []
+    backend = FakeBackend(slots=1, context=512, truth=0.0)
+    e = engine(backend=backend, experience=Experience(lambda: Costs((10.0, 10.01, 10.02))), notify=said.append)
+    for _ in range(3):
+        e.generate([1, 2, 3], draft_tokens="auto", max_tokens=400)
+    assert len(said) == 1
+    assert "hardly any draft is accepted" in said[0]
+    assert "fine-tuned" in said[0]

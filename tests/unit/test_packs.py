@@ -112,32 +112,57 @@ def test_checksums_do_not_depend_on_threads_and_see_order() -> None:
 def test_the_second_start_maps_and_writes_the_same(pair: tuple[Path, Path], kept: Path) -> None:
     notices: list[str] = []
     first = paceline.load(str(pair[0]), quant="q4", threads=1, context=128, notify=notices.append)
-    assert len(os.listdir(kept)) == 2  # target and drafter
+    assert len(list(kept.glob("*.pack"))) == 2  # target and drafter
     assert any("kept in" in notice for notice in notices)
     times = {path: path.stat().st_mtime_ns for path in kept.iterdir()}
     second = paceline.load(str(pair[0]), quant="q4", threads=1, context=128)
     assert {path: path.stat().st_mtime_ns for path in kept.iterdir()} == times
-    assert first.generate(PROMPT, max_tokens=12).tokens == second.generate(PROMPT, max_tokens=12).tokens
+    assert (
+        first.generate(PROMPT, sampling=paceline.Sampling(), max_tokens=12).tokens
+        == second.generate(PROMPT, sampling=paceline.Sampling(), max_tokens=12).tokens
+    )
 
 
 def test_a_damaged_pack_is_made_again(pair: tuple[Path, Path], kept: Path) -> None:
-    text = paceline.load(str(pair[0]), quant="q8", context=128).generate(PROMPT, max_tokens=12).tokens
+    text = (
+        paceline.load(str(pair[0]), quant="q8", context=128)
+        .generate(PROMPT, sampling=paceline.Sampling(), max_tokens=12)
+        .tokens
+    )
     path = pack_path(Checkpoint.open(pair[0]), "q8")
     data = bytearray(path.read_bytes())
     data[-5000] ^= 255
     path.write_bytes(data)
-    assert paceline.load(str(pair[0]), quant="q8", context=128).generate(PROMPT, max_tokens=12).tokens == text
+    assert (
+        paceline.load(str(pair[0]), quant="q8", context=128)
+        .generate(PROMPT, sampling=paceline.Sampling(), max_tokens=12)
+        .tokens
+        == text
+    )
     open_pack(path, 1, fingerprint=fingerprint(Checkpoint.open(pair[0]), "q8"))  # good again
 
 
 def test_a_changed_checkpoint_is_noticed(tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target, _ = write_pair(tmp_path, "text", seed=0, text=True)
-    old = paceline.load(str(target), quant="q8", context=128).generate(PROMPT, max_tokens=12).tokens
+    old = (
+        paceline.load(str(target), quant="q8", context=128)
+        .generate(PROMPT, sampling=paceline.Sampling(), max_tokens=12)
+        .tokens
+    )
     other, _ = write_pair(tmp_path / "other", "text", seed=1)
     os.replace(other / "model.safetensors", target / "model.safetensors")
-    new = paceline.load(str(target), quant="q8", context=128).generate(PROMPT, max_tokens=12).tokens
+    new = (
+        paceline.load(str(target), quant="q8", context=128)
+        .generate(PROMPT, sampling=paceline.Sampling(), max_tokens=12)
+        .tokens
+    )
     monkeypatch.setenv("PACELINE_CACHE", str(tmp_path / "empty"))
-    assert new == paceline.load(str(target), quant="q8", context=128).generate(PROMPT, max_tokens=12).tokens
+    assert (
+        new
+        == paceline.load(str(target), quant="q8", context=128)
+        .generate(PROMPT, sampling=paceline.Sampling(), max_tokens=12)
+        .tokens
+    )
     assert new != old
 
 
@@ -152,7 +177,7 @@ def test_a_converted_folder_stands_alone(pair: tuple[Path, Path], tmp_path: Path
     assert engine.drafter_config is not None
     plain = cpu_backend(*pair, quant)
     (expected,) = run(plain, [sequence(plain, PROMPT, max_tokens=12)])
-    assert list(engine.generate(PROMPT, max_tokens=12).tokens) == expected.tokens
+    assert list(engine.generate(PROMPT, sampling=paceline.Sampling(), max_tokens=12).tokens) == expected.tokens
 
 
 def test_converting_refuses_what_it_cannot_do(pair: tuple[Path, Path], tmp_path: Path) -> None:

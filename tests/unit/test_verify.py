@@ -1,15 +1,19 @@
 """Acceptance of drafts, and the engine's step over the fake backend."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paceline.backends.fake import FakeBackend
-from paceline.decode.sampling import Greedy
+from paceline.decode.rules import Coupled
+from paceline.decode.sampling import History
 from paceline.decode.verify import verify
 from paceline.engine.sequence import Sequence
 from paceline.errors import BackendError
+from paceline.types import Line
 from tests.support import run, sequence
 
 
@@ -29,24 +33,26 @@ def rows_for(*tokens: int, vocab: int = 8) -> np.ndarray:
     ],
 )
 def test_accepts_exactly_what_the_target_draws(drafts: list[int], truth: list[int], committed: tuple[int, ...]) -> None:
-    commit = verify(rows_for(*truth), drafts, Greedy(), position=10)
+    history = History()
+    commit = verify(rows_for(*truth), Line(tuple(drafts)), Coupled(), history, position=10)
     assert commit.tokens == committed
+    assert history.text == Counter(committed)
     assert commit.accepted == len(committed) - 1
 
 
 def test_greedy_takes_the_lowest_of_equals() -> None:
-    assert Greedy().draw(np.array([1, 5, 5, 2], np.float32), 0) == 1
+    assert Coupled().settle(np.array([1, 5, 5, 2], np.float32), 0, History(), Line(), 0) == 1
 
 
 def test_strategies_are_told_the_position_of_the_token_they_draw() -> None:
     seen = []
 
-    class Spy:
-        def draw(self, logits: np.ndarray, position: int) -> int:
+    class Spy(Coupled):
+        def settle(self, logits: np.ndarray, position: int, history: History, line: Line, depth: int) -> int:
             seen.append(position)
             return int(logits.argmax())
 
-    verify(rows_for(1, 2, 3), [1, 2], Spy(), position=41)
+    verify(rows_for(1, 2, 3), Line((1, 2)), Spy(), History(), position=41)
     assert seen == [42, 43, 44]
 
 

@@ -1,13 +1,13 @@
 """What a backend does for the engine: three verbs over slots of KV memory.
 
-A backend loads a target and perhaps a drafter, owns the KV cache, and knows nothing of text, sampling or requests.
+A backend loads a target and perhaps a drafter, owns the KV cache, and knows nothing of text or requests.
 """
 
 from __future__ import annotations
 
 from typing import Protocol
 
-from paceline.types import Anchors, Batch, Drafts, Output
+from paceline.types import Anchors, Batch, Drafts, Float32, Output, Sampling
 
 
 class Backend(Protocol):
@@ -28,6 +28,10 @@ class Backend(Protocol):
     def can_draft(self) -> bool:
         """Whether a drafter is loaded."""
 
+    @property
+    def stops_early(self) -> bool:
+        """Whether drafting stops at the floors of a plan; else it goes to the plan's depth."""
+
     def open_slot(self) -> int:
         """Reserve an empty cache and return its number.
 
@@ -41,8 +45,11 @@ class Backend(Protocol):
     def forward(self, batch: Batch) -> Output:
         """Run all rows through the target, append their keys and values to the caches, return the wanted rows."""
 
-    def draft(self, anchors: Anchors, depth: int) -> Drafts:
-        """Guess the next `depth` tokens of each anchor from the target's cache below the anchor's position."""
+    def draft(self, anchors: Anchors) -> Drafts:
+        """Guess the next tokens of each anchor from the target's cache below the anchor's position."""
+
+    def draw(self, logits: Float32, sampling: Sampling, position: int) -> int:
+        """The same token as `decode.draw.draw`, faster."""
 
     def truncate(self, slot: int, length: int) -> None:
         """Forget all positions from `length` on.

@@ -11,8 +11,9 @@ import zlib
 
 import numpy as np
 
+from paceline.decode.draw import draw
 from paceline.errors import BackendError
-from paceline.types import Anchors, Batch, Drafts, Float32, Output
+from paceline.types import Anchors, Batch, Drafts, Float32, Output, Sampling
 
 HIDDEN = 4
 
@@ -25,7 +26,7 @@ class FakeBackend:
         context: positions a slot can hold.
         slots: sequences held at once.
         max_rows: most rows of one slot in one batch.
-        truth: share of drafted tokens that are what the target will draw greedily, in 0..1.
+        truth: share of drafted tokens that are what the target will draw, in 0..1, but for penalties and bias.
         can_draft: whether it has a drafter.
     """
 
@@ -74,8 +75,15 @@ class FakeBackend:
             np.array(logits, np.float32).reshape(-1, self.vocab_size), np.array(hidden, np.float32).reshape(-1, HIDDEN)
         )
 
-    def draft(self, anchors: Anchors, depth: int) -> Drafts:
-        tokens = np.zeros((len(anchors.tokens), depth), np.int32)
+    stops_early = False
+
+    def draw(self, logits: Float32, sampling: Sampling, position: int) -> int:
+        return draw(logits, sampling, position)
+
+    def draft(self, anchors: Anchors) -> Drafts:
+        depths = [plan.depth for plan in anchors.plans]
+        tokens = np.zeros((len(anchors.tokens), max(depths)), np.int32)
+        logits = np.zeros((*tokens.shape, self.vocab_size), np.float32)
         for row, (slot, position, newest) in enumerate(
             zip(anchors.slots.tolist(), anchors.positions.tolist(), anchors.tokens.tolist(), strict=True)
         ):
@@ -83,13 +91,15 @@ class FakeBackend:
             if position != len(cache) or not np.array_equal(anchors.hidden[row], self._hidden(cache)):
                 raise BackendError(f"an anchor at {position} with a hidden state that is not of row {len(cache) - 1}")
             line = [*cache, newest]
-            for step in range(depth):
-                token = int(self._logits(line).argmax())
+            for step in range(depths[row]):
+                logits[row, step] = self._logits(line)
+                token = draw(logits[row, step], anchors.samplings[row], position + 1 + step, anchors.streams[row])
                 if self._hash(line, "lie") % 1000 >= 1000 * self._truth:
                     token = (token + 1) % self.vocab_size
                 tokens[row, step] = token
                 line.append(token)
-        return Drafts(tokens, np.full(tokens.shape, self._truth, np.float32))
+        confidence = np.full(tokens.shape, self._truth, np.float32)
+        return Drafts(tokens, confidence, np.array(depths, np.int32), logits if anchors.with_logits else None)
 
     def truncate(self, slot: int, length: int) -> None:
         if length > len(self._cache[slot]):

@@ -14,10 +14,10 @@ from paceline import _cpu
 from paceline.backends.base import Backend
 from paceline.bench.machine import ReadBandwidth
 from paceline.bench.simulated import Script
-from paceline.decode.sampling import Greedy, Sampling
+from paceline.decode.rules import Coupled, Rule
 from paceline.engine.sequence import Sequence
 from paceline.engine.step import step
-from paceline.types import Anchors, Batch, Float32
+from paceline.types import Anchors, Batch, Float32, Plan, Sampling
 
 KERNEL_ROWS = (1, 2, 3, 4, 6, 8, 12, 16)
 KERNEL_SHAPE = (6144 * 32, 1536)  # far more than any cache in every format
@@ -74,10 +74,11 @@ class Bench:
             positions=np.array([self.context], np.int32),
             tokens=self._tokens(1),
             hidden=self.hidden,
+            samplings=(Sampling(),),
+            plans=(Plan(depth),),
+            streams=(0,),
         )
-        return statistics.median(
-            milliseconds(lambda: self.backend.draft(anchor, depth)) / depth for _ in range(repeats)
-        )
+        return statistics.median(milliseconds(lambda: self.backend.draft(anchor)) / depth for _ in range(repeats))
 
     def prompt_tokens_per_s(self, repeats: int, tokens: int = 512) -> float:
         """Median speed of reading a prompt, until its last logits. Leaves the slot as it found it."""
@@ -94,13 +95,13 @@ class Bench:
     def decode_tokens_per_s(self, tokens: int, draft_tokens: int, shares: tuple[float, ...] | None) -> float:
         """Speed of the real engine loop over about that many tokens, acceptance simulated by `shares` if given."""
         backend: Backend = self.backend
-        sampling: Sampling = Greedy()
+        rule: Rule = Coupled(drawer=self.backend.draw)
         if shares and draft_tokens:
-            backend = sampling = Script(self.backend, shares)
+            backend = rule = Script(self.backend, shares)
         sequence = Sequence(
             slot=self.slot,
             tokens=[*self._tokens(self.context).tolist(), int(self._tokens(1)[0])],
-            sampling=sampling,
+            rule=rule,
             draft_tokens=draft_tokens,
             max_tokens=1 << 30,
             limit=self.backend.context,

@@ -9,14 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from paceline.backends.base import Backend
-from paceline.types import Anchors, Batch, Drafts, Float32, Output
+from paceline.decode.sampling import History
+from paceline.types import Anchors, Batch, Drafts, Float32, Line, Output, Sampling
 
 GOLDEN = 0.6180339887498949
 
 
 @dataclass
 class Script:
-    """Decides which drafts are accepted, and draws tokens accordingly: a `Sampling` and a `Backend` around another.
+    """Decides which drafts are accepted, and draws tokens accordingly: a `Rule` and a `Backend` around another.
 
     `shares[i]` is the share of rounds in which the draft at depth i + 1 is accepted; it never rises. Rounds take their
     outcomes from a low-discrepancy sequence, so the shares hold closely over few rounds.
@@ -24,25 +25,24 @@ class Script:
 
     backend: Backend
     shares: tuple[float, ...]
-    drafted: dict[int, int] = field(default_factory=dict)  # position -> token of the round in flight
+    sampling: Sampling = field(default_factory=Sampling)
+    stream: int = 0
+    with_logits: bool = False
     _round: int = 0
 
-    def draw(self, logits: Float32, position: int) -> int:
-        token = int(logits.argmax())  # the real cost of drawing
-        if position not in self.drafted:
+    def settle(self, logits: Float32, position: int, history: History, line: Line, depth: int) -> int:
+        token = self.backend.draw(logits, self.sampling, position)  # the real cost of drawing
+        if depth == len(line.tokens):
             return token
-        start = min(self.drafted)
         accepted = sum((self._round * GOLDEN) % 1.0 < share for share in self.shares)
-        if position - start < accepted:
-            return self.drafted[position]
-        return (self.drafted[position] + 1) % self.vocab_size
+        return line.tokens[depth] if depth < accepted else (line.tokens[depth] + 1) % self.vocab_size
 
-    def draft(self, anchors: Anchors, depth: int) -> Drafts:
-        drafts = self.backend.draft(anchors, depth)
-        first = int(anchors.positions[0]) + 1
-        self.drafted = dict(enumerate(drafts.tokens[0].tolist(), start=first))
+    def draw(self, logits: Float32, sampling: Sampling, position: int) -> int:
+        return self.backend.draw(logits, sampling, position)
+
+    def draft(self, anchors: Anchors) -> Drafts:
         self._round += 1
-        return drafts
+        return self.backend.draft(anchors)
 
     @property
     def vocab_size(self) -> int:
@@ -59,6 +59,10 @@ class Script:
     @property
     def can_draft(self) -> bool:
         return self.backend.can_draft
+
+    @property
+    def stops_early(self) -> bool:
+        return False  # random weights are sure of nothing
 
     def open_slot(self) -> int:
         return self.backend.open_slot()

@@ -12,8 +12,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from paceline.checkpoint.safetensors import TensorRef, read_header
-from paceline.config import DRAFTER_TYPES, TARGET_TYPES, DrafterConfig, TargetConfig, drafter_config, target_config
+from paceline.config import (
+    DRAFTER_TYPES,
+    TARGET_TYPES,
+    DrafterConfig,
+    TargetConfig,
+    drafter_config,
+    target_config,
+    token_ids,
+)
 from paceline.errors import CheckpointError
+from paceline.types import Sampling
 
 Config = TypeVar("Config")
 PACKED_NAME = "model.paceline"  # packed weights, in a folder that `paceline convert` made
@@ -63,6 +72,25 @@ class Checkpoint:
     def chat_template_path(self) -> Path:
         """Where the template is if it has a file of its own; older checkpoints keep it in `tokenizer_config`."""
         return self.folder / "chat_template.jinja"
+
+    def sampling(self) -> Sampling:
+        """The sampling that `generation_config.json` recommends; greedy where it does not ask for sampling.
+
+        Raises:
+            CheckpointError: a setting is not a number.
+        """
+        path = self.folder / "generation_config.json"
+        suppressed = token_ids(self.generation.get("suppress_tokens"), f"{path}: suppress_tokens")
+        numbers = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+        for name, default in numbers.items():
+            value = self.generation.get(name)
+            value = default if value is None else value
+            if isinstance(value, bool) or not isinstance(value, int if name == "top_k" else (int, float)):
+                raise CheckpointError(f"{path}: {name} is {value!r}; it must be a number")
+            numbers[name] = value
+        if not self.generation.get("do_sample"):
+            numbers |= {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+        return Sampling(**numbers, suppressed=suppressed)  # type: ignore[arg-type]
 
     def target_config(self) -> TargetConfig:
         """The settings as a target's.

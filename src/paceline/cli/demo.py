@@ -12,9 +12,11 @@ import typer
 from paceline.cli.options import (
     DEFAULT_MODEL,
     DrafterOption,
+    DraftTokensOption,
     ModelOption,
     QuantOption,
     ThreadsOption,
+    draft_tokens_of,
     load,
 )
 from paceline.errors import SettingsError
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from paceline import Engine
+    from paceline.engine.engine import DraftTokens
     from paceline.types import Generation
 
 PROMPT = '''\
@@ -61,7 +64,7 @@ def demo(
     drafter: DrafterOption = "auto",
     quant: QuantOption = "auto",
     threads: ThreadsOption = None,
-    draft_tokens: Annotated[int, typer.Option(help="Tokens to draft in each round.", min=1)] = 4,
+    draft_tokens: DraftTokensOption = "auto",
     max_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.", min=2)] = 200,
 ) -> None:
     """Watch a model write with and without its drafter.
@@ -80,14 +83,17 @@ def demo(
     from rich.console import Console
     from rich.markup import escape
 
-    engine = load(model, drafter, quant, threads, draft_tokens)
+    drafts = draft_tokens_of(draft_tokens)
+    engine = load(model, drafter, quant, threads, drafts)
     if engine.drafter_config is None:
         raise SettingsError(f"{model}: demo compares with and without a drafter, and there is none; give --drafter")
     console = Console(highlight=False)
     console.print(f"[dim]{escape(model)}, {engine.quant}, {engine.threads} threads; the prompt is Python code:[/]\n")
     console.print(PROMPT, markup=False, soft_wrap=True, style="dim")
     shown = []
-    for depth, title in ((0, "Plain decoding"), (draft_tokens, f"With the drafter, {draft_tokens} tokens a round")):
+    many = "as many tokens a round as pay" if drafts == "auto" else f"{drafts} tokens a round"
+    modes: tuple[tuple[DraftTokens, str], ...] = ((0, "Plain decoding"), (drafts, f"With the drafter, {many}"))
+    for depth, title in modes:
         console.print(f"\n[bold]{title}[/]{_legend(depth)}\n", soft_wrap=True)
         shown.append(_show(console, engine, depth, max_tokens))
     if min(len(tokens) for _, tokens in shown) < 2:
@@ -98,16 +104,19 @@ def demo(
     runs: list[tuple[Generation, Generation]] = []
     started = perf_counter()
     while len(runs) < LEAST_RUNS or (len(runs) < MOST_RUNS and perf_counter() - started < ENOUGH_SECONDS):
-        runs.append(_both(engine, max_tokens, draft_tokens))
+        runs.append(_both(engine, max_tokens, drafts))
     comparison = compare([plain for plain, _ in runs], [drafted for _, drafted in runs], shown)
     _print_table(console, comparison)
     if not comparison.same_text:
         raise typer.Exit(1)
 
 
-def _both(engine: Engine, max_tokens: int, draft_tokens: int) -> tuple[Generation, Generation]:
+def _both(engine: Engine, max_tokens: int, draft_tokens: DraftTokens) -> tuple[Generation, Generation]:
+    from paceline.types import GREEDY
+
     plain, drafted = (
-        engine.generate(PROMPT, raw=True, max_tokens=max_tokens, draft_tokens=depth) for depth in (0, draft_tokens)
+        engine.generate(PROMPT, raw=True, sampling=GREEDY, max_tokens=max_tokens, draft_tokens=depth)
+        for depth in (0, draft_tokens)
     )
     return plain, drafted
 
@@ -128,12 +137,14 @@ def compare(plain: list[Generation], drafted: list[Generation], shown: list[Writ
     )
 
 
-def _show(console: Console, engine: Engine, draft_tokens: int, max_tokens: int) -> Written:
+def _show(console: Console, engine: Engine, draft_tokens: DraftTokens, max_tokens: int) -> Written:
     from rich.text import Text
+
+    from paceline.types import GREEDY
 
     written = ""
     tokens: list[int] = []
-    for event in engine.stream(PROMPT, raw=True, max_tokens=max_tokens, draft_tokens=draft_tokens):
+    for event in engine.stream(PROMPT, raw=True, sampling=GREEDY, max_tokens=max_tokens, draft_tokens=draft_tokens):
         written += event.text
         tokens += (piece.token for piece in event.pieces)
         text = Text.assemble(*((piece.text, _colour(piece.depth)) for piece in event.pieces), event.rest)
@@ -146,10 +157,11 @@ def _colour(depth: int) -> str:
     return COLOURS[min(depth, len(COLOURS)) - 1] if depth else ""
 
 
-def _legend(draft_tokens: int) -> str:
+def _legend(draft_tokens: DraftTokens) -> str:
     if not draft_tokens:
         return ""
-    marks = " ".join(f"[{_colour(depth)}]{depth}[/]" for depth in range(1, draft_tokens + 1))
+    deepest = len(COLOURS) if draft_tokens == "auto" else draft_tokens
+    marks = " ".join(f"[{_colour(depth)}]{depth}[/]" for depth in range(1, deepest + 1))
     return f" [dim](accepted drafts by depth:[/] {marks}[dim]; uncoloured: the model's own)[/]"
 
 

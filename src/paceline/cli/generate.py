@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,14 +16,29 @@ from paceline.cli.options import (
     MaxTokensOption,
     ModelOption,
     QuantOption,
+    RuleOption,
     ThreadsOption,
+    draft_tokens_of,
     load,
 )
-from paceline.errors import PromptError
+from paceline.cli.sampling import (
+    BiasOption,
+    FrequencyOption,
+    MinPOption,
+    PresenceOption,
+    RepetitionOption,
+    SeedOption,
+    StopOption,
+    TemperatureOption,
+    TopKOption,
+    TopPOption,
+    sampling_of,
+)
+from paceline.errors import PromptError, SettingsError
 
 if TYPE_CHECKING:
     from paceline import Engine, Stream
-    from paceline.types import Event, Statistics
+    from paceline.types import Event, Logprobs, Sampling, Statistics
 
 INTERRUPTED = 130  # what shells report for a command that Ctrl-C ended
 
@@ -32,12 +48,27 @@ def generate(
     model: ModelOption = DEFAULT_MODEL,
     drafter: DrafterOption = "auto",
     max_tokens: MaxTokensOption = 256,
-    draft_tokens: DraftTokensOption = 4,
+    draft_tokens: DraftTokensOption = "auto",
+    acceptance_rule: RuleOption = "coupled",
     quant: QuantOption = "auto",
     threads: ThreadsOption = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the prompt as it stands, without the model's chat template.")
     ] = False,
+    temperature: TemperatureOption = None,
+    top_k: TopKOption = None,
+    top_p: TopPOption = None,
+    min_p: MinPOption = None,
+    repetition_penalty: RepetitionOption = None,
+    presence_penalty: PresenceOption = None,
+    frequency_penalty: FrequencyOption = None,
+    logit_bias: BiasOption = None,
+    seed: SeedOption = None,
+    stop: StopOption = None,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(help="With --json: log-probabilities of tokens and of N alternatives.", metavar="N", min=0),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming text.")] = False,
 ) -> None:
     """Write text from a prompt.
@@ -51,11 +82,34 @@ def generate(
       paceline generate --raw "def fibonacci(n):"
       paceline generate -m google/gemma-4-E2B-it "Why is the sky blue?"
       paceline generate -m ./gemma-4-E2B-it --quant q4 --draft-tokens 0 "Hi"
+      paceline generate --raw --temperature 0.7 --seed 1 "class Stack:"
       git diff | paceline generate -m google/gemma-4-E4B-it --json -
     """
     text = _read_stdin() if prompt == "-" else prompt
-    engine = load(model, drafter, quant, threads, draft_tokens)
-    stream = engine.stream(text, max_tokens=max_tokens, raw=raw)
+    if logprobs is not None and not as_json:
+        raise SettingsError("--logprobs goes with --json; add it")
+    engine = load(model, drafter, quant, threads, draft_tokens_of(draft_tokens))
+    sampling = sampling_of(
+        engine.sampling,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        bias=logit_bias,
+        seed=seed,
+    )
+    stream = engine.stream(
+        text,
+        sampling=sampling,
+        max_tokens=max_tokens,
+        stop=stop or (),
+        acceptance_rule=acceptance_rule,
+        logprobs=logprobs,
+        raw=raw,
+    )
     events: list[Event] = []
     interrupted = False
     try:
@@ -68,10 +122,10 @@ def generate(
     finally:
         stream.close()
     if as_json:
-        print(json.dumps(_report(model, engine, stream, events, draft_tokens), ensure_ascii=False))
+        print(json.dumps(_report(model, engine, stream, events), ensure_ascii=False))
     elif not (events and events[-1].text.endswith("\n")):
         print(flush=True)
-    print(_line(stream.statistics), file=sys.stderr)
+    print(_line(stream.statistics, stream.sampling), file=sys.stderr)
     if interrupted:
         raise typer.Exit(INTERRUPTED)
 
@@ -89,17 +143,19 @@ def _read_stdin() -> str:
         ) from error
 
 
-def _line(statistics: Statistics) -> str:
+def _line(statistics: Statistics, sampling: Sampling) -> str:
     accepted = f"{statistics.accepted} of {statistics.drafted} drafts accepted" if statistics.drafted else "no drafts"
     return (
         f"{statistics.tokens} tokens, {statistics.tokens_per_second:.1f} tokens/s, "
         f"acceptance length {statistics.acceptance_length:.2f} ({statistics.rounds} rounds, {accepted}), "
         f"prompt {statistics.prompt_tokens} tokens in {statistics.prompt_seconds:.2f} s"
+        + (f", seed {sampling.seed}" if sampling.temperature else "")
     )
 
 
-def _report(model: str, engine: Engine, stream: Stream, events: list[Event], draft_tokens: int) -> dict[str, object]:
+def _report(model: str, engine: Engine, stream: Stream, events: list[Event]) -> dict[str, object]:
     statistics = stream.statistics
+    reports = [piece.logprobs for event in events for piece in event.pieces if piece.logprobs]
     return {
         "text": "".join(event.text for event in events),
         "tokens": [piece.token for event in events for piece in event.pieces],
@@ -115,5 +171,11 @@ def _report(model: str, engine: Engine, stream: Stream, events: list[Event], dra
         "acceptance_by_depth": list(statistics.acceptance_by_depth),
         "model": model,
         "quant": engine.quant,
-        "draft_tokens": draft_tokens if engine.drafter_config else 0,
+        "draft_tokens": engine.draft_tokens if engine.drafter_config else 0,
+        "sampling": asdict(stream.sampling),
+        **({"logprobs": [_logprobs(report) for report in reports]} if reports else {}),
     }
+
+
+def _logprobs(report: Logprobs) -> dict[str, object]:
+    return {"logprob": report.token, "top": [{"token": token, "logprob": value} for token, value in report.top]}

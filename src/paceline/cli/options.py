@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from paceline.errors import SettingsError
+
 if TYPE_CHECKING:
     from paceline import Engine
+    from paceline.engine.engine import DraftTokens
 
 DEFAULT_MODEL = "tiny-python"
 MODEL_HELP = "Model folder, hub id such as google/gemma-4-E2B-it, or tiny-python, which comes with paceline."
@@ -22,7 +25,19 @@ DrafterOption = Annotated[
         metavar="auto|none|MODEL",
     ),
 ]
-DraftTokensOption = Annotated[int, typer.Option(help="Tokens to draft in each round; 0 is plain decoding.", min=0)]
+DraftTokensOption = Annotated[
+    str,
+    typer.Option(
+        help="Tokens to draft in each round: a number (0 is plain decoding), or auto for as many as pay on this "
+        "machine and this text.",
+        metavar="auto|N",
+    ),
+]
+RULE_HELP = (
+    "When a draft is accepted: coupled (when it equals the model's own draw; the text never depends on the drafter) or "
+    "rejection (the ratio test: right in distribution, but the drafter then has a say in which text it is)."
+)
+RuleOption = Annotated[str, typer.Option(help=RULE_HELP, metavar="coupled|rejection")]
 MaxTokensOption = Annotated[int, typer.Option(help="Stop after this many tokens.", min=1)]
 QuantOption = Annotated[
     str,
@@ -37,7 +52,21 @@ ThreadsOption = Annotated[
 ]
 
 
-def load(model: str, drafter: str, quant: str, threads: int | None, draft_tokens: int) -> Engine:
+def draft_tokens_of(text: str) -> DraftTokens:
+    """The value of --draft-tokens.
+
+    Raises:
+        SettingsError: neither a number nor auto.
+    """
+    if text == "auto":
+        return "auto"
+    try:
+        return int(text)
+    except ValueError:
+        raise SettingsError(f"--draft-tokens is {text!r}; give a number, or auto") from None
+
+
+def load(model: str, drafter: str, quant: str, threads: int | None, draft_tokens: DraftTokens) -> Engine:
     """Load a pair; notices go to stderr."""
     import paceline  # here, so that `paceline --help` starts at once
 

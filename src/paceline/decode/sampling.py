@@ -1,23 +1,105 @@
-"""How a token is drawn from logits, as frozen strategies with one method."""
+"""Settings of sampling: what they may be, and what they do to logits before a token is drawn."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+import math
+from collections import Counter
+from collections.abc import Iterable
 
-from paceline.types import Float32
+import numpy as np
+
+from paceline.errors import SettingsError
+from paceline.types import Float32, Logprobs, Sampling
+
+MOST_LOGPROBS = 100
 
 
-class Sampling(Protocol):
-    """A rule that turns one row of logits into a token; a pure function of its arguments and its own settings."""
+def check_sampling(sampling: Sampling, vocab_size: int) -> Sampling:
+    """Return the settings if a model of that vocabulary can draw with them.
 
-    def draw(self, logits: Float32, position: int) -> int:
-        """The token at absolute `position`, from the logits [vocabulary] of the row before it."""
+    Raises:
+        SettingsError: a number out of range, NaN, or a token that the model does not have.
+    """
+    for name, least, most in (
+        ("temperature", 0.0, math.inf),
+        ("top_p", 0.0, 1.0),
+        ("min_p", 0.0, 1.0),
+        ("presence_penalty", -math.inf, math.inf),
+        ("frequency_penalty", -math.inf, math.inf),
+    ):
+        value = getattr(sampling, name)
+        if not least <= value <= most or math.isinf(value):
+            between = f"between {least:g} and {most:g}" if most < math.inf else f"a number, {least:g} or more"
+            raise SettingsError(f"{name} is {value}; it must be {between if least > -math.inf else 'a finite number'}")
+    if 0 < sampling.temperature < 1e-4:
+        raise SettingsError(f"temperature is {sampling.temperature}; use 0 for greedy decoding, or 0.0001 and more")
+    if not 0 < sampling.repetition_penalty < math.inf:
+        raise SettingsError(f"repetition_penalty is {sampling.repetition_penalty}; it must be above 0 (1 is none)")
+    if sampling.top_k < 0:
+        raise SettingsError(f"top_k is {sampling.top_k}; it must be 0 (all tokens) or more")
+    if sampling.seed is not None and not 0 <= sampling.seed < 1 << 64:
+        raise SettingsError(f"seed is {sampling.seed}; it must be between 0 and 2^64 - 1")
+    for token, value in sampling.bias:
+        if not math.isfinite(value):
+            raise SettingsError(f"the bias of token {token} is {value}; it must be a finite number")
+    for what, tokens in (("a bias is on", (t for t, _ in sampling.bias)), ("suppressed is", sampling.suppressed)):
+        for token in tokens:
+            if not 0 <= token < vocab_size:
+                raise SettingsError(f"{what} token {token}, and the model's tokens are 0 to {vocab_size - 1}")
+    if len(set(sampling.suppressed)) >= vocab_size:
+        raise SettingsError("all tokens are suppressed; leave at least one")
+    return sampling
 
 
-@dataclass(frozen=True)
-class Greedy:
-    """The most likely token; of equals the lowest id."""
+class History:
+    """The tokens that penalties look at: those of the prompt, and how often each stands in the text so far."""
 
-    def draw(self, logits: Float32, position: int) -> int:
-        return int(logits.argmax())
+    def __init__(self, prompt: Iterable[int] = ()) -> None:
+        self.prompt = frozenset(prompt)
+        self.text: Counter[int] = Counter()
+
+    def add(self, token: int) -> None:
+        self.text[token] += 1
+
+
+def adjusted(logits: Float32, sampling: Sampling, history: History) -> Float32:
+    """Logits [vocabulary] after penalties, bias and suppressed tokens; the same array where there are none."""
+    s = sampling
+    penalised = s.repetition_penalty != 1 or s.presence_penalty != 0 or s.frequency_penalty != 0
+    if not (penalised or s.bias or s.suppressed):
+        return logits
+    logits = logits.copy()
+    if s.repetition_penalty != 1:
+        seen = np.array(sorted(history.prompt | history.text.keys()), np.int64)
+        values, penalty = logits[seen], np.float32(s.repetition_penalty)
+        logits[seen] = np.where(values > 0, values / penalty, values * penalty)
+    if history.text and (s.presence_penalty != 0 or s.frequency_penalty != 0):
+        tokens = np.array(list(history.text), np.int64)
+        counts = np.array(list(history.text.values()), np.float32)
+        logits[tokens] -= np.float32(s.presence_penalty) + np.float32(s.frequency_penalty) * counts
+    for token, value in s.bias:
+        logits[token] += np.float32(value)
+    if s.suppressed:
+        logits[list(s.suppressed)] = -np.inf
+    return logits
+
+
+def logprobs_of(logits: Float32, token: int, count: int, temperature: float) -> Logprobs:
+    """Logarithms of the probabilities of a token and of the `count` most likely ones.
+
+    Args:
+        logits: [vocabulary], as the target gave them.
+        token: the token that was drawn.
+        count: how many alternatives to name.
+        temperature: of the sampling; probabilities of greedy decoding are those at 1.
+    """
+    scaled = logits.astype(np.float64) / (temperature or 1.0)
+    scaled -= scaled.max()
+    scaled -= math.log(np.exp(scaled).sum())
+    if not count:
+        return Logprobs(float(scaled[token]), ())
+    count = min(count, len(scaled))
+    least = np.partition(scaled, len(scaled) - count)[len(scaled) - count]
+    best = np.flatnonzero(scaled >= least)
+    best = best[np.lexsort((best, -scaled[best]))][:count]
+    return Logprobs(float(scaled[token]), tuple((int(i), float(scaled[i])) for i in best))

@@ -2,35 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import secrets
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 from paceline.backends.base import Backend
 from paceline.config import DrafterConfig, TargetConfig
-from paceline.decode.sampling import Greedy
+from paceline.decode.control import Costs, State, next_request, useless
+from paceline.decode.rules import RULES, Rule
+from paceline.decode.sampling import MOST_LOGPROBS, check_sampling
 from paceline.engine.sequence import Sequence
 from paceline.engine.step import step
 from paceline.errors import PromptError, SettingsError
 from paceline.text.chat import ChatTemplate
+from paceline.text.stops import check_stops
 from paceline.text.tokenizer import Tokenizer
-from paceline.types import Event, Generation, Statistics
+from paceline.types import Event, Generation, Sampling, Statistics
 
 MAX_DRAFT_TOKENS = 15  # a verification is at most 16 rows
 
 Prompt = str | Items[int] | Items[Mapping[str, Any]]
 """Text, token ids, or a conversation: messages with `role` and `content`."""
 
+DraftTokens = int | Literal["auto"]
+"""Tokens drafted a round, 0 (plain decoding) to 15, or as many as pay."""
+
+
+@dataclass
+class Experience:
+    """What an engine learns about drafting from one request for the next."""
+
+    measure: Callable[[], Costs]
+    costs: Costs | None = None
+    state: State = field(default_factory=State)
+    warned: bool = False
+
+    def priced(self) -> Costs:
+        """Costs of rounds, measured when first asked for."""
+        if self.costs is None:
+            self.costs = self.measure()
+        return self.costs
+
+
+@dataclass(frozen=True)
+class Request:
+    """Settings of one generation; see `Engine.stream`."""
+
+    sampling: Sampling | None = None
+    max_tokens: int = 256
+    stop: tuple[str, ...] = ()
+    draft_tokens: DraftTokens | None = None
+    acceptance_rule: str = "coupled"
+    logprobs: int | None = None
+
 
 @dataclass(frozen=True)
 class Engine:
     """A loaded model pair, ready to generate. Made by `paceline.load`.
 
-    Greedy decoding: the text is the target's most likely continuation, bit for bit the same whatever drafter is used,
-    however many tokens are drafted, however the prompt is cut into chunks, and on any number of threads.
+    The text depends on the prompt, the sampling settings and the seed alone: bit for bit the same whatever drafter is
+    used, however many tokens are drafted, however the prompt is cut into chunks, and on any number of threads.
     """
 
     backend: Backend
@@ -39,46 +74,83 @@ class Engine:
     target_config: TargetConfig
     drafter_config: DrafterConfig | None
     stop_ids: frozenset[int]
+    sampling: Sampling  # the checkpoint's own, for requests that say nothing
     quant: str
     threads: int
     weight_bytes: int  # the target's packed matrices; per-layer-embedding tables are mapped and not counted
-    draft_tokens: int
+    draft_tokens: DraftTokens
     prompt_chunk: int
+    experience: Experience
+    notify: Callable[[str], None] = lambda _: None
 
     def stream(
-        self, prompt: Prompt, *, max_tokens: int = 256, draft_tokens: int | None = None, raw: bool = False
+        self,
+        prompt: Prompt,
+        *,
+        sampling: Sampling | None = None,
+        max_tokens: int = 256,
+        stop: Items[str] = (),
+        draft_tokens: DraftTokens | None = None,
+        acceptance_rule: str = "coupled",
+        logprobs: int | None = None,
+        raw: bool = False,
     ) -> Stream:
         """Start a generation; iterate over the result for what each round adds.
 
         Args:
             prompt: text (one user turn of the chat template, or as it stands if `raw`), a conversation, or token ids.
+            sampling: how tokens are drawn; None for the checkpoint's own settings (`engine.sampling`). Without a seed
+                in it a new one is taken, which the result reports.
             max_tokens: tokens to generate at most, from 1.
-            draft_tokens: tokens drafted a round, 0 (plain decoding) to 15; None for the engine's setting.
+            stop: strings that end the text, which is cut before them.
+            draft_tokens: tokens drafted a round, 0 (plain decoding) to 15, or "auto" for as many as pay; None for the
+                engine's setting.
+            acceptance_rule: "coupled" (the text does not depend on the drafter) or "rejection" (exact in distribution
+                only; more drafts are accepted at high temperatures).
+            logprobs: report each token's log-probability and that many alternatives, 0 to 100; None for no report.
             raw: text goes to the model as it is, after its beginning-of-text token.
 
         Raises:
             PromptError: the prompt is empty, too long for the context, or not valid text.
-            SettingsError: a number out of range.
+            SettingsError: a setting out of range.
         """
+        stops = check_stops([stop] if isinstance(stop, str) else stop)
+        settings = Request(sampling, max_tokens, stops, draft_tokens, acceptance_rule, logprobs)
         tokens = self.encode(prompt, raw=raw)
-        depth = check_draft_tokens(self.draft_tokens if draft_tokens is None else draft_tokens)
         if max_tokens < 1:
             raise SettingsError(f"max_tokens is {max_tokens}; it must be at least 1")
+        if logprobs is not None and not 0 <= logprobs <= MOST_LOGPROBS:
+            raise SettingsError(f"logprobs is {logprobs}; it must be between 0 and {MOST_LOGPROBS}")
+        if acceptance_rule not in RULES:
+            raise SettingsError(f"unknown acceptance rule {acceptance_rule!r}; use {' or '.join(RULES)}")
         if len(tokens) >= self.backend.context:
             raise PromptError(
                 f"the prompt has {len(tokens)} tokens and the context holds {self.backend.context}; "
                 "shorten it, or load with a longer context if the model allows one"
             )
-        return Stream(self, tokens, max_tokens, depth)
+        return Stream(self, tokens, settings)
 
-    def generate(
-        self, prompt: Prompt, *, max_tokens: int = 256, draft_tokens: int | None = None, raw: bool = False
-    ) -> Generation:
+    def generate(self, prompt: Prompt, **settings: Any) -> Generation:
         """Generate to the end; see `stream` for the arguments and errors."""
-        with self.stream(prompt, max_tokens=max_tokens, draft_tokens=draft_tokens, raw=raw) as stream:
-            text = "".join(event.text for event in stream)
+        with self.stream(prompt, **settings) as stream:
+            events = list(stream)
             assert stream.sequence.finish is not None
-            return Generation(text, tuple(stream.sequence.generated), stream.sequence.finish, stream.statistics)
+            pieces = [piece for event in events for piece in event.pieces]
+            return Generation(
+                "".join(event.text for event in events),
+                tuple(stream.sequence.generated),
+                stream.sequence.finish,
+                stream.statistics,
+                stream.sampling,
+                tuple(piece.logprobs for piece in pieces if piece.logprobs),
+            )
+
+    def rule(self, name: str, sampling: Sampling | None) -> Rule:
+        """The acceptance rule of that name, with settings that are checked and have a seed."""
+        chosen = check_sampling(sampling or self.sampling, self.backend.vocab_size)
+        if chosen.seed is None:
+            chosen = replace(chosen, seed=secrets.randbits(53))  # whole in every JSON reader
+        return RULES[name](chosen, self.backend.draw)
 
     def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
         """Token ids of a prompt, as `stream` would run them."""
@@ -112,10 +184,10 @@ class Engine:
         return self.tokenizer.encode(self.chat_template.render(messages))
 
 
-def check_draft_tokens(count: int) -> int:
-    """Return the number if it can be a draft length, else raise `SettingsError`."""
-    if not 0 <= count <= MAX_DRAFT_TOKENS:
-        raise SettingsError(f"draft_tokens is {count}; it must be between 0 and {MAX_DRAFT_TOKENS}")
+def check_draft_tokens(count: DraftTokens) -> DraftTokens:
+    """Return the setting if it can be a draft length, else raise `SettingsError`."""
+    if count != "auto" and not (isinstance(count, int) and 0 <= count <= MAX_DRAFT_TOKENS):
+        raise SettingsError(f"draft_tokens is {count!r}; it must be auto, or between 0 and {MAX_DRAFT_TOKENS}")
     return count
 
 
@@ -125,23 +197,37 @@ class Stream:
     Holds a cache slot until it ends, or is closed.
     """
 
-    def __init__(self, engine: Engine, tokens: list[int], max_tokens: int, draft_tokens: int) -> None:
+    def __init__(self, engine: Engine, tokens: list[int], request: Request) -> None:
         self._engine = engine
+        self._open = False
+        depth = check_draft_tokens(engine.draft_tokens if request.draft_tokens is None else request.draft_tokens)
+        rule = engine.rule(request.acceptance_rule, request.sampling)
+        auto = depth == "auto" and engine.backend.can_draft
+        costs = engine.experience.priced() if auto else None
         self.sequence = Sequence(
             slot=engine.backend.open_slot(),
             tokens=tokens,
-            sampling=Greedy(),
-            draft_tokens=draft_tokens,
-            max_tokens=max_tokens,
+            rule=rule,
+            draft_tokens=None if depth == "auto" else depth,
+            max_tokens=request.max_tokens,
             limit=engine.backend.context,
             stop_ids=engine.stop_ids,
             detokenizer=engine.tokenizer.detokenizer(),
+            stops=request.stop,
+            logprobs=request.logprobs,
+            costs=costs,
+            control=next_request(engine.experience.state),
         )
         self._open = True
 
     @property
     def statistics(self) -> Statistics:
         return self.sequence.statistics
+
+    @property
+    def sampling(self) -> Sampling:
+        """What tokens are drawn with, seed included."""
+        return self.sequence.rule.sampling
 
     def __iter__(self) -> Iterator[Event]:
         return self
@@ -161,6 +247,19 @@ class Stream:
             self._open = False
             self.sequence.finish = self.sequence.finish or "cancelled"
             self._engine.backend.close_slot(self.sequence.slot)
+            self._learn()
+
+    def _learn(self) -> None:
+        """Keep what the rounds have shown, and say so once if the drafter hardly ever guesses right."""
+        experience, control = self._engine.experience, self.sequence.control
+        if self.sequence.costs:
+            experience.state = control
+            if useless(control) and not experience.warned:
+                experience.warned = True
+                self._engine.notify(
+                    f"hardly any draft is accepted ({control.accepted} of {control.drafted}), so drafting rests; is "
+                    "this the drafter of another model, or has the model been fine-tuned? (the text is not affected)"
+                )
 
     def __del__(self) -> None:
         # A stream that was left before its end gives its slot back too.

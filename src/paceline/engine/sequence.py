@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
-from paceline.decode.sampling import Sampling
-from paceline.types import Commit, Event, FinishReason, Float32, Piece, Statistics
-
-
-class TokenDecoder(Protocol):
-    """What turns tokens into text as they come, such as `text.detokenizer.Detokenizer`."""
-
-    def push(self, token: int) -> str:
-        """The text that became certain with this token."""
-
-    def finish(self) -> str:
-        """What was held back."""
+from paceline.decode.control import Costs, State, next_plan, observe
+from paceline.decode.rules import Rule
+from paceline.decode.sampling import History
+from paceline.text.stops import StoppedText, TokenDecoder
+from paceline.types import Commit, Event, FinishReason, Float32, Line, Piece, Plan, Statistics
 
 
 @dataclass
@@ -31,12 +22,16 @@ class Sequence:
 
     slot: int
     tokens: list[int]  # the prompt, then what was generated
-    sampling: Sampling
-    draft_tokens: int  # most tokens drafted a round, 0 for plain decoding
+    rule: Rule
+    draft_tokens: int | None  # most tokens drafted a round, 0 for plain decoding; None: as many as pay
     max_tokens: int  # generated tokens at most
     limit: int  # length the cache allows, prompt included
     stop_ids: frozenset[int]
     detokenizer: TokenDecoder
+    stops: tuple[str, ...] = ()
+    logprobs: int | None = None  # alternatives reported with each token; None for no report
+    costs: Costs | None = None  # of rounds, needed where draft_tokens is None
+    control: State = field(default_factory=State)
     cached: int = 0  # rows in the cache
     hidden: Float32 | None = None  # [hidden]; None until the prompt is read
     finish: FinishReason | None = None
@@ -44,6 +39,8 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.prompt_length = len(self.tokens)
+        self.history = History(self.tokens)
+        self._text = StoppedText(self.detokenizer, self.stops)
         self._started = time.perf_counter()
         self._first_token = self._started
 
@@ -56,23 +53,38 @@ class Sequence:
         """Whether part of the prompt is still to be read."""
         return self.hidden is None
 
-    @property
-    def depth(self) -> int:
-        """Drafts that can still be of use in the next round: the round's own token is never drafted."""
-        if self.reading:
-            return 0
-        left = min(self.max_tokens - len(self.generated), self.limit - len(self.tokens))
-        return max(0, min(self.draft_tokens, left - 1))
+    def plan(self, early_stop: bool) -> Plan:
+        """How far to draft in the next round; never further than drafts can be of use.
 
-    def apply(self, commit: Commit, drafts: Ids[int], hidden: Float32) -> Event:
+        Args:
+            early_stop: whether the backend can stop a round by the drafter's confidence.
+        """
+        if self.reading:
+            return Plan(0)
+        left = min(self.max_tokens - len(self.tokens) + self.prompt_length, self.limit - len(self.tokens))
+        room = max(0, left - 1)  # the round's own token is never drafted
+        if self.draft_tokens is not None:
+            return Plan(min(self.draft_tokens, room))
+        if self.costs is None:
+            return Plan(0)
+        if self.control.plan is None:
+            self.control = replace(self.control, plan=next_plan(self.control, self.costs, early_stop))
+        plan = self.control.plan
+        assert plan is not None
+        return plan if plan.depth <= room else replace(plan, depth=room, floors=plan.floors[:room])
+
+    def apply(self, commit: Commit, line: Line, hidden: Float32, seconds: float) -> Event:
         """Take over what a verification settled.
 
         Args:
             commit: accepted drafts and the target's own token.
-            drafts: what was drafted, for the statistics.
+            line: what was drafted.
             hidden: the target's hidden state at the row of the last accepted token.
+            seconds: what the round took.
         """
         first = self.reading
+        if self.costs and not first:
+            self.control = observe(self.control, self.costs, line, commit.accepted, seconds * 1e3)
         self.cached += 1 + commit.accepted
         self.hidden = hidden
         pieces = []
@@ -81,14 +93,20 @@ class Sequence:
                 self.finish = "stop"
                 break
             self.tokens.append(token)
-            pieces.append(Piece(token, self.detokenizer.push(token), depth if depth <= commit.accepted else 0))
+            report = commit.logprobs[depth - 1] if commit.logprobs else None
+            pieces.append(Piece(token, self._text.push(token), depth if depth <= commit.accepted else 0, report))
+            if self._text.stopped:
+                self.finish = "stop"
+                break
             if len(self.generated) >= self.max_tokens or len(self.tokens) >= self.limit:
                 self.finish = "length"
                 break
         accepted = sum(piece.depth > 0 for piece in pieces)
-        self._count(first, drafts=len(drafts), accepted=accepted, tokens=len(pieces))
-        rest = self.detokenizer.finish() if self.finish else ""
-        return Event(tuple(pieces), len(drafts), accepted, self.finish, rest)
+        self._count(first, drafts=len(line.tokens), accepted=accepted, tokens=len(pieces))
+        rest = self._text.finish() if self.finish else ""
+        if self._text.stopped:
+            self.finish = "stop"
+        return Event(tuple(pieces), len(line.tokens), accepted, self.finish, rest)
 
     def _count(self, first: bool, *, drafts: int, accepted: int, tokens: int) -> None:
         now, old = time.perf_counter(), self.statistics

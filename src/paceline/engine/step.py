@@ -6,6 +6,7 @@ drafts. There is one path: a plain decode step is a round of no drafts, and the 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence as Items
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy as np
 from paceline.backends.base import Backend
 from paceline.decode.verify import verify
 from paceline.engine.sequence import Sequence
-from paceline.types import Anchors, Batch, Event, Output
+from paceline.types import Anchors, Batch, Event, Line, Output
 
 
 def step(backend: Backend, sequences: Items[Sequence], chunk: int) -> list[Event | None]:
@@ -27,72 +28,94 @@ def step(backend: Backend, sequences: Items[Sequence], chunk: int) -> list[Event
     Returns:
         What each sequence gained, None for one whose prompt is not read to the end yet.
     """
-    drafts = draft(backend, sequences)
-    lines = [line(sequence, drafted, chunk) for sequence, drafted in zip(sequences, drafts, strict=True)]
-    output = backend.forward(batch_of(sequences, lines))
+    started = time.perf_counter()
+    lines = draft(backend, sequences)
+    runs = [run_of(sequence, line, chunk) for sequence, line in zip(sequences, lines, strict=True)]
+    output = backend.forward(batch_of(sequences, runs))
     events: list[Event | None] = []
     row = 0
-    for sequence, tokens, drafted in zip(sequences, lines, drafts, strict=True):
+    for sequence, tokens, line in zip(sequences, runs, lines, strict=True):
         if not wants_logits(sequence, tokens):
             sequence.cached += len(tokens)
             events.append(None)
             continue
-        mine = Output(output.logits[row : row + 1 + len(drafted)], output.hidden[row : row + 1 + len(drafted)])
-        row += 1 + len(drafted)
-        events.append(settle(backend, sequence, tokens, drafted, mine))
+        end = row + 1 + len(line.tokens)
+        mine = Output(output.logits[row:end], output.hidden[row:end])
+        row = end
+        events.append(settle(backend, sequence, tokens, line, mine, started))
     return events
 
 
-def draft(backend: Backend, sequences: Items[Sequence]) -> list[list[int]]:
-    """Drafted tokens of each sequence, none where it wants none; all draft in one call."""
-    drafting = [sequence for sequence in sequences if sequence.depth > 0] if backend.can_draft else []
+def draft(backend: Backend, sequences: Items[Sequence]) -> list[Line]:
+    """What is drafted for each sequence, nothing where it wants nothing; all draft in one call."""
+    lines = [Line()] * len(sequences)
+    if not backend.can_draft:
+        return lines
+    plans = [sequence.plan(backend.stops_early) for sequence in sequences]
+    drafting = [index for index, plan in enumerate(plans) if plan.depth > 0]
     if not drafting:
-        return [[] for _ in sequences]
-    anchors = Anchors(
-        slots=np.array([s.slot for s in drafting], np.int32),
-        positions=np.array([len(s.tokens) - 1 for s in drafting], np.int32),
-        tokens=np.array([s.tokens[-1] for s in drafting], np.int32),
-        hidden=np.stack([s.hidden for s in drafting if s.hidden is not None]),
+        return lines
+    mine = [sequences[index] for index in drafting]
+    drafts = backend.draft(
+        Anchors(
+            slots=np.array([s.slot for s in mine], np.int32),
+            positions=np.array([len(s.tokens) - 1 for s in mine], np.int32),
+            tokens=np.array([s.tokens[-1] for s in mine], np.int32),
+            hidden=np.stack([s.hidden for s in mine if s.hidden is not None]),
+            samplings=tuple(s.rule.sampling for s in mine),
+            plans=tuple(plans[index] for index in drafting),
+            streams=tuple(s.rule.stream for s in mine),
+            with_logits=any(s.rule.with_logits for s in mine),
+        )
     )
-    drafts = iter(backend.draft(anchors, max(s.depth for s in drafting)).tokens)
-    return [next(drafts)[: s.depth].tolist() if s.depth > 0 else [] for s in sequences]
+    for row, index in enumerate(drafting):
+        length = min(int(drafts.lengths[row]), plans[index].depth)
+        lines[index] = Line(
+            tuple(drafts.tokens[row, :length].tolist()),
+            tuple(drafts.confidence[row, :length].tolist()),
+            None if drafts.logits is None else drafts.logits[row, :length],
+        )
+    return lines
 
 
-def line(sequence: Sequence, drafted: list[int], chunk: int) -> list[int]:
+def run_of(sequence: Sequence, line: Line, chunk: int) -> list[int]:
     """The tokens a sequence runs through the target in this step, starting at its first row not in the cache."""
     if sequence.reading:
         return sequence.tokens[sequence.cached : sequence.cached + chunk]
-    return [sequence.tokens[-1], *drafted]
+    return [sequence.tokens[-1], *line.tokens]
 
 
 def wants_logits(sequence: Sequence, tokens: list[int]) -> bool:
-    """Whether a line ends a prompt or is a round; other prompt chunks only fill the cache."""
+    """Whether a run ends a prompt or is a round; other prompt chunks only fill the cache."""
     return not sequence.reading or sequence.cached + len(tokens) == len(sequence.tokens)
 
 
-def batch_of(sequences: Items[Sequence], lines: Items[list[int]]) -> Batch:
-    """The rows of all lines. Wanted are every row of a round and the last row of a prompt."""
+def batch_of(sequences: Items[Sequence], runs: Items[list[int]]) -> Batch:
+    """The rows of all runs. Wanted are every row of a round and the last row of a prompt."""
     wanted = []
-    for sequence, tokens in zip(sequences, lines, strict=True):
+    for sequence, tokens in zip(sequences, runs, strict=True):
         first = len(tokens) - 1 if sequence.reading else 0
         wants = wants_logits(sequence, tokens)
         wanted += [wants and row >= first for row in range(len(tokens))]
     return Batch(
-        slots=np.repeat(np.array([s.slot for s in sequences], np.int32), [len(tokens) for tokens in lines]),
+        slots=np.repeat(np.array([s.slot for s in sequences], np.int32), [len(tokens) for tokens in runs]),
         positions=np.concatenate(
-            [np.arange(s.cached, s.cached + len(tokens)) for s, tokens in zip(sequences, lines, strict=True)]
+            [np.arange(s.cached, s.cached + len(tokens)) for s, tokens in zip(sequences, runs, strict=True)]
         ).astype(np.int32),
-        tokens=np.concatenate(lines).astype(np.int32),
+        tokens=np.concatenate(runs).astype(np.int32),
         wanted=np.array(wanted, np.bool_),
     )
 
 
-def settle(backend: Backend, sequence: Sequence, tokens: list[int], drafted: list[int], output: Output) -> Event:
+def settle(
+    backend: Backend, sequence: Sequence, tokens: list[int], line: Line, output: Output, started: float
+) -> Event:
     """Verify a round, forget the rejected rows, and take over the rest."""
-    commit = verify(output.logits, drafted, sequence.sampling, len(sequence.tokens) - 1)
+    position = len(sequence.tokens) - 1
+    commit = verify(output.logits, line, sequence.rule, sequence.history, position, sequence.logprobs)
     if sequence.reading:
         sequence.cached += len(tokens) - 1
     kept = sequence.cached + 1 + commit.accepted
-    if commit.accepted < len(drafted):
+    if commit.accepted < len(line.tokens):
         backend.truncate(sequence.slot, kept)
-    return sequence.apply(commit, drafted, output.hidden[commit.accepted].copy())
+    return sequence.apply(commit, line, output.hidden[commit.accepted].copy(), time.perf_counter() - started)

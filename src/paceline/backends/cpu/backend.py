@@ -7,6 +7,7 @@ that the format to compare with a reference.
 from __future__ import annotations
 
 import os
+from functools import lru_cache
 
 import numpy as np
 
@@ -14,8 +15,9 @@ from paceline import _cpu
 from paceline.backends.cpu.load import load_drafter, load_target
 from paceline.backends.cpu.weights import Weights
 from paceline.config import DrafterConfig, TargetConfig, check_pair
+from paceline.decode.draw import draw, gap
 from paceline.errors import BackendError
-from paceline.types import Anchors, Batch, Drafts, Output
+from paceline.types import CONFIDENCE_BINS, Anchors, Batch, Drafts, Float32, Output, Sampling
 
 # A drafter's format follows its target's, but not below q8: it is small, and its mistakes cost rounds.
 DRAFTER_FORMAT = {"f32": "f32", "bf16": "bf16", "q8": "q8", "q4": "q8"}
@@ -107,20 +109,61 @@ class CpuBackend:
         except ValueError as error:
             raise BackendError(f"a batch the caches cannot take: {error}") from error
 
-    def draft(self, anchors: Anchors, depth: int) -> Drafts:
+    stops_early = True
+
+    def draft(self, anchors: Anchors) -> Drafts:
         if self._drafter is None:
             raise BackendError("no drafter is loaded")
-        hidden = np.ascontiguousarray(anchors.hidden)
+        depth = max(plan.depth for plan in anchors.plans)
+        floors = acceptance = None
+        if any(plan.floors for plan in anchors.plans):
+            floors = np.zeros((len(anchors.plans), depth), np.float32)
+            acceptance = np.ones((len(anchors.plans), CONFIDENCE_BINS), np.float32)
+            for row, plan in enumerate(anchors.plans):
+                if plan.floors:
+                    floors[row, : plan.depth] = plan.floors
+                    acceptance[row] = plan.acceptance
+                floors[row, plan.depth - 1 :] = 2  # no chance is that good: the end
+        draws = [native_draw(s, stream) for s, stream in zip(anchors.samplings, anchors.streams, strict=True)]
         try:
-            return Drafts(*self._drafter.draft(anchors.slots, anchors.positions, anchors.tokens, hidden, depth))
+            tokens, confidence, lengths, logits = self._drafter.draft(
+                anchors.slots,
+                anchors.positions,
+                anchors.tokens,
+                np.ascontiguousarray(anchors.hidden),
+                depth,
+                draws,
+                floors,
+                acceptance,
+                anchors.with_logits,
+            )
         except ValueError as error:
             raise BackendError(f"anchors the caches cannot take: {error}") from error
+        return Drafts(tokens, confidence, lengths, logits if anchors.with_logits else None)
+
+    def draw(self, logits: Float32, sampling: Sampling, position: int) -> int:
+        if sampling.temperature == 0:
+            return draw(logits, sampling, position)
+        return _cpu.draw(logits, native_draw(sampling, 0), position)
 
     def truncate(self, slot: int, length: int) -> None:
         try:
             self._target.truncate(slot, length)
         except ValueError as error:
             raise BackendError(str(error)) from error
+
+
+@lru_cache(maxsize=64)
+def native_draw(sampling: Sampling, stream: int) -> _cpu.Draw:
+    """Settings of a draw as the native code takes them."""
+    return _cpu.Draw(
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        gap=float(gap(sampling)),
+        seed=sampling.seed or 0,
+        stream=stream,
+    )
 
 
 def default_threads() -> int:

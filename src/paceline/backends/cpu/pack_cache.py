@@ -17,12 +17,17 @@ from paceline.checkpoint import Checkpoint
 LEAST_BYTES = 64 << 20  # smaller models are packed in no time
 
 
-def pack_path(checkpoint: Checkpoint, quant: str) -> Path:
-    """Where the packed weights of a checkpoint are kept: under PACELINE_CACHE, or the user's cache folder."""
+def cache_folder() -> Path:
+    """Where things are kept between starts: PACELINE_CACHE, or paceline's place in the user's cache folder."""
     given = os.environ.get("PACELINE_CACHE")
     user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "paceline"
+    return Path(given) if given else user
+
+
+def pack_path(checkpoint: Checkpoint, quant: str) -> Path:
+    """Where the packed weights of a checkpoint are kept."""
     source = hashlib.sha256(str(checkpoint.folder.resolve()).encode()).hexdigest()[:12]
-    return (Path(given) if given else user) / f"{checkpoint.folder.name}-{quant}-{source}.pack"
+    return cache_folder() / f"{checkpoint.folder.name}-{quant}-{source}.pack"
 
 
 def fingerprint(checkpoint: Checkpoint, quant: str) -> str:

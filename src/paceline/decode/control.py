@@ -1,0 +1,227 @@
+"""How far to draft: to the depth that yields most tokens per millisecond, by measured costs and observed acceptance.
+
+Costs are staircases and acceptance often rises with depth, so every depth is priced and the best taken; depth 0 is
+plain decoding. Within a round the drafter may stop early, when its confidence says that drafting on is not worth it.
+
+What is not done is not seen. Where plain decoding is best, a drafted round is tried now and then, so rarely that it
+costs at most half a percent; old observations fade meanwhile, so that a success weighs. While drafting pays, a plain
+round in fifty keeps the comparison true. And a ledger holds what drafting lost against plain decoding since the request
+began: at five tokens' worth, only probes draft until it is paid back.
+
+Pure functions: `next_plan(state, costs)` and `observe(state, costs, ...)`. They know no clock and no model.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from paceline.types import CONFIDENCE_BINS, Line, Plan
+
+MAX_DEPTH = 8
+KEEP = 1 - 1 / 32  # of what was observed, a new observation's weight being one: about the last 32 rounds count
+KEEP_LONG = 1 - 1 / 512  # the same for what is expected before that
+PRIOR = 0.7  # acceptance before anything was observed, with the weight of PRIOR_ROUNDS
+PRIOR_ROUNDS = 3.0
+LONG_ROUNDS = 8.0  # weight of what was seen long ago
+PROBE_SHARE = 0.005  # of the time, for probes
+MOST_LOST = 5.0  # plain tokens' worth of time
+MOST_SAVED = 20.0  # gains that later losses are set against, likewise
+PAYBACK = 0.01
+PLAIN_PAUSE = 48  # rounds between plain ones while drafting pays: they tell what it is compared with
+SPEED_RATE, DRIFT_RATE, CHANGE_RATE = 0.15, 0.07, 0.3  # how fast costs follow what rounds take
+REPLAN, PLAIN_REPLAN = 8, 16  # rounds between plans
+
+Floats = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Milliseconds of a whole round by its depth, 0 (plain decoding) to at most MAX_DEPTH, if it accepts nothing."""
+
+    rounds: Floats
+    token: float = 0.0  # added by each accepted draft: drawing the next token, and its text
+
+    @property
+    def deepest(self) -> int:
+        return len(self.rounds) - 1
+
+
+@dataclass(frozen=True)
+class State:
+    """What a sequence's rounds have shown. Counts fade as new rounds come."""
+
+    tried: Floats = (0.0,) * MAX_DEPTH  # drafts judged at depth 1, 2, ...: those before them were accepted
+    kept: Floats = (0.0,) * MAX_DEPTH  # of these, accepted
+    tried_long: float = 0.0  # first drafts over a longer time
+    kept_long: float = 0.0
+    sure_tried: Floats = (0.0,) * CONFIDENCE_BINS  # the same by the drafter's confidence
+    sure_kept: Floats = (0.0,) * CONFIDENCE_BINS
+    speed: float = 0.0  # logarithm of what rounds cost now over what was measured
+    drift: Floats = (0.0,) * (MAX_DEPTH + 1)  # what depth 0, 1, ... costs beyond that, likewise
+    lost: float = 0.0  # milliseconds behind plain decoding, below 0: ahead of it
+    plain_rounds: int = 0  # since the last drafted one
+    drafted_rounds: int = 0  # since the last plain one
+    drafted: int = 0
+    accepted: int = 0
+    plan: Plan | None = None  # in force until it is made anew
+
+
+def acceptance(state: State) -> Floats:
+    """Estimated chance of a draft at depth 1, 2, ... given that those before it were accepted.
+
+    A depth that was seldom seen is taken to be like the one before it: acceptance often rises with depth, and a falling
+    one would keep deep drafts from ever being seen.
+    """
+    estimate = (state.kept_long + PRIOR_ROUNDS * PRIOR) / (state.tried_long + PRIOR_ROUNDS)
+    estimates, weight = [], LONG_ROUNDS
+    for tried, kept in zip(state.tried, state.kept, strict=True):
+        estimate = (kept + weight * estimate) / (tried + weight)
+        estimates.append(estimate)
+        weight = PRIOR_ROUNDS
+    return tuple(estimates)
+
+
+def next_plan(state: State, costs: Costs, early_stop: bool = True) -> Plan:
+    """The plan of the next round.
+
+    Args:
+        state: what was observed.
+        costs: what was measured.
+        early_stop: whether the backend can stop a round by the drafter's confidence.
+    """
+    prices = current_prices(state, costs)
+    chance = acceptance(state)
+    expected, line = [1.0], 1.0
+    for p in chance[: costs.deepest]:
+        line *= p
+        expected.append(expected[-1] + line)
+    token = costs.token
+    rates = [e / (price + token * (e - 1)) for e, price in zip(expected, prices, strict=True)]
+    best = max(range(len(rates)), key=rates.__getitem__)
+    plain = prices[0] * math.exp(state.speed)
+    if best == 0 or state.lost > MOST_LOST * plain:
+        probe = max(range(1, len(rates)), key=rates.__getitem__, default=0)
+        pause = max(32.0, (prices[probe] / prices[0] - 1) / PROBE_SHARE) if probe else math.inf
+        return Plan(probe if state.plain_rounds >= pause else 0)
+    if state.drafted_rounds >= min(PLAIN_PAUSE, 8 + state.drafted / 8):
+        return Plan(0)
+    if not early_stop:
+        return Plan(best)
+    worth = rates[best] / max(0.1, 1 - rates[best] * token)  # of a millisecond, in tokens that must still be drawn
+    floors = stop_floors(prices, chance, worth)
+    depth = max(best, next((j for j, floor in enumerate(floors, start=1) if floor > 1), costs.deepest))
+    return Plan(depth, floors[:depth], confidence_chances(state))
+
+
+def current_prices(state: State, costs: Costs) -> list[float]:
+    """Costs of rounds by depth, corrected by what rounds took compared with each other."""
+    return [ms * math.exp(drift) for ms, drift in zip(costs.rounds, state.drift, strict=False)]
+
+
+def stop_floors(prices: list[float], chance: Floats, rate: float) -> Floats:
+    """For each depth, the chance of the line so far below which drafting on is not worth it.
+
+    Drafting on from depth j to m costs prices[m] - prices[j], in which the round's rate would yield that many tokens;
+    it gains the line's chance times the tokens that may follow. The floor is where the best m breaks even.
+    """
+    floors = []
+    for j in range(1, len(prices)):
+        floor, gain, line = math.inf, 0.0, 1.0
+        for m in range(j + 1, len(prices)):
+            line *= chance[m - 1]
+            gain += line
+            floor = min(floor, rate * max(0.0, prices[m] - prices[j]) / max(gain, 1e-9))
+        floors.append(min(floor, 1e9))
+    return tuple(floors)
+
+
+def confidence_chances(state: State) -> Floats:
+    """Chance of a draft by the drafter's confidence: at first a guess that it means what it says, roughly."""
+    return tuple(
+        (kept + PRIOR_ROUNDS * (0.2 + 0.8 * (i + 0.5) / CONFIDENCE_BINS)) / (tried + PRIOR_ROUNDS)
+        for i, (tried, kept) in enumerate(zip(state.sure_tried, state.sure_kept, strict=True))
+    )
+
+
+def observe(state: State, costs: Costs, line: Line, accepted: int, milliseconds: float) -> State:
+    """What a round adds.
+
+    Args:
+        state: what was observed before.
+        costs: what was measured.
+        line: what was drafted.
+        accepted: drafts accepted.
+        milliseconds: the round's time.
+    """
+    depth = min(len(line.tokens), costs.deepest)
+    expected = costs.rounds[depth] * math.exp(state.speed + state.drift[depth]) + accepted * costs.token
+    error = min(0.7, max(-0.7, math.log(max(milliseconds, 1e-6) / expected)))
+    # Behind a change between plain and drafted rounds the machine is as fast as before it: the prices are wrong.
+    changed = state.drafted_rounds > 0 if not depth else state.plain_rounds > 0
+    speed = state.speed + (0.0 if changed else SPEED_RATE * error)
+    drift = state.drift[depth] + (CHANGE_RATE if changed else DRIFT_RATE) * error
+    plain = costs.rounds[0] * math.exp(speed + (state.drift[0] if depth else drift))
+    if depth:
+        behind = min(milliseconds, 2 * expected) - (accepted + 1) * plain  # a hiccup is not the drafter's fault
+        lost = max(-MOST_SAVED * plain, state.lost + behind)
+    else:
+        lost = min(state.lost, max(0.0, state.lost - PAYBACK * plain))
+    plain_rounds = 0 if depth else state.plain_rounds + 1
+    drafted_rounds = state.drafted_rounds + 1 if depth else 0
+    if depth:
+        replan = drafted_rounds == 1 or drafted_rounds % REPLAN == 0  # behind a probe at once
+    else:
+        replan = plain_rounds == 1 or plain_rounds % PLAIN_REPLAN == 0
+    state = replace(
+        state,
+        speed=speed,
+        drift=_with(state.drift, depth, drift),
+        lost=lost,
+        plain_rounds=plain_rounds,
+        drafted_rounds=drafted_rounds,
+        drafted=state.drafted + depth,
+        accepted=state.accepted + accepted,
+        plan=None if replan else state.plan,
+    )
+    return _judge(state, line, accepted) if depth else _fade(state)
+
+
+def next_request(state: State) -> State:
+    """What a sequence starts with that follows another: other text, so little of the counts, and nothing lost yet."""
+    return replace(_fade(state, 0.25), lost=0.0, plain_rounds=1 << 30, plan=None)
+
+
+def _fade(state: State, keep: float = KEEP) -> State:
+    """What was seen grows old while nothing is drafted, so that an accepted probe weighs."""
+    return replace(state, tried=tuple(keep * n for n in state.tried), kept=tuple(keep * n for n in state.kept))
+
+
+def _judge(state: State, line: Line, accepted: int) -> State:
+    tried, kept = list(state.tried), list(state.kept)
+    sure_tried, sure_kept = list(state.sure_tried), list(state.sure_kept)
+    for i in range(min(accepted + 1, len(line.tokens))):
+        right = float(i < accepted)
+        if i < len(tried):
+            tried[i], kept[i] = KEEP * tried[i] + 1, KEEP * kept[i] + right
+        if line.confidence:
+            b = min(CONFIDENCE_BINS - 1, int(line.confidence[i] * CONFIDENCE_BINS))
+            sure_tried[b], sure_kept[b] = KEEP * sure_tried[b] + 1, KEEP * sure_kept[b] + right
+    return replace(
+        state,
+        tried=tuple(tried),
+        kept=tuple(kept),
+        tried_long=KEEP_LONG * state.tried_long + 1,
+        kept_long=KEEP_LONG * state.kept_long + float(accepted > 0),
+        sure_tried=tuple(sure_tried),
+        sure_kept=tuple(sure_kept),
+    )
+
+
+def useless(state: State) -> bool:
+    """Whether hardly any draft was ever accepted, which hints at a mistake rather than at hard text."""
+    return state.drafted >= 100 and state.accepted < 0.02 * state.drafted
+
+
+def _with(values: Floats, index: int, value: float) -> Floats:
+    return (*values[:index], value, *values[index + 1 :])

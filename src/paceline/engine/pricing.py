@@ -1,0 +1,154 @@
+"""What rounds cost on this machine: measured once for a pair and its settings, kept in a file between starts."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from paceline.backends.base import Backend
+from paceline.decode.control import MAX_DEPTH, Costs
+from paceline.decode.rules import Coupled
+from paceline.decode.sampling import History
+from paceline.engine.sequence import Sequence
+from paceline.engine.step import step
+from paceline.types import Float32, Line, Sampling
+
+CONTEXT = 64  # tokens before the rounds that are measured
+LEAST_REPEATS, MOST_REPEATS = 2, 9
+ENOUGH_SECONDS = 2.0
+SLOW_SECONDS = 1.0  # say something before a wait of this length
+SLOW_ROUND_MS = 10.0
+
+
+class _Silent:
+    """A decoder for measurements: ids stay ids."""
+
+    def push(self, token: int) -> str:
+        return ""
+
+    def finish(self) -> str:
+        return ""
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """A rule for measurements: draws as another does, and then accepts all drafts or none."""
+
+    base: Coupled
+    accept: bool = False
+    stream: ClassVar[int] = Coupled.stream
+    with_logits: ClassVar[bool] = False
+
+    @property
+    def sampling(self) -> Sampling:
+        return self.base.sampling
+
+    def settle(self, logits: Float32, position: int, history: History, line: Line, depth: int) -> int:
+        token = self.base.settle(logits, position, history, line, depth)
+        if depth == len(line.tokens):
+            return token
+        return line.tokens[depth] if self.accept else (line.tokens[depth] + 1) % len(logits)
+
+
+def load_costs(backend: Backend, sampling: Sampling, about: str, folder: Path, notify: Callable[[str], None]) -> Costs:
+    """Costs of rounds from the file that keeps them, or measured now and kept.
+
+    Args:
+        backend: a pair with a drafter and a free slot.
+        sampling: how tokens are drawn where a request says nothing.
+        about: everything the costs depend on beside this machine: weights' formats, settings, threads.
+        folder: where files of costs are kept.
+        notify: told when measuring takes a while.
+    """
+    machine = [platform.machine(), _processor(), os.cpu_count()]
+    key = hashlib.sha256(json.dumps([machine, about, repr(sampling), MAX_DEPTH]).encode()).hexdigest()[:16]
+    path = folder / f"costs-{key}.json"
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        kept = json.loads(path.read_text())
+        costs = Costs(tuple(float(ms) for ms in kept["rounds_ms"]), float(kept["token_ms"]))
+        if len(costs.rounds) >= 2 and min(costs.rounds) > 0 <= costs.token:
+            return costs
+    costs = measure_costs(backend, sampling, notify)
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs the next start's time only
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".part", delete=False) as file:
+            json.dump({"rounds_ms": costs.rounds, "token_ms": costs.token, "about": about}, file)
+        Path(file.name).replace(path)
+    return costs
+
+
+def measure_costs(backend: Backend, sampling: Sampling, notify: Callable[[str], None] = lambda _: None) -> Costs:
+    """Median milliseconds of whole rounds of depth 0, 1, ..., taken in turn over a short context."""
+    context = max(1, min(CONTEXT, backend.context // 4))
+    deepest = max(1, min(MAX_DEPTH, backend.max_rows - 1, backend.context // 4))
+    random = np.random.default_rng(0)
+    slot = backend.open_slot()
+    try:
+        rule = _Outcome(Coupled(replace(sampling, seed=0), backend.draw))
+        sequence = Sequence(
+            slot=slot,
+            tokens=random.integers(0, backend.vocab_size, context).tolist(),
+            rule=rule,
+            draft_tokens=0,
+            max_tokens=1 << 30,
+            limit=1 << 30,
+            stop_ids=frozenset(),
+            detokenizer=_Silent(),
+        )
+        while sequence.reading:
+            step(backend, [sequence], backend.max_rows)
+        times: list[list[float]] = [[] for _ in range(deepest + 1)]
+        accepting: list[float] = []
+        slow = max(_round(backend, sequence, rule, depth, context) for depth in (0, deepest))
+        row = 1 if slow > SLOW_ROUND_MS else 4
+        started = time.perf_counter()
+        for repeat in range(MOST_REPEATS):
+            for depth, seen in enumerate(times):
+                # Of quick rounds a few in a row, as they are when decoding: the first finds caches cold.
+                seen += [_round(backend, sequence, rule, depth, context) for _ in range(row)][row > 1 :]
+            accepting += [_round(backend, sequence, rule, deepest, context, accept=True) for _ in range(row)][row > 1 :]
+            spent = time.perf_counter() - started
+            if repeat == 0 and spent * (LEAST_REPEATS - 1) > SLOW_SECONDS:
+                notify("measuring what drafting costs on this machine (once for this model and settings)")
+            if repeat + 1 >= LEAST_REPEATS and spent > ENOUGH_SECONDS:
+                break
+        rounds = tuple(statistics.median(seen) for seen in times)
+        return Costs(rounds, max(0.0, statistics.median(accepting) - rounds[-1]) / deepest)
+    finally:
+        backend.close_slot(slot)
+
+
+def _round(
+    backend: Backend, sequence: Sequence, rule: _Outcome, depth: int, context: int, accept: bool = False
+) -> float:
+    """Milliseconds of one round of that depth; the sequence is put back to its start."""
+    sequence.draft_tokens = depth
+    sequence.rule = replace(rule, accept=accept)
+    hidden = sequence.hidden
+    started = time.perf_counter()
+    step(backend, [sequence], backend.max_rows)
+    seconds = time.perf_counter() - started
+    backend.truncate(sequence.slot, context)
+    del sequence.tokens[context + 1 :]
+    sequence.cached, sequence.hidden = context, hidden
+    return seconds * 1e3
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("model name", "CPU part")):
+                return line.partition(":")[2].strip()
+    return platform.processor()

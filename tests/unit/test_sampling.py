@@ -1,0 +1,92 @@
+"""Settings of sampling: what is refused, what penalties and bias do, log-probabilities."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from paceline.decode.rules import Coupled
+from paceline.decode.sampling import History, adjusted, check_sampling, logprobs_of
+from paceline.errors import SettingsError
+from paceline.types import Line, Sampling
+
+
+@pytest.mark.parametrize(
+    ("settings", "cause"),
+    [
+        ({"temperature": -0.1}, "temperature is -0.1"),
+        ({"temperature": math.nan}, "temperature is nan"),
+        ({"temperature": math.inf}, "temperature is inf"),
+        ({"temperature": 1e-6}, "use 0 for greedy"),
+        ({"top_p": -0.01}, "top_p is -0.01; it must be between 0 and 1"),
+        ({"top_p": 1.5}, "top_p is 1.5"),
+        ({"top_p": math.nan}, "top_p is nan"),
+        ({"min_p": 2.0}, "min_p is 2.0"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
+        ({"repetition_penalty": math.nan}, "repetition_penalty is nan"),
+        ({"presence_penalty": math.nan}, "presence_penalty is nan"),
+        ({"frequency_penalty": math.inf}, "frequency_penalty is inf; it must be a finite number"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 1 << 64}, "seed is 18446744073709551616"),
+        ({"bias": ((8, 1.0),)}, "token 8, and the model's tokens are 0 to 7"),
+        ({"bias": ((3, math.nan),)}, "bias of token 3 is nan"),
+        ({"suppressed": (9,)}, "suppressed is token 9"),
+        ({"suppressed": tuple(range(8))}, "all tokens are suppressed"),
+    ],
+)
+def test_settings_out_of_range(settings: dict, cause: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        check_sampling(Sampling(**settings), 8)
+    assert cause in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_at_the_edge() -> None:
+    edge = Sampling(1e-4, 1 << 40, 0.0, 1.0, 0.01, -2.0, -2.0, ((7, -100.0),), (0, 1), (1 << 64) - 1)
+    assert check_sampling(edge, 8) is edge
+
+
+def history(prompt: list[int], text: list[int]) -> History:
+    seen = History(prompt)
+    for token in text:
+        seen.add(token)
+    return seen
+
+
+LOGITS = np.array([2.0, -2.0, 1.0, 0.0, 4.0], np.float32)
+
+
+def test_nothing_to_adjust_copies_nothing() -> None:
+    assert adjusted(LOGITS, Sampling(1.0, 2, 0.5, 0.1), history([0], [1])) is LOGITS
+
+
+def test_penalties_bias_and_suppressed_tokens() -> None:
+    seen = history([0, 1], [4, 4, 2])
+    assert adjusted(LOGITS, Sampling(repetition_penalty=2.0), seen).tolist() == [1, -4, 0.5, 0, 2]
+    assert adjusted(LOGITS, Sampling(presence_penalty=1.0), seen).tolist() == [2, -2, 0, 0, 3]
+    assert adjusted(LOGITS, Sampling(frequency_penalty=1.0), seen).tolist() == [2, -2, 0, 0, 2]
+    assert adjusted(LOGITS, Sampling(bias=((3, 9.0), (3, -1.0))), seen).tolist() == [2, -2, 1, 8, 4]
+    assert adjusted(LOGITS, Sampling(suppressed=(4, 0)), seen).tolist() == [-np.inf, -2, 1, 0, -np.inf]
+    assert LOGITS.tolist() == [2, -2, 1, 0, 4]
+
+
+def test_suppressed_tokens_are_never_drawn() -> None:
+    hot = Sampling(temperature=50.0, suppressed=(0, 2, 3, 4), seed=1)
+    assert {Coupled(hot).settle(LOGITS, p, History(), Line(), 0) for p in range(200)} == {1}
+
+
+def test_logprobs() -> None:
+    report = logprobs_of(LOGITS, 2, 3, 0.5)
+    exact = LOGITS.astype(np.float64) / 0.5
+    exact -= np.log(np.exp(exact).sum())
+    assert report.token == pytest.approx(exact[2])
+    assert [token for token, _ in report.top] == [4, 0, 2]
+    assert [value for _, value in report.top] == pytest.approx(sorted(exact)[::-1][:3])
+    assert logprobs_of(LOGITS, 4, 0, 0.0).top == ()
+    assert logprobs_of(LOGITS, 4, 0, 0.0) == logprobs_of(LOGITS, 4, 0, 1.0)
+    assert sum(math.exp(value) for _, value in logprobs_of(LOGITS, 0, 99, 1.0).top) == pytest.approx(1)
+    tied = logprobs_of(np.zeros(6, np.float32), 0, 2, 1.0)
+    assert [token for token, _ in tied.top] == [0, 1]
