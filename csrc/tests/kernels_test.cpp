@@ -382,6 +382,31 @@ void test_checksum(const Kernels& kernels, int64_t n) {
   check(kernels.checksum(memory.get(), n) != total, kernels.name, "checksum of damaged bytes");
 }
 
+// Draws from logits that integers give exactly: the tokens of decode/draw.py, folded into one number.
+void test_sampler(const Kernels& kernels) {
+  Floats x(1000);
+  for (uint32_t i = 0; i < 1000; ++i) x[i] = float(int32_t(i * 2654435761u >> 8) - (1 << 23)) / float(1 << 21);
+  struct Case {
+    Draw draw;
+    uint32_t tokens;
+  };
+  constexpr float off = std::numeric_limits<float>::infinity();
+  const Case cases[] = {{{1.0f, 0, 1.0, off, 1}, 0xfb47a8c6u},
+                        {{0.7f, 64, 0.95, off, 2}, 0xd5394d47u},
+                        {{1.5f, 0, 0.9, off, 3}, 0x30df50abu},
+                        {{1.0f, 0, 1.0, 2.3025851249694824f, 0x500000007u}, 0x0a19ce5au},
+                        {{2.0f, 20, 0.5, 1.2039728164672852f, 4}, 0x0e770206u}};
+  for (const Case& c : cases) {
+    uint32_t tokens = 0;
+    for (uint32_t position = 0; position < 50; ++position) {
+      Draw draw = c.draw;
+      draw.stream = position % 3;
+      tokens = tokens * 31 + uint32_t(kernels.sampler->draw({x.data(), nullptr, 1000}, draw, position, false).token);
+    }
+    check(tokens == c.tokens, kernels.name, "drawn tokens");
+  }
+}
+
 void test_isa(const Kernels& kernels) {
   for (Format format : {Format::f32, Format::bf16, Format::q8, Format::q4}) {
     for (int64_t rows : {1, 16, 17, 33, 70})
@@ -395,6 +420,7 @@ void test_isa(const Kernels& kernels) {
   for (int64_t pairs : {1, 7, 16, 32}) test_rope(kernels, 64, pairs);
   for (int64_t n : {3, 15, 16, 17, 33, 1000}) test_arg_max(kernels, n);
   for (int64_t n : {512, 1024, 5120}) test_checksum(kernels, n);
+  test_sampler(kernels);
 }
 
 }  // namespace

@@ -28,6 +28,9 @@ DECODE = {
     "plain_tokens_per_s",
     "mtp_tokens_per_s",
     "speedup",
+    "auto_speedup",
+    "auto_useless_speedup",
+    "round_ms",
     "simulated_acceptance",
 }
 
@@ -50,14 +53,14 @@ def test_decode_reports_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert found.keys() >= DECODE
     assert list(found["forward_ms"]) == [str(rows) for rows in range(1, 17)]
     assert found["simulated_acceptance"] is None
-    assert "SIMULATED" not in found["table"]
+    assert "SIMULATED acceptance" not in found["table"]
 
 
 def test_simulated_figures_say_so(capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--quant", "q8", "--context", "40", "--repeats", "1", "--tokens", "8", "--draft-tokens", "2")
     found = report(capsys, "decode", "-m", "tiny-python", *options, "--acceptance", "0.9,0.4")
     assert found["simulated_acceptance"] == [0.9, 0.4]
-    assert "SIMULATED" in found["table"]
+    assert "SIMULATED acceptance 0.9, 0.4" in found["table"]
 
 
 def test_prompt_reports_work(capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,7 +40,9 @@ def print_decode(out: Console, report: Mapping[str, Any]) -> None:
     out.print(
         f"one draft step: {report['draft_step_ms']:.2f} ms\n"
         f"decoding: {report['plain_tokens_per_s']:.1f} tokens/s plain, {report['mtp_tokens_per_s']:.1f} with "
-        f"{report['draft_tokens']} drafts ({how}): {report['speedup']:.2f} times"
+        f"{report['draft_tokens']} drafts ({how}): {report['speedup']:.2f} times\n"
+        f"draft length left to the engine: {report['auto_speedup']:.2f} times plain decoding; "
+        f"with a drafter that is never right (SIMULATED): {report['auto_useless_speedup']:.3f} times"
     )
 
 

@@ -14,7 +14,9 @@ from paceline import _cpu
 from paceline.backends.base import Backend
 from paceline.bench.machine import ReadBandwidth
 from paceline.bench.simulated import Script
+from paceline.decode.control import Costs
 from paceline.decode.rules import Coupled, Rule
+from paceline.engine.pricing import measure_costs
 from paceline.engine.sequence import Sequence
 from paceline.engine.step import step
 from paceline.types import Anchors, Batch, Float32, Plan, Sampling
@@ -92,11 +94,28 @@ class Bench:
         self.hidden = self._read(self.context)
         return statistics.median(seen)
 
-    def decode_tokens_per_s(self, tokens: int, draft_tokens: int, shares: tuple[float, ...] | None) -> float:
-        """Speed of the real engine loop over about that many tokens, acceptance simulated by `shares` if given."""
+    def costs(self) -> Costs:
+        """Costs of rounds, as the engine measures them at load. Leaves the slot as it found it."""
+        self.backend.close_slot(self.slot)
+        costs = measure_costs(self.backend, Sampling())
+        self.slot = self.backend.open_slot()
+        self.hidden = self._read(self.context)
+        return costs
+
+    def decode_tokens_per_s(
+        self, tokens: int, draft_tokens: int | None, shares: tuple[float, ...] | None, costs: Costs | None = None
+    ) -> float:
+        """Speed of the real engine loop over about that many tokens.
+
+        Args:
+            tokens: how many, at least.
+            draft_tokens: a round; None for as many as pay by `costs`, from a cold start.
+            shares: simulated acceptance by depth; None for the pair's own.
+            costs: of rounds.
+        """
         backend: Backend = self.backend
         rule: Rule = Coupled(drawer=self.backend.draw)
-        if shares and draft_tokens:
+        if shares is not None and draft_tokens != 0:
             backend = rule = Script(self.backend, shares)
         sequence = Sequence(
             slot=self.slot,
@@ -109,6 +128,7 @@ class Bench:
             detokenizer=Silent(),
             cached=self.context,
             hidden=self.hidden[0],
+            costs=costs,
         )
         start, first = time.perf_counter(), len(sequence.tokens)
         while len(sequence.tokens) - first < tokens:

@@ -101,19 +101,33 @@ def decode(
     run = loaded.bench
     forward = run.forward_ms(repeats)
     step = run.draft_step_ms(repeats) if run.backend.can_draft else None
-    plain, mtp = [], []
-    for _ in range(3):  # in turn, so that a change of the machine's speed meets both
-        plain.append(run.decode_tokens_per_s(tokens, 0, None))
-        mtp.append(run.decode_tokens_per_s(tokens, draft_tokens, shares))
+    costs = run.costs() if run.backend.can_draft else None
+    modes: dict[str, tuple[int | None, tuple[float, ...] | None]] = {
+        "plain": (0, None),
+        "mtp": (draft_tokens, shares),
+        "auto": (None, shares),
+        "auto_useless": (None, ()),
+    }
+    speeds: dict[str, list[float]] = {mode: [] for mode in modes}
+    for _ in range(3):  # in turn, so that a change of the machine's speed meets all
+        for mode, (depth, accepted) in modes.items():
+            speeds[mode].append(run.decode_tokens_per_s(tokens, depth, accepted, costs))
+
+    def speedup(mode: str) -> float:
+        return statistics.median(b / a for a, b in zip(speeds["plain"], speeds[mode], strict=True))
+
     report = loaded.report("decode") | {
         "forward_ms": {str(rows): ms for rows, ms in forward.items()},
         "bandwidth_fraction": loaded.pass_bytes / forward[1] / 1e6 / run.bandwidth.median,
         "draft_step_ms": step,
         "draft_tokens": draft_tokens,
         "simulated_acceptance": shares,
-        "plain_tokens_per_s": statistics.median(plain),
-        "mtp_tokens_per_s": statistics.median(mtp),
-        "speedup": statistics.median(b / a for a, b in zip(plain, mtp, strict=True)),
+        "round_ms": list(costs.rounds) if costs else None,
+        "plain_tokens_per_s": statistics.median(speeds["plain"]),
+        "mtp_tokens_per_s": statistics.median(speeds["mtp"]),
+        "speedup": speedup("mtp"),
+        "auto_speedup": speedup("auto"),
+        "auto_useless_speedup": speedup("auto_useless"),
         **loaded.prompt(3, PROMPT),
     }
     print_decode(console(), report)
