@@ -1,0 +1,234 @@
+"""`paceline verify`: does a pair keep the promise that drafting, threads and chunks never change the text?"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from paceline import __version__
+from paceline.cli.options import MODEL_HELP, DrafterOption, QuantOption, ThreadsOption, load
+from paceline.errors import SettingsError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from paceline import Engine
+    from paceline.bench.audit import Audit, Difference, Progress, Run, Speeds, Top
+
+
+def verify(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL")],
+    drafter: DrafterOption = "auto",
+    quant: QuantOption = "auto",
+    threads: ThreadsOption = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Your own prompts, one a line (UTF-8).", metavar="FILE", show_default=False),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of each run at most.", min=2)] = 64,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Check that the text never depends on how it is decoded.
+
+    Every prompt is decoded plainly, and then with several draft lengths, with
+    another number of threads and with small prompt chunks, greedily and
+    sampled. All logits must be the same, bit for bit. Draft lengths are then
+    timed. Ends with exit code 1 at any difference, which would be a defect.
+
+    \b
+    Examples:
+      paceline verify tiny-python
+      paceline verify google/gemma-4-E2B-it --quant q4 --max-tokens 32
+      paceline verify ./my-model --drafter ./my-drafter --prompts mine.txt --json
+    """
+    own = _read_prompts(prompts) if prompts else None
+    engine = load(model, drafter, quant, threads, "auto")
+    from paceline.bench.audit import PROMPTS, audit, measure_speeds
+
+    texts = own or PROMPTS
+    with _progress() as progress:
+        found = audit(engine, texts, max_tokens, progress)
+        speeds = measure_speeds(engine, texts, max_tokens, progress)
+    about = {
+        "model": model,
+        "quant": engine.quant,
+        "threads": engine.threads,
+        "isa": getattr(engine.backend, "isa", None),
+        "version": __version__,
+        "prompts": len(texts),
+        "max_tokens": max_tokens,
+    }
+    if as_json:
+        print(json.dumps(about | _report(found, speeds), ensure_ascii=False))
+    else:
+        _print(engine, about, found, speeds)
+    if not found.identical:
+        raise typer.Exit(1)
+
+
+def _read_prompts(path: Path) -> tuple[str, ...]:
+    """The lines of a file that are not blank.
+
+    Raises:
+        SettingsError: it cannot be read, is not UTF-8, or has no such line.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise SettingsError(
+            f"{path}: cannot be read ({error.strerror}); --prompts takes a text file with one prompt a line"
+        ) from error
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SettingsError(
+            f"{path}: is not UTF-8 text (byte 0x{data[error.start]:02x} at offset {error.start}); "
+            "convert it first, for example with iconv -t UTF-8"
+        ) from error
+    lines = tuple(line for line in text.replace("\r\n", "\n").split("\n") if line.strip())
+    if not lines:
+        raise SettingsError(f"{path}: holds no prompt; write one a line")
+    return lines
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """A bar on stderr if that is a terminal. It is drawn between runs: a thread of its own would disturb timings."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    console = Console(stderr=True)
+    if not sys.stderr.isatty():
+        yield lambda *_: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("runs"))
+    with Bar(*columns, TimeElapsedColumn(), console=console, auto_refresh=False, transient=True) as bar:
+        task = bar.add_task("", total=None, visible=False)
+
+        def show(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total, visible=True, refresh=True)
+
+        yield show
+
+
+def _report(found: Audit, speeds: Speeds | None) -> dict[str, Any]:
+    return {
+        "identical": found.identical,
+        "cases": len(found.runs),
+        "different_cases": len(found.different),
+        "rows": found.rows,
+        "first_difference": _difference(found.different[0]) if found.different else None,
+        "acceptance_by_depth": list(found.acceptance_by_depth),
+        "tokens_per_second": {str(n): speed for n, speed in speeds.tokens_per_second.items()} if speeds else None,
+        "best_draft_tokens": speeds.best_fixed if speeds else None,
+        "controller_regret_percent": speeds.regret_percent if speeds else None,
+    }
+
+
+def _difference(run: Run) -> dict[str, Any]:
+    from paceline.bench.audit import finite
+
+    def shown(top: Top) -> list[dict[str, Any]]:
+        return [{"token": token, "logit": finite(logit)} for token, logit in top]
+
+    where = run.difference
+    assert where is not None
+    return {
+        "prompt": run.prompt,
+        "sampling": run.sampling,
+        "case": str(run.case),
+        "position": where.position,
+        "expected_token": where.expected_token,
+        "found_token": where.found_token,
+        "expected_top": shown(where.expected_top),
+        "found_top": shown(where.found_top),
+        "largest_difference": finite(where.largest),
+        "largest_difference_at": where.largest_at,
+    }
+
+
+def _print(engine: Engine, about: dict[str, Any], found: Audit, speeds: Speeds | None) -> None:
+    from rich.console import Console
+
+    from paceline.bench.audit import SAMPLINGS, cases_of
+
+    out = Console(highlight=False, markup=False, soft_wrap=True)
+    what = "{model}, {quant}, threads: {threads}, {isa}; prompts: {prompts}, tokens: up to {max_tokens} each"
+    out.print(what.format_map(about))
+    if not engine.backend.can_draft:
+        out.print("There is no drafter: only threads and prompt chunks are compared.")
+    out.print(f"Plain decoding against {'; '.join(map(str, cases_of(engine)))}; each {', '.join(SAMPLINGS)}.\n")
+    if found.identical:
+        out.print(f"IDENTICAL: {len(found.runs)} runs, {found.rows} rows of logits, all the same bit for bit.")
+    else:
+        _print_difference(out, found)
+    if found.acceptance_by_depth:
+        shares = "  ".join(f"{depth}: {share:.0%}" for depth, share in enumerate(found.acceptance_by_depth, start=1))
+        out.print(f"\nDrafts accepted by depth, share of all rounds:  {shares}")
+    if speeds:
+        _print_speeds(out, speeds)
+    elif engine.backend.can_draft:
+        out.print("\nAll texts ended at their first token, so there is no speed to measure; try other prompts.")
+
+
+def _print_difference(out: Console, found: Audit) -> None:
+    from paceline.bench.audit import shortened
+
+    run = found.different[0]
+    where = run.difference
+    assert where is not None
+    out.print(
+        f"DIFFERENT: {len(found.different)} of {len(found.runs)} runs are not what plain decoding gives. This is a"
+    )
+    out.print("defect of paceline; please report it with these lines. The first difference:\n")
+    out.print(f"  prompt    {shortened(run.prompt)}")
+    out.print(f"  sampling  {run.sampling}")
+    out.print(f"  run       {run.case}")
+    out.print(f"  position  {where.position} of the prompt and the text")
+    ends = [("ended" if token is None else str(token)) for token in (where.expected_token, where.found_token)]
+    out.print(f"  token     {ends[0]} in plain decoding, {ends[1]} in this run")
+    _print_rows(out, where)
+
+
+def _print_rows(out: Console, where: Difference) -> None:
+    """The rows that differ, with as many digits as tell float32 values apart."""
+    from rich.table import Table
+
+    if where.largest is None:
+        out.print("  logits    the same in all rows")
+        return
+    out.print(
+        f"  logits    differ by {where.largest:.3g} at most, those of token {where.largest_at}; the highest are\n"
+    )
+    table = Table(box=None, pad_edge=False, padding=(0, 2))
+    for title in ("", "plain", "logit", "this run", "logit"):
+        table.add_column(title, justify="right")
+    for (token, logit), (other, other_logit) in zip(where.expected_top, where.found_top, strict=True):
+        table.add_row("", str(token), f"{logit:.9g}", str(other), f"{other_logit:.9g}")
+    out.print(table)
+
+
+def _print_speeds(out: Console, speeds: Speeds) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2))
+    for title in ("drafts a round", "tokens/s", "of plain", ""):
+        table.add_column(title, justify="right")
+    plain = speeds.tokens_per_second[0]
+    for depth, speed in speeds.tokens_per_second.items():
+        mark = "best fixed" if depth == speeds.best_fixed else ""
+        table.add_row(str(depth), f"{speed:.1f}", f"{speed / plain:.2f}", mark)
+    out.print()
+    out.print(table)
+    regret = speeds.regret_percent
+    out.print(
+        f"\nauto is {abs(regret):.1f} % {'behind' if regret > 0 else 'ahead of'} the best fixed draft length "
+        "(medians of runs taken in turn, greedy and sampled)."
+    )
