@@ -20,6 +20,7 @@ from paceline.types import CONFIDENCE_BINS, Line, Plan
 
 MAX_DEPTH = 8
 KEEP = 1 - 1 / 32  # of what was observed, a new observation's weight being one: about the last 32 rounds count
+KEEP_PLAIN = 1 - 1 / 16  # the same for each plain round
 KEEP_LONG = 1 - 1 / 512  # the same for what is expected before that
 PRIOR = 0.7  # acceptance before anything was observed, with the weight of PRIOR_ROUNDS
 PRIOR_ROUNDS = 3.0
@@ -184,7 +185,7 @@ def observe(state: State, costs: Costs, line: Line, accepted: int, milliseconds:
         accepted=state.accepted + accepted,
         plan=None if replan else state.plan,
     )
-    return _judge(state, line, accepted) if depth else _fade(state)
+    return _judge(state, line, accepted) if depth else _fade(state, KEEP_PLAIN)
 
 
 def next_request(state: State) -> State:
@@ -192,7 +193,7 @@ def next_request(state: State) -> State:
     return replace(_fade(state, 0.25), lost=0.0, plain_rounds=1 << 30, plan=None)
 
 
-def _fade(state: State, keep: float = KEEP) -> State:
+def _fade(state: State, keep: float) -> State:
     """What was seen grows old while nothing is drafted, so that an accepted probe weighs."""
     return replace(state, tried=tuple(keep * n for n in state.tried), kept=tuple(keep * n for n in state.kept))
 

@@ -148,7 +148,7 @@ class Engine:
     def rule(self, name: str, sampling: Sampling | None) -> Rule:
         """The acceptance rule of that name, with settings that are checked and have a seed."""
         chosen = check_sampling(sampling or self.sampling, self.backend.vocab_size)
-        if chosen.seed is None:
+        if chosen.seed is None and chosen.temperature > 0:
             chosen = replace(chosen, seed=secrets.randbits(53))  # whole in every JSON reader
         return RULES[name](chosen, self.backend.draw)
 
