@@ -15,6 +15,7 @@ from paceline.config import TargetConfig, check_pair, token_ids
 from paceline.decode.sampling import check_sampling
 from paceline.engine.engine import DraftTokens, Engine, Experience, check_draft_tokens
 from paceline.engine.pricing import load_costs
+from paceline.engine.scheduler import Scheduler
 from paceline.errors import SettingsError
 from paceline.text.chat import ChatTemplate
 from paceline.text.tokenizer import Tokenizer
@@ -106,7 +107,7 @@ def load(
         threads=backend.threads,
         weight_bytes=target.weights.nbytes,
         draft_tokens=draft_tokens,
-        prompt_chunk=prompt_chunk,
+        scheduler=Scheduler(backend, prompt_chunk),
         experience=experience,
         notify=notify,
     )

@@ -25,5 +25,9 @@ class PromptError(PacelineError):
     """A prompt cannot be used: too long for the context, empty, or not valid text."""
 
 
+class BusyError(PacelineError):
+    """Too many requests wait already; trying again later helps."""
+
+
 class BackendError(PacelineError):
     """A backend cannot do what was asked: not compiled, no such processor feature, a rollback it cannot undo."""

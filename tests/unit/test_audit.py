@@ -24,6 +24,7 @@ from paceline.bench.audit import (
     top_of,
 )
 from paceline.engine.engine import Engine
+from paceline.engine.scheduler import Scheduler
 from paceline.errors import PromptError
 from paceline.types import Batch, Output, Sampling, Statistics
 from tests.unit.test_engine import engine as fake_engine
@@ -124,7 +125,8 @@ def test_one_bit_of_one_logit_is_a_difference() -> None:
 
 
 def test_a_broken_prompt_chunk_is_a_difference() -> None:
-    e = replace(engine(ChunksMatter(slots=1, context=128)), prompt_chunk=64)
+    e = engine(ChunksMatter(slots=1, context=128))
+    e = replace(e, scheduler=Scheduler(e.backend, 64))
     found = audit(e, PROMPTS, TOKENS)
     assert {run.case for run in found.different} == {Case(4, chunk=5)}
     where = found.different[0].difference

@@ -10,7 +10,8 @@ import pytest
 from paceline.backends.fake import FakeBackend
 from paceline.decode.control import Costs
 from paceline.engine.engine import Engine, Experience, Stream
-from paceline.errors import BackendError, PromptError, SettingsError
+from paceline.engine.scheduler import Scheduler
+from paceline.errors import PromptError, SettingsError
 from paceline.types import Sampling
 from tests.support import Ids
 
@@ -31,9 +32,9 @@ class Template:
 
 
 def engine(**settings: object) -> Engine:
-    backend = FakeBackend(slots=1, context=64)
+    backend = settings.setdefault("backend", FakeBackend(slots=1, context=64))
+    chunk = settings.pop("prompt_chunk", 8)
     defaults = {
-        "backend": backend,
         "tokenizer": Letters(),
         "chat_template": Template(),
         "target_config": SimpleNamespace(),
@@ -44,7 +45,7 @@ def engine(**settings: object) -> Engine:
         "threads": 1,
         "weight_bytes": 0,
         "draft_tokens": 4,
-        "prompt_chunk": 8,
+        "scheduler": Scheduler(backend, chunk),
         "experience": Experience(lambda: Costs((10.0, 11.0, 12.0, 13.0))),
     }
     return Engine(**{**defaults, **settings})
@@ -110,15 +111,37 @@ def test_generate_and_stream_agree() -> None:
     assert whole.statistics.drafted > 0
 
 
-def test_a_stream_holds_its_slot_until_it_ends() -> None:
+def test_a_stream_waits_for_a_slot_and_moves_the_others_on_meanwhile() -> None:
+    e = engine()
+    first, second = e.stream([1, 2, 3], max_tokens=20), e.stream([4], max_tokens=3)
+    next(first)
+    written = [event.text for event in second]
+    assert "".join(written) == e.generate([4], max_tokens=3).text
+    assert first.sequence.finish == "length"
+    assert len([piece for event in first for piece in event.pieces]) > 0
+    assert e.backend.open_slot() == 0
+
+
+def test_closing_a_stream_frees_its_slot() -> None:
     e = engine()
     with e.stream([1, 2, 3]) as stream:
         next(stream)
-        with pytest.raises(BackendError, match="slots are taken"):
-            e.stream([4])
     assert stream.sequence.finish == "cancelled"
     assert list(stream) == []
-    assert e.generate([4], max_tokens=3).finish == "length"
+    assert e.backend.open_slot() == 0
+
+
+def test_streams_read_in_turn_share_passes_and_write_what_they_write_alone() -> None:
+    e = engine(backend=FakeBackend(slots=3, context=128))
+    prompts = [[1, 2, 3], list(range(40)), [9]]
+    alone = [e.generate(prompt, max_tokens=30).tokens for prompt in prompts]
+    streams = [e.stream(prompt, max_tokens=30) for prompt in prompts]
+    passes = 0
+    while e.scheduler.busy:
+        e.scheduler.tick()
+        passes += 1
+    assert [tuple(stream.sequence.generated) for stream in streams] == alone
+    assert passes < 40  # alone they take 30 and more each without drafts, 3 times
 
 
 def test_a_stream_left_early_gives_its_slot_back() -> None:

@@ -25,6 +25,10 @@ class Backend(Protocol):
         """Most rows of one slot in one batch: the largest prompt chunk and the largest verification."""
 
     @property
+    def slots(self) -> int:
+        """Sequences held at once."""
+
+    @property
     def can_draft(self) -> bool:
         """Whether a drafter is loaded."""
 

@@ -44,6 +44,7 @@ class FakeBackend:
         self.context = context
         self.max_rows = max_rows
         self.can_draft = can_draft
+        self.slots = slots
         self._truth = truth
         self._free = list(range(slots))[::-1]
         self._cache: dict[int, list[int]] = {}

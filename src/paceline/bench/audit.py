@@ -21,6 +21,7 @@ from paceline.backends.cpu.backend import CpuBackend
 from paceline.decode.rules import Rule
 from paceline.decode.sampling import History
 from paceline.engine.engine import DraftTokens, Engine, Experience
+from paceline.engine.scheduler import Scheduler
 from paceline.errors import PromptError
 from paceline.types import GREEDY, FinishReason, Float32, Line, Sampling, Statistics
 
@@ -334,7 +335,7 @@ def _write(engine: Engine, prompt: str, rule: _Watcher, case: Case, max_tokens: 
 def _as_in(engine: Engine, case: Case) -> Iterator[Engine]:
     """The engine with a case's chunk and threads; the threads are put back afterwards."""
     backend = engine.backend
-    changed = replace(engine, prompt_chunk=case.chunk or engine.prompt_chunk)
+    changed = replace(engine, scheduler=Scheduler(backend, case.chunk or engine.scheduler.chunk))
     if case.threads is None or not isinstance(backend, CpuBackend):
         yield changed
         return

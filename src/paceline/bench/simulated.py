@@ -57,6 +57,10 @@ class Script:
         return self.backend.max_rows
 
     @property
+    def slots(self) -> int:
+        return self.backend.slots
+
+    @property
     def can_draft(self) -> bool:
         return self.backend.can_draft
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field, replace
@@ -15,8 +16,8 @@ from paceline.config import DrafterConfig, TargetConfig
 from paceline.decode.control import Costs, State, next_request, useless
 from paceline.decode.rules import RULES, Rule
 from paceline.decode.sampling import MOST_LOGPROBS, check_sampling
+from paceline.engine.scheduler import Scheduler
 from paceline.engine.sequence import Sequence
-from paceline.engine.step import step
 from paceline.errors import PromptError, SettingsError
 from paceline.text.chat import ChatTemplate
 from paceline.text.stops import check_stops
@@ -79,7 +80,7 @@ class Engine:
     threads: int
     weight_bytes: int  # the target's packed matrices; per-layer-embedding tables are mapped and not counted
     draft_tokens: DraftTokens
-    prompt_chunk: int
+    scheduler: Scheduler
     experience: Experience
     notify: Callable[[str], None] = lambda _: None
 
@@ -194,7 +195,8 @@ def check_draft_tokens(count: DraftTokens) -> DraftTokens:
 class Stream:
     """A generation in flight: iterate for events; `statistics` is valid at any time.
 
-    Holds a cache slot until it ends, or is closed.
+    Takes part in every step of its engine until it ends, or is closed: streams that are read in turn share the passes
+    through the model. Where all cache slots are taken it waits.
     """
 
     def __init__(self, engine: Engine, tokens: list[int], request: Request) -> None:
@@ -205,7 +207,6 @@ class Stream:
         auto = depth == "auto" and engine.backend.can_draft
         costs = engine.experience.priced() if auto else None
         self.sequence = Sequence(
-            slot=engine.backend.open_slot(),
             tokens=tokens,
             rule=rule,
             draft_tokens=None if depth == "auto" else depth,
@@ -218,6 +219,8 @@ class Stream:
             costs=costs,
             control=next_request(engine.experience.state),
         )
+        self._events: deque[Event] = deque()
+        engine.scheduler.submit(self.sequence, self._events.append)
         self._open = True
 
     @property
@@ -233,20 +236,21 @@ class Stream:
         return self
 
     def __next__(self) -> Event:
-        while self._open:
-            (event,) = step(self._engine.backend, [self.sequence], self._engine.prompt_chunk)
-            if event:
-                if event.finish:
-                    self.close()
-                return event
-        raise StopIteration
+        while self._open and not self._events:
+            self._engine.scheduler.tick()
+        if not self._open:
+            raise StopIteration
+        event = self._events.popleft()
+        if event.finish:
+            self.close()
+        return event
 
     def close(self) -> None:
         """Stop generating and give the cache slot back. May be called again."""
         if self._open:
             self._open = False
-            self.sequence.finish = self.sequence.finish or "cancelled"
-            self._engine.backend.close_slot(self.sequence.slot)
+            self._engine.scheduler.cancel(self.sequence)
+            self._engine.scheduler.sweep()
             self._learn()
 
     def _learn(self) -> None:

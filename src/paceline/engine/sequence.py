@@ -20,7 +20,6 @@ class Sequence:
     row that produced the newest one, which is where a drafter starts.
     """
 
-    slot: int
     tokens: list[int]  # the prompt, then what was generated
     rule: Rule
     draft_tokens: int | None  # most tokens drafted a round, 0 for plain decoding; None: as many as pay
@@ -29,6 +28,7 @@ class Sequence:
     stop_ids: frozenset[int]
     detokenizer: TokenDecoder
     stops: tuple[str, ...] = ()
+    slot: int = -1  # of the cache; -1 until it has one
     logprobs: int | None = None  # alternatives reported with each token; None for no report
     costs: Costs | None = None  # of rounds, needed where draft_tokens is None
     control: State = field(default_factory=State)

@@ -61,6 +61,7 @@ class CpuBackend:
         self.vocab_size = config.vocab_size
         self.context = context
         self.max_rows = max_rows
+        self.slots = slots
         loaded = load_target(config, weights)
         try:
             self._target = _cpu.Target(

@@ -1,0 +1,153 @@
+"""Several sequences in flight: their text, their turns, cancellation, the queue."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from paceline.backends.fake import FakeBackend
+from paceline.decode.rules import Coupled
+from paceline.engine.scheduler import Scheduler
+from paceline.engine.sequence import Sequence
+from paceline.errors import BusyError
+from paceline.types import Batch, Event, Output, Sampling
+from tests.support import Ids
+
+
+def request(backend: FakeBackend, prompt: list[int], **other: object) -> Sequence:
+    defaults = {
+        "rule": Coupled(drawer=backend.draw),
+        "draft_tokens": 3,
+        "max_tokens": 20,
+        "limit": backend.context,
+        "stop_ids": frozenset(),
+        "detokenizer": Ids(),
+    }
+    return Sequence(tokens=list(prompt), **{**defaults, **other})
+
+
+def drain(scheduler: Scheduler) -> None:
+    while scheduler.busy:
+        scheduler.tick()
+
+
+def alone(prompt: list[int], **other: object) -> list[int]:
+    backend = FakeBackend(slots=1)
+    sequence = request(backend, prompt, **other)
+    scheduler = Scheduler(backend, chunk=8)
+    scheduler.submit(sequence, lambda _: None)
+    drain(scheduler)
+    return sequence.generated
+
+
+class Watched(FakeBackend):
+    """Keeps the rows of each pass, by slot."""
+
+    def __init__(self, **settings: object) -> None:
+        super().__init__(**settings)
+        self.passes: list[dict[int, int]] = []
+
+    def forward(self, batch: Batch) -> Output:
+        slots = batch.slots.tolist()
+        self.passes.append({slot: slots.count(slot) for slot in slots})
+        return super().forward(batch)
+
+
+prompts = st.lists(st.integers(0, 63), min_size=1, max_size=60)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    requests=st.lists(
+        st.tuples(prompts, st.integers(1, 25), st.integers(0, 6), st.sampled_from([0.0, 1.0]), st.integers(0, 99)),
+        min_size=1,
+        max_size=12,
+    ),
+    slots=st.integers(1, 5),
+    chunk=st.integers(1, 32),
+    seed=st.integers(0, 1 << 30),
+)
+def test_text_does_not_depend_on_arrivals_company_or_cancellations(
+    requests: list[tuple], slots: int, chunk: int, seed: int
+) -> None:
+    dice = random.Random(seed)
+    backend = FakeBackend(slots=slots, truth=0.6)
+    scheduler = Scheduler(backend, chunk)
+    sequences, heard = [], []
+    for prompt, most, depth, temperature, noise in requests:
+        sampling = Sampling(temperature=temperature, seed=noise)
+        rule = Coupled(sampling, backend.draw)
+        sequences.append(request(backend, prompt, max_tokens=most, draft_tokens=depth, rule=rule))
+        events: list[Event] = []
+        heard.append(events)
+        scheduler.submit(sequences[-1], events.append)
+        for _ in range(dice.randrange(4)):
+            scheduler.tick()
+        if dice.random() < 0.2:
+            scheduler.cancel(dice.choice(sequences))
+    drain(scheduler)
+    for (prompt, most, _, temperature, noise), sequence, events in zip(requests, sequences, heard, strict=True):
+        text = alone(prompt, max_tokens=most, rule=Coupled(Sampling(temperature=temperature, seed=noise), backend.draw))
+        assert [piece.token for event in events for piece in event.pieces] == sequence.generated
+        assert sequence.generated == text[: len(sequence.generated)]
+        assert sequence.finish == "cancelled" or sequence.generated == text
+    assert sorted(backend.open_slot() for _ in range(slots)) == list(range(slots))  # all given back
+
+
+def test_a_long_prompt_does_not_hold_others_up() -> None:
+    backend = Watched(slots=2, context=2048, max_rows=64)
+    scheduler = Scheduler(backend, chunk=64)
+    writing, reading = request(backend, [1, 2], max_tokens=500, draft_tokens=0), request(backend, [5] * 1000)
+    scheduler.submit(writing, lambda _: None)
+    scheduler.tick()
+    scheduler.submit(reading, lambda _: None)
+    before = len(writing.generated)
+    while reading.reading:
+        scheduler.tick()
+        assert len(writing.generated) > before
+        before = len(writing.generated)
+    assert max(backend.passes[-1].values()) <= 64
+
+
+def test_prompts_are_read_in_turns() -> None:
+    backend = Watched(slots=3, context=2048)
+    scheduler = Scheduler(backend, chunk=16)
+    sequences = [request(backend, [n] * 160) for n in (1, 2, 3)]
+    for sequence in sequences:
+        scheduler.submit(sequence, lambda _: None)
+    for _ in range(15):
+        scheduler.tick()
+    assert [sequence.cached for sequence in sequences] == [80, 80, 80]
+
+
+def test_a_full_queue_refuses() -> None:
+    scheduler = Scheduler(FakeBackend(slots=1), chunk=8, most_waiting=2)
+    for _ in range(2):
+        scheduler.submit(request(scheduler.backend, [1]), lambda _: None)
+    with pytest.raises(BusyError, match="2 requests are waiting already"):
+        scheduler.submit(request(scheduler.backend, [1]), lambda _: None)
+    scheduler.tick()
+    scheduler.submit(request(scheduler.backend, [1]), lambda _: None)
+    assert scheduler.waiting == 2
+
+
+def test_a_cancelled_sequence_leaves_before_the_next_round() -> None:
+    backend = Watched(slots=2)
+    scheduler = Scheduler(backend, chunk=8)
+    stays, goes, waits = (request(backend, [n], max_tokens=50) for n in (1, 2, 3))
+    for sequence in (stays, goes, waits):
+        scheduler.submit(sequence, lambda _: None)
+    for _ in range(3):
+        scheduler.tick()
+    scheduler.cancel(goes)
+    scheduler.cancel(waits)
+    length = len(goes.generated)
+    scheduler.tick()
+    assert (len(goes.generated), goes.finish, waits.finish) == (length, "cancelled", "cancelled")
+    assert set(backend.passes[-1]) == {stays.slot}
+    drain(scheduler)
+    assert stays.finish == "length"
+    assert waits.generated == []
