@@ -20,6 +20,7 @@ from paceline.errors import SettingsError
 from paceline.text.chat import ChatTemplate
 from paceline.text.tokenizer import Tokenizer
 
+MAX_SLOTS = 64
 MAX_THREADS = 255  # what the native team can count
 DEFAULT_CONTEXT = 32768  # positions; memory is taken as they are used
 
@@ -31,6 +32,7 @@ def load(
     quant: str = "auto",
     threads: int | None = None,
     context: int | None = None,
+    slots: int = 1,
     draft_tokens: DraftTokens = "auto",
     prompt_chunk: int = 256,
     notify: Callable[[str], None] = lambda _: None,
@@ -44,6 +46,7 @@ def load(
         quant: weight format: f32, bf16, q8, q4, or auto for the most precise one that fits the memory at hand.
         threads: worker threads; None for the physical cores.
         context: tokens a sequence may hold, prompt included; None for the model's own limit, at most 32768.
+        slots: sequences that run at once; more wait for their turn.
         draft_tokens: tokens drafted a round unless a request says otherwise: 0 to 15, or "auto" for as many as pay;
             what rounds cost is then measured, once for a pair and its settings.
         prompt_chunk: prompt tokens read in one pass.
@@ -60,6 +63,7 @@ def load(
     check_quant(quant)
     _check_range("threads", threads, 1, MAX_THREADS)
     _check_range("context", context, 2)
+    _check_range("slots", slots, 1, MAX_SLOTS)
     _check_range("prompt_chunk", prompt_chunk, 1)
     folder = locate(model)
     checkpoint = Checkpoint.open(folder)
@@ -86,12 +90,13 @@ def load(
         pair,
         threads=threads,
         context=min(context or DEFAULT_CONTEXT, config.max_positions),
+        slots=slots,
         max_rows=max(prompt_chunk, 16),
         isa=os.environ.get("PACELINE_ISA", ""),
     )
     for source in sources:
         source.keep(notify)
-    about = json.dumps([repr(config), repr(draft_config), target.weights.quant, backend.threads, backend.isa])
+    about = json.dumps([repr(config), repr(draft_config), target.weights.quant, backend.threads, backend.isa, slots])
     experience = Experience(lambda: load_costs(backend, sampling, about, cache_folder(), notify))
     if backend.can_draft and draft_tokens == "auto":
         experience.priced()

@@ -20,6 +20,8 @@ from paceline.decode.control import (
     next_plan,
     next_request,
     observe,
+    share_out,
+    shared_price,
     stop_floors,
     useless,
 )
@@ -146,6 +148,38 @@ def test_plans_are_always_possible(costs: list[float], rounds: list[tuple[int, f
         depth = min(drafted, prices.deepest)
         state = observe(state, prices, Line(tuple(range(depth)), (share,) * depth), int(share * depth), milliseconds)
     assert next_request(state).lost == 0
+
+
+def seen(chances: Chances, rounds: int = 200) -> State:
+    """The state after many rounds with that acceptance."""
+    return simulate(COSTS["stairs"], lambda _: chances, rounds, 8, 0).state
+
+
+SHARED = Costs((10.0, 11.0, 12.0), 0.0, ((2, (12.0, 14.0, 16.0)), (4, (16.0, 20.0, 24.0))))
+
+
+def test_shared_drafts_go_where_they_are_accepted() -> None:
+    good, bad = seen((0.95,) * 8), seen((0.05,) * 8)
+    depths = [plan.depth for plan in share_out([bad, good, bad, good], SHARED)]
+    assert depths == [0, 2, 0, 2]
+    assert [plan.depth for plan in share_out([bad] * 4, SHARED)] == [0] * 4
+    assert [plan.depth for plan in share_out([good] * 4, SHARED)] == [2] * 4
+
+
+def test_a_sequence_among_others_is_tried_again_after_a_while() -> None:
+    bad = replace(seen((0.0,) * 8), plain_rounds=10_000)
+    (plan, other) = share_out([bad, seen((0.0,) * 8)], SHARED)
+    assert (plan.depth, other.depth) == (1, 0)
+    after = observe(replace(bad, plan=plan), SHARED, Line((1,), (0.5,)), 0, None)
+    assert after.plan == Plan(0)
+    assert after.plain_rounds == 0
+    assert observe(after, SHARED, Line(), 0, None) is after
+
+
+def test_prices_of_shared_rounds_lie_between_measured_ones() -> None:
+    assert shared_price(SHARED, 2, 1) == 14
+    assert shared_price(SHARED, 3, 2) == 20
+    assert shared_price(SHARED, 8, 0) == 24
 
 
 def test_floors_say_when_the_next_draft_breaks_even() -> None:

@@ -8,12 +8,14 @@ costs at most half a percent; old observations fade meanwhile, so that a success
 round in fifty keeps the comparison true. And a ledger holds what drafting lost against plain decoding since the request
 began: at five tokens' worth, only probes draft until it is paid back.
 
-Pure functions: `next_plan(state, costs)` and `observe(state, costs, ...)`. They know no clock and no model.
+Pure functions: `next_plan`, `share_out` for sequences that share rounds, and `observe`. They know no clock, no model.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from paceline.types import CONFIDENCE_BINS, Line, Plan
@@ -33,6 +35,8 @@ PLAIN_PAUSE = 48  # rounds between plain ones while drafting pays: they tell wha
 SPEED_RATE, DRIFT_RATE, CHANGE_RATE = 0.15, 0.07, 0.3  # how fast costs follow what rounds take
 REPLAN, PLAIN_REPLAN = 8, 16  # rounds between plans
 
+LONGEST_PLAIN = 64  # rounds of a sequence among others before it drafts one token again
+
 Floats = tuple[float, ...]
 
 
@@ -42,6 +46,7 @@ class Costs:
 
     rounds: Floats
     token: float = 0.0  # added by each accepted draft: drawing the next token, and its text
+    shared: tuple[tuple[int, Floats], ...] = ()  # several sequences at once: how many, and `rounds` of them all
 
     @property
     def deepest(self) -> int:
@@ -62,6 +67,7 @@ class State:
     drift: Floats = (0.0,) * (MAX_DEPTH + 1)  # what depth 0, 1, ... costs beyond that, likewise
     lost: float = 0.0  # milliseconds behind plain decoding, below 0: ahead of it
     plain_rounds: int = 0  # since the last drafted one
+    fresh: bool = False  # a request just began: nothing is wrong with a probe
     drafted_rounds: int = 0  # since the last plain one
     drafted: int = 0
     accepted: int = 0
@@ -76,8 +82,9 @@ def acceptance(state: State) -> Floats:
     """
     estimate = (state.kept_long + PRIOR_ROUNDS * PRIOR) / (state.tried_long + PRIOR_ROUNDS)
     estimates, weight = [], LONG_ROUNDS
+    old = KEEP_PLAIN ** min(state.plain_rounds, 1000)  # what was seen grows old while nothing is drafted
     for tried, kept in zip(state.tried, state.kept, strict=True):
-        estimate = (kept + weight * estimate) / (tried + weight)
+        estimate = (old * kept + weight * estimate) / (old * tried + weight)
         estimates.append(estimate)
         weight = PRIOR_ROUNDS
     return tuple(estimates)
@@ -104,7 +111,7 @@ def next_plan(state: State, costs: Costs, early_stop: bool = True) -> Plan:
     if best == 0 or state.lost > MOST_LOST * plain:
         probe = max(range(1, len(rates)), key=rates.__getitem__, default=0)
         pause = max(32.0, (prices[probe] / prices[0] - 1) / PROBE_SHARE) if probe else math.inf
-        return Plan(probe if state.plain_rounds >= pause else 0)
+        return Plan(probe if state.fresh or state.plain_rounds >= pause else 0)
     if state.drafted_rounds >= min(PLAIN_PAUSE, 8 + state.drafted / 8):
         return Plan(0)
     if not early_stop:
@@ -113,6 +120,40 @@ def next_plan(state: State, costs: Costs, early_stop: bool = True) -> Plan:
     floors = stop_floors(prices, chance, worth)
     depth = max(best, next((j for j, floor in enumerate(floors, start=1) if floor > 1), costs.deepest))
     return Plan(depth, floors[:depth], confidence_chances(state))
+
+
+def share_out(states: Sequence[State], costs: Costs) -> list[Plan]:
+    """The plans of sequences that share a round: drafts go where they are most likely to be accepted.
+
+    All drafts are ranked by the chance that their line is accepted up to them. The best n, 2 n, ... of them are priced
+    as rounds of n sequences that draft 1, 2, ... tokens each, and what yields most tokens per millisecond is taken.
+    """
+    count = len(states)
+    ranked = []
+    for i, state in enumerate(states):
+        line = 1.0
+        for depth, p in enumerate(acceptance(state)[: costs.deepest], start=1):
+            line *= p
+            ranked.append((line, -depth, i))
+    ranked.sort(reverse=True)
+    rates = []
+    for level in range(costs.deepest + 1):
+        gained = sum(line for line, _, _ in ranked[: level * count])
+        rates.append((count + gained) / (shared_price(costs, count, level) + gained * costs.token))
+    best = max(range(len(rates)), key=rates.__getitem__)
+    depths = [0] * count
+    for _, depth, i in ranked[: best * count]:
+        depths[i] = max(depths[i], -depth)
+    probing = (state.plain_rounds >= LONGEST_PLAIN for state in states)
+    return [Plan(max(depth, int(probe))) for depth, probe in zip(depths, probing, strict=True)]
+
+
+def shared_price(costs: Costs, count: int, depth: int) -> float:
+    """Milliseconds of a round of several sequences, on a straight line between the measured numbers of them."""
+    tables = ((1, costs.rounds), *costs.shared)
+    i = min(max(1, bisect_left([n for n, _ in tables], count)), len(tables) - 1)
+    (few, low), (many, high) = tables[i - 1], tables[i]
+    return max(1e-6, low[depth] + (high[depth] - low[depth]) * (count - few) / (many - few))
 
 
 def current_prices(state: State, costs: Costs) -> list[float]:
@@ -145,7 +186,7 @@ def confidence_chances(state: State) -> Floats:
     )
 
 
-def observe(state: State, costs: Costs, line: Line, accepted: int, milliseconds: float) -> State:
+def observe(state: State, costs: Costs, line: Line, accepted: int, milliseconds: float | None) -> State:
     """What a round adds.
 
     Args:
@@ -153,9 +194,11 @@ def observe(state: State, costs: Costs, line: Line, accepted: int, milliseconds:
         costs: what was measured.
         line: what was drafted.
         accepted: drafts accepted.
-        milliseconds: the round's time.
+        milliseconds: the round's time; None for a round shared with others, which says nothing about prices.
     """
     depth = min(len(line.tokens), costs.deepest)
+    if milliseconds is None:
+        return _judge_shared(state, line, accepted)
     expected = costs.rounds[depth] * math.exp(state.speed + state.drift[depth]) + accepted * costs.token
     error = min(0.7, max(-0.7, math.log(max(milliseconds, 1e-6) / expected)))
     # Behind a change between plain and drafted rounds the machine is as fast as before it: the prices are wrong.
@@ -168,7 +211,7 @@ def observe(state: State, costs: Costs, line: Line, accepted: int, milliseconds:
         lost = max(-MOST_SAVED * plain, state.lost + behind)
     else:
         lost = min(state.lost, max(0.0, state.lost - PAYBACK * plain))
-    plain_rounds = 0 if depth else state.plain_rounds + 1
+    aged, plain_rounds = state.plain_rounds, 0 if depth else state.plain_rounds + 1
     drafted_rounds = state.drafted_rounds + 1 if depth else 0
     if depth:
         replan = drafted_rounds == 1 or drafted_rounds % REPLAN == 0  # behind a probe at once
@@ -180,26 +223,39 @@ def observe(state: State, costs: Costs, line: Line, accepted: int, milliseconds:
         drift=_with(state.drift, depth, drift),
         lost=lost,
         plain_rounds=plain_rounds,
+        fresh=False,
         drafted_rounds=drafted_rounds,
         drafted=state.drafted + depth,
         accepted=state.accepted + accepted,
         plan=None if replan else state.plan,
     )
-    return _judge(state, line, accepted) if depth else _fade(state, KEEP_PLAIN)
+    return _judge(state, line, accepted, aged) if depth else state
+
+
+def _judge_shared(state: State, line: Line, accepted: int) -> State:
+    if not line.tokens:
+        return state  # the scheduler counts
+    aged = state.plain_rounds
+    state = replace(
+        state,
+        plain_rounds=0,
+        drafted=state.drafted + len(line.tokens),
+        accepted=state.accepted + accepted,
+        plan=Plan(0) if aged >= LONGEST_PLAIN else state.plan,  # a probe is one round
+    )
+    return _judge(state, line, accepted, aged)
 
 
 def next_request(state: State) -> State:
     """What a sequence starts with that follows another: other text, so little of the counts, and nothing lost yet."""
-    return replace(_fade(state, 0.25), lost=0.0, plain_rounds=1 << 30, plan=None)
+    old = 0.25 * KEEP_PLAIN ** min(state.plain_rounds, 1000)
+    tried, kept = tuple(old * n for n in state.tried), tuple(old * n for n in state.kept)
+    return replace(state, tried=tried, kept=kept, lost=0.0, plain_rounds=0, fresh=True, plan=None)
 
 
-def _fade(state: State, keep: float) -> State:
-    """What was seen grows old while nothing is drafted, so that an accepted probe weighs."""
-    return replace(state, tried=tuple(keep * n for n in state.tried), kept=tuple(keep * n for n in state.kept))
-
-
-def _judge(state: State, line: Line, accepted: int) -> State:
-    tried, kept = list(state.tried), list(state.kept)
+def _judge(state: State, line: Line, accepted: int, plain_rounds: int) -> State:
+    old = KEEP_PLAIN ** min(plain_rounds, 1000)
+    tried, kept = [old * n for n in state.tried], [old * n for n in state.kept]
     sure_tried, sure_kept = list(state.sure_tried), list(state.sure_kept)
     for i in range(min(accepted + 1, len(line.tokens))):
         right = float(i < accepted)

@@ -30,6 +30,7 @@ LEAST_REPEATS, MOST_REPEATS = 2, 9
 ENOUGH_SECONDS = 2.0
 SLOW_SECONDS = 1.0  # say something before a wait of this length
 SLOW_ROUND_MS = 10.0
+SHARED = (1, 2, 4, 8, 16)  # sequences at once
 
 
 class _Silent:
@@ -66,7 +67,7 @@ def load_costs(backend: Backend, sampling: Sampling, about: str, folder: Path, n
     """Costs of rounds from the file that keeps them, or measured now and kept.
 
     Args:
-        backend: a pair with a drafter and a free slot.
+        backend: a pair with a drafter, all slots free.
         sampling: how tokens are drawn where a request says nothing.
         about: everything the costs depend on beside this machine: weights' formats, settings, threads.
         folder: where files of costs are kept.
@@ -75,75 +76,102 @@ def load_costs(backend: Backend, sampling: Sampling, about: str, folder: Path, n
     machine = [platform.machine(), _processor(), os.cpu_count()]
     key = hashlib.sha256(json.dumps([machine, about, repr(sampling), MAX_DEPTH]).encode()).hexdigest()[:16]
     path = folder / f"costs-{key}.json"
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
         kept = json.loads(path.read_text())
-        costs = Costs(tuple(float(ms) for ms in kept["rounds_ms"]), float(kept["token_ms"]))
-        if len(costs.rounds) >= 2 and min(costs.rounds) > 0 <= costs.token:
-            return costs
+        tables = {int(count): tuple(float(ms) for ms in rounds) for count, rounds in kept["rounds_ms"].items()}
+        token = float(kept["token_ms"])
+        if all(len(rounds) >= 2 and min(rounds) > 0 for rounds in tables.values()) and token >= 0:
+            return Costs(tables.pop(1), token, tuple(sorted(tables.items())))
     costs = measure_costs(backend, sampling, notify)
     with contextlib.suppress(OSError):  # a cache that cannot be written costs the next start's time only
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".part", delete=False) as file:
-            json.dump({"rounds_ms": costs.rounds, "token_ms": costs.token, "about": about}, file)
+            rounds_ms = {1: costs.rounds, **dict(costs.shared)}
+            json.dump({"about": about, "rounds_ms": rounds_ms, "token_ms": costs.token}, file)
         Path(file.name).replace(path)
     return costs
 
 
 def measure_costs(backend: Backend, sampling: Sampling, notify: Callable[[str], None] = lambda _: None) -> Costs:
-    """Median milliseconds of whole rounds of depth 0, 1, ..., taken in turn over a short context."""
-    context = max(1, min(CONTEXT, backend.context // 4))
-    deepest = max(1, min(MAX_DEPTH, backend.max_rows - 1, backend.context // 4))
-    random = np.random.default_rng(0)
-    slot = backend.open_slot()
-    try:
-        rule = _Outcome(Coupled(replace(sampling, seed=0), backend.draw))
-        sequence = Sequence(
-            slot=slot,
-            tokens=random.integers(0, backend.vocab_size, context).tolist(),
-            rule=rule,
-            draft_tokens=0,
-            max_tokens=1 << 30,
-            limit=1 << 30,
-            stop_ids=frozenset(),
-            detokenizer=_Silent(),
-        )
-        while sequence.reading:
-            step(backend, [sequence], backend.max_rows)
-        times: list[list[float]] = [[] for _ in range(deepest + 1)]
+    """Median milliseconds of whole rounds of depth 0, 1, ..., of one sequence and of several at once."""
+    counts = [count for count in SHARED if count < backend.slots] + [backend.slots]
+    tables = {}
+    token = 0.0
+    for count in counts:
+        rounds, accepting = _Rounds(backend, sampling, count).measure(notify)
+        tables[count] = rounds
+        if count == 1:
+            token = max(0.0, accepting - rounds[-1]) / (len(rounds) - 1)
+    return Costs(tables.pop(1), token, tuple(tables.items()))
+
+
+class _Rounds:
+    """Sequences that do the same round again and again, over a short context."""
+
+    def __init__(self, backend: Backend, sampling: Sampling, count: int) -> None:
+        self._backend = backend
+        self._context = max(1, min(CONTEXT, backend.context // 4))
+        self._deepest = max(1, min(MAX_DEPTH, backend.max_rows - 1, backend.context // 4))
+        self._rule = _Outcome(Coupled(replace(sampling, seed=0), backend.draw))
+        random = np.random.default_rng(0)
+        self._sequences = [
+            Sequence(
+                tokens=random.integers(0, backend.vocab_size, self._context).tolist(),
+                rule=self._rule,
+                draft_tokens=0,
+                max_tokens=1 << 30,
+                limit=1 << 30,
+                stop_ids=frozenset(),
+                detokenizer=_Silent(),
+            )
+            for _ in range(count)
+        ]
+
+    def measure(self, notify: Callable[[str], None]) -> tuple[tuple[float, ...], float]:
+        """Median milliseconds by depth, and of a round of the deepest whose drafts are all accepted."""
+        for sequence in self._sequences:
+            sequence.slot = self._backend.open_slot()
+        try:
+            for sequence in self._sequences:
+                while sequence.reading:
+                    step(self._backend, [sequence], self._backend.max_rows)
+            return self._measure(notify)
+        finally:
+            for sequence in self._sequences:
+                self._backend.close_slot(sequence.slot)
+
+    def _measure(self, notify: Callable[[str], None]) -> tuple[tuple[float, ...], float]:
+        times: list[list[float]] = [[] for _ in range(self._deepest + 1)]
         accepting: list[float] = []
-        slow = max(_round(backend, sequence, rule, depth, context) for depth in (0, deepest))
+        slow = max(self._round(depth) for depth in (0, self._deepest))
         row = 1 if slow > SLOW_ROUND_MS else 4
         started = time.perf_counter()
         for repeat in range(MOST_REPEATS):
             for depth, seen in enumerate(times):
                 # Of quick rounds a few in a row, as they are when decoding: the first finds caches cold.
-                seen += [_round(backend, sequence, rule, depth, context) for _ in range(row)][row > 1 :]
-            accepting += [_round(backend, sequence, rule, deepest, context, accept=True) for _ in range(row)][row > 1 :]
+                seen += [self._round(depth) for _ in range(row)][row > 1 :]
+            accepting += [self._round(self._deepest, accept=True) for _ in range(row)][row > 1 :]
             spent = time.perf_counter() - started
             if repeat == 0 and spent * (LEAST_REPEATS - 1) > SLOW_SECONDS:
                 notify("measuring what drafting costs on this machine (once for this model and settings)")
             if repeat + 1 >= LEAST_REPEATS and spent > ENOUGH_SECONDS:
                 break
-        rounds = tuple(statistics.median(seen) for seen in times)
-        return Costs(rounds, max(0.0, statistics.median(accepting) - rounds[-1]) / deepest)
-    finally:
-        backend.close_slot(slot)
+        return tuple(statistics.median(seen) for seen in times), statistics.median(accepting)
 
-
-def _round(
-    backend: Backend, sequence: Sequence, rule: _Outcome, depth: int, context: int, accept: bool = False
-) -> float:
-    """Milliseconds of one round of that depth; the sequence is put back to its start."""
-    sequence.draft_tokens = depth
-    sequence.rule = replace(rule, accept=accept)
-    hidden = sequence.hidden
-    started = time.perf_counter()
-    step(backend, [sequence], backend.max_rows)
-    seconds = time.perf_counter() - started
-    backend.truncate(sequence.slot, context)
-    del sequence.tokens[context + 1 :]
-    sequence.cached, sequence.hidden = context, hidden
-    return seconds * 1e3
+    def _round(self, depth: int, accept: bool = False) -> float:
+        """Milliseconds of one round of that depth; the sequences are put back to their start."""
+        for sequence in self._sequences:
+            sequence.draft_tokens = depth
+            sequence.rule = replace(self._rule, accept=accept)
+        hidden = [sequence.hidden for sequence in self._sequences]
+        started = time.perf_counter()
+        step(self._backend, self._sequences, self._backend.max_rows)
+        seconds = time.perf_counter() - started
+        for sequence, old in zip(self._sequences, hidden, strict=True):
+            self._backend.truncate(sequence.slot, self._context)
+            del sequence.tokens[self._context + 1 :]
+            sequence.cached, sequence.hidden = self._context, old
+        return seconds * 1e3
 
 
 def _processor() -> str:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from paceline.backends.base import Backend
+from paceline.decode.control import REPLAN, Costs, share_out
 from paceline.engine.sequence import Sequence
 from paceline.engine.step import step
 from paceline.errors import BusyError
-from paceline.types import Event
+from paceline.types import Event, Plan
 
 Deliver = Callable[[Event], None]
 
@@ -36,6 +37,8 @@ class Scheduler:
     most_waiting: int = 64
     running: list[Sequence] = field(default_factory=list)
     _waiting: deque[Sequence] = field(default_factory=deque)
+    _planned: tuple[int, ...] = ()  # identities of the sequences that drafts were shared out among
+    _ticks: int = 0  # since then
     _deliver: dict[int, Deliver] = field(default_factory=dict)  # by the sequence's identity
 
     @property
@@ -73,6 +76,7 @@ class Scheduler:
         chosen = self._choose()
         if not chosen:
             return
+        self._plan([s for s in chosen if not s.reading])
         for sequence, event in zip(chosen, step(self.backend, chosen, self.chunk), strict=True):
             if event and id(sequence) in self._deliver:
                 self._deliver[id(sequence)](event)
@@ -93,6 +97,21 @@ class Scheduler:
                 continue
             sequence.slot = self.backend.open_slot()
             self.running.append(sequence)
+
+    def _plan(self, writing: list[Sequence]) -> None:
+        """Share out drafts among sequences that write together; one alone plans for itself."""
+        auto = [s for s in writing if s.draft_tokens is None and s.costs and s.costs.shared]
+        members = tuple(id(s) for s in auto)
+        if members == self._planned and self._ticks % REPLAN:
+            self._ticks += 1
+            return
+        self._planned, self._ticks = members, 1
+        plans: list[Plan | None] = [None] * len(auto)
+        if len(auto) > 1:
+            plans = [*share_out([s.control for s in auto], auto[0].costs or Costs(()))]
+        for sequence, plan in zip(auto, plans, strict=True):
+            quiet = sequence.control.plain_rounds + REPLAN * (plan is not None and not plan.depth)
+            sequence.control = replace(sequence.control, plan=plan, plain_rounds=quiet)
 
     def _choose(self) -> list[Sequence]:
         reading = [s for s in self.running if s.reading]

@@ -73,18 +73,18 @@ class Sequence:
         assert plan is not None
         return plan if plan.depth <= room else replace(plan, depth=room, floors=plan.floors[:room])
 
-    def apply(self, commit: Commit, line: Line, hidden: Float32, seconds: float) -> Event:
+    def apply(self, commit: Commit, line: Line, hidden: Float32, seconds: float | None) -> Event:
         """Take over what a verification settled.
 
         Args:
             commit: accepted drafts and the target's own token.
             line: what was drafted.
             hidden: the target's hidden state at the row of the last accepted token.
-            seconds: what the round took.
+            seconds: what the round took; None if it was shared with other sequences.
         """
         first = self.reading
         if self.costs and not first:
-            self.control = observe(self.control, self.costs, line, commit.accepted, seconds * 1e3)
+            self.control = observe(self.control, self.costs, line, commit.accepted, seconds and seconds * 1e3)
         self.cached += 1 + commit.accepted
         self.hidden = hidden
         pieces = []

@@ -42,7 +42,7 @@ def step(backend: Backend, sequences: Items[Sequence], chunk: int) -> list[Event
         end = row + 1 + len(line.tokens)
         mine = Output(output.logits[row:end], output.hidden[row:end])
         row = end
-        events.append(settle(backend, sequence, tokens, line, mine, started))
+        events.append(settle(backend, sequence, tokens, line, mine, started if len(sequences) == 1 else None))
     return events
 
 
@@ -108,7 +108,7 @@ def batch_of(sequences: Items[Sequence], runs: Items[list[int]]) -> Batch:
 
 
 def settle(
-    backend: Backend, sequence: Sequence, tokens: list[int], line: Line, output: Output, started: float
+    backend: Backend, sequence: Sequence, tokens: list[int], line: Line, output: Output, started: float | None
 ) -> Event:
     """Verify a round, forget the rejected rows, and take over the rest."""
     position = len(sequence.tokens) - 1
@@ -118,4 +118,5 @@ def settle(
     kept = sequence.cached + 1 + commit.accepted
     if commit.accepted < len(line.tokens):
         backend.truncate(sequence.slot, kept)
-    return sequence.apply(commit, line, output.hidden[commit.accepted].copy(), time.perf_counter() - started)
+    seconds = None if started is None else time.perf_counter() - started
+    return sequence.apply(commit, line, output.hidden[commit.accepted].copy(), seconds)
