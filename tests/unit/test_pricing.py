@@ -20,7 +20,14 @@ def test_costs_of_every_depth() -> None:
     costs = measure_costs(backend, GREEDY)
     assert len(costs.rounds) == MAX_DEPTH + 1
     assert min(costs.rounds) > 0 <= costs.token
+    assert costs.shared == ()
     assert backend.open_slot() == 0  # given back
+
+
+def test_costs_of_several_at_once() -> None:
+    costs = measure_costs(FakeBackend(slots=5), GREEDY)
+    assert [count for count, _ in costs.shared] == [2, 4, 5]
+    assert {len(rounds) for _, rounds in costs.shared} == {len(costs.rounds)}
 
 
 def test_a_short_context_is_priced_as_far_as_it_goes() -> None:
@@ -28,18 +35,27 @@ def test_a_short_context_is_priced_as_far_as_it_goes() -> None:
     assert len(costs.rounds) == 5
 
 
-@pytest.mark.parametrize(
-    "damage", [None, "", "{}", "[1]", '{"rounds_ms": [0, 0], "token_ms": 0}', '{"rounds_ms": ["x"]}']
-)
+DAMAGED = [
+    "",
+    "{}",
+    "[1]",
+    '{"rounds_ms": {"1": [0, 0]}, "token_ms": 0}',
+    '{"rounds_ms": {"2": [1, 1]}, "token_ms": 0}',
+    '{"rounds_ms": {"1": ["x"]}, "token_ms": 0}',
+    '{"rounds_ms": [1, 2], "token_ms": 0}',
+]
+
+
+@pytest.mark.parametrize("damage", [None, *DAMAGED])
 def test_costs_are_kept(tmp_path: Path, damage: str | None) -> None:
-    backend = FakeBackend()
+    backend = FakeBackend(slots=2)
     first = load_costs(backend, GREEDY, "about", tmp_path / "new", print)
     (path,) = (tmp_path / "new").iterdir()
     if damage is not None:
         path.write_text(damage)
     again = load_costs(backend, GREEDY, "about", tmp_path / "new", print)
     assert (again == first) == (damage is None)
-    assert json.loads(path.read_text())["rounds_ms"] == list(again.rounds)
+    assert json.loads(path.read_text())["rounds_ms"]["1"] == list(again.rounds)
     assert [p.suffix for p in path.parent.iterdir()] == [".json"]
 
 
