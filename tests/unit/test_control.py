@@ -176,6 +176,12 @@ def test_a_sequence_among_others_is_tried_again_after_a_while() -> None:
     assert observe(after, SHARED, Line(), 0, None) is after
 
 
+@pytest.mark.parametrize("confidence", [math.nan, math.inf, -1.0, 7.0, 0.0, 1.0])
+def test_any_confidence_is_borne(confidence: float) -> None:
+    state = observe(State(), SHARED, Line((1,), (confidence,)), 1, 10.0)
+    assert sum(state.sure_tried) == 1
+
+
 def test_prices_of_shared_rounds_lie_between_measured_ones() -> None:
     assert shared_price(SHARED, 2, 1) == 14
     assert shared_price(SHARED, 3, 2) == 20

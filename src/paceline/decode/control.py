@@ -34,7 +34,6 @@ PAYBACK = 0.01
 PLAIN_PAUSE = 48  # rounds between plain ones while drafting pays: they tell what it is compared with
 SPEED_RATE, DRIFT_RATE, CHANGE_RATE = 0.15, 0.07, 0.3  # how fast costs follow what rounds take
 REPLAN, PLAIN_REPLAN = 8, 16  # rounds between plans
-
 LONGEST_PLAIN = 64  # rounds of a sequence among others before it drafts one token again
 
 Floats = tuple[float, ...]
@@ -186,6 +185,11 @@ def confidence_chances(state: State) -> Floats:
     )
 
 
+def confidence_bin(confidence: float) -> int:
+    """Which of CONFIDENCE_BINS a confidence falls into; the lowest for what is none."""
+    return min(CONFIDENCE_BINS - 1, int(confidence * CONFIDENCE_BINS)) if 0 <= confidence <= 1 else 0
+
+
 def observe(state: State, costs: Costs, line: Line, accepted: int, milliseconds: float | None) -> State:
     """What a round adds.
 
@@ -262,7 +266,7 @@ def _judge(state: State, line: Line, accepted: int, plain_rounds: int) -> State:
         if i < len(tried):
             tried[i], kept[i] = KEEP * tried[i] + 1, KEEP * kept[i] + right
         if line.confidence:
-            b = min(CONFIDENCE_BINS - 1, int(line.confidence[i] * CONFIDENCE_BINS))
+            b = confidence_bin(line.confidence[i])
             sure_tried[b], sure_kept[b] = KEEP * sure_tried[b] + 1, KEEP * sure_kept[b] + right
     return replace(
         state,
