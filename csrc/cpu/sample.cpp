@@ -20,7 +20,7 @@ using paceline::Draw;
 using paceline::Drawn;
 using paceline::Logits;
 
-constexpr float kLowest = -3e38f;   // stands for NaN and minus infinity too
+constexpr float kLowest = -3e38f;   // stands for NaN and minus infinity too; -kLowest stands for infinity
 constexpr float kUnit = 1073741824; // 2^30, weight of the most likely token
 constexpr float kDeepest = 21.0f;   // e^-21 is less than one unit
 
@@ -110,16 +110,20 @@ inline f32x16 gumbel(f32x16 u) {
   return zero - log_of(t, e);
 }
 
-inline float clean(float x) { return x > kLowest ? x : kLowest; }
+inline float clean(float x) { return x > kLowest ? std::min(x, -kLowest) : kLowest; }
 
-// Sixteen logits from i on; past the end, and for NaN, the lowest.
+constexpr float kNothing = -std::numeric_limits<float>::infinity();  // past the end of a row: no weight at all
+
+// Sixteen logits from i on, cleaned.
 inline f32x16 values(const Logits& logits, int64_t i) {
   if (i + 16 <= logits.n) {
-    const f32x16 v = load<f32x16>(logits.x + i), lowest = splat(kLowest);
-    return where_greater(v, lowest, v, lowest);
+    const f32x16 lowest = splat(kLowest), highest = splat(-kLowest);
+    f32x16 v = load<f32x16>(logits.x + i);
+    v = where_greater(v, lowest, v, lowest);
+    return where_greater(v, highest, highest, v);
   }
   float t[16];
-  for (int64_t j = 0; j < 16; ++j) t[j] = i + j < logits.n ? clean(logits.x[i + j]) : kLowest;
+  for (int64_t j = 0; j < 16; ++j) t[j] = i + j < logits.n ? clean(logits.x[i + j]) : kNothing;
   return load<f32x16>(t);
 }
 
@@ -223,12 +227,14 @@ class Row {
       for (int64_t j = 0; j < std::min<int64_t>(16, logits_.n - i); ++j)
         if (bins[j] == bin && id_at(logits_, i + j) >= 0) entries.push_back({x[j], id_at(logits_, i + j)});
     });
+    if (entries.empty()) return {kLowest, std::numeric_limits<int32_t>::max()};
     std::sort(entries.begin(), entries.end(), ahead);
     return *prefix_end(entries, sum, enough);
   }
 
   // Cut a list, sorted by rank, to the smallest prefix that holds top-p of its weight.
   void cut_nucleus(std::vector<Entry>& entries) const {
+    if (entries.empty()) return;
     std::sort(entries.begin(), entries.end(), ahead);
     int64_t total = 0;
     for (const Entry& e : entries) total += weight_of(e.x);
@@ -326,7 +332,7 @@ Entry draw_from_list(const Row& row, const std::vector<Entry>& list, const Draw&
 // g <= -log(u), one that lifts a logit from `depth` above `best` has u <= e^(depth - best).
 Entry draw_from_row(const Row& row, const Logits& logits, const Entry& last, const Draw& draw, uint32_t position) {
   Best best;
-  const f32x16 none = splat(-std::numeric_limits<float>::infinity());
+  const f32x16 none = splat(kNothing);
   for (int64_t i = 0; i < logits.n; i += 64) {
     const float highest = row.highest(i);
     if (highest < last.x || !row.near_enough(highest)) continue;
@@ -355,6 +361,7 @@ Entry draw_from_row(const Row& row, const Logits& logits, const Entry& last, con
         if (xs[j] != last.x || first + j <= last.id) best.offer(scores[j], int32_t(first + j));
     }
   }
+  if (best.id >= logits.n) best.id = 0;  // no score is a number: not with cleaned logits
   return {clean(logits.x[best.id]), best.id};
 }
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from paceline.types import Float32, Sampling
 
-LOWEST = np.float32(-3e38)  # stands for NaN and minus infinity too
+LOWEST = np.float32(-3e38)  # stands for NaN and minus infinity too; -LOWEST stands for infinity
 UNIT = 1 << 30  # weight of the most likely token
 
 LOG_COEFFICIENTS = (  # Cephes' logf
@@ -93,8 +93,8 @@ def depths(x: Float32, sampling: Sampling) -> Float32:
 
 
 def clean(logits: Float32) -> Float32:
-    """Logits with NaN and minus infinity replaced by a very small number."""
-    return np.where(logits > LOWEST, logits, LOWEST)
+    """Logits with NaN and minus infinity replaced by a very small number, infinity by a very large one."""
+    return np.where(logits > LOWEST, np.minimum(logits, -LOWEST), LOWEST)
 
 
 def gumbel(seed: int, stream: int, position: int, ids: NDArray[np.int32]) -> Float32:

@@ -1,0 +1,318 @@
+"""The contract under sampling: text, logits and log-probabilities do not depend on drafting. Bit for bit.
+
+Random drafters are hardly ever right, so as many cases have a drafter that knows the text, lies at a chosen rate, and
+says anything about its confidence: rounds then accept any number of drafts and stop anywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cache, partial
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from paceline.backends.base import Backend
+from paceline.backends.cpu.backend import CpuBackend
+from paceline.decode import draw as twin
+from paceline.decode.control import MAX_DEPTH, Costs, State
+from paceline.decode.rules import DRAFTER_STREAM, TARGET_STREAM, Coupled
+from paceline.decode.sampling import check_sampling
+from paceline.engine.sequence import Sequence
+from paceline.engine.step import step
+from paceline.quant.blocks import FORMATS
+from paceline.types import Anchors, Logprobs, Plan, Sampling
+from tests.parity.fixtures import SHAPES, VOCABULARY, WINDOW, write_pair
+from tests.property.sampled import Informed
+from tests.support import Recorder, Run, cpu_backend, sequence
+
+TOKENS = 14
+HEADS = ("centroid", "dense")
+EXAMPLES = 200  # of each shape and head, for either kind of drafter: 4,800 in all
+
+anything = partial(settings, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+tokens = st.integers(0, VOCABULARY - 1)
+prompts = st.lists(tokens, min_size=1, max_size=3 * WINDOW)
+
+
+@pytest.fixture(scope="session")
+def backends(tmp_path_factory: pytest.TempPathFactory):
+    """Backends by shape, weight format and drafter head, loaded once; slots are opened and closed."""
+    root = tmp_path_factory.mktemp("pairs")
+
+    @cache
+    def pair(shape: str, head: str) -> tuple:
+        return write_pair(root / head, shape, seed=3, head=head)
+
+    @cache
+    def get(shape: str, quant: str, head: str) -> CpuBackend:
+        return cpu_backend(*pair(shape, head), quant, slots=4)
+
+    return get
+
+
+@st.composite
+def samplings(draw: st.DrawFn) -> Sampling:
+    """Settings of every kind, each of them left alone in about half of the cases."""
+
+    def maybe(strategy: st.SearchStrategy, otherwise: object) -> object:
+        return draw(strategy) if draw(st.booleans()) else otherwise
+
+    sampling = Sampling(
+        temperature=draw(st.sampled_from([0.0, 0.7, 1.0, 1.5])),
+        top_k=maybe(st.integers(1, VOCABULARY), 0),
+        top_p=maybe(st.floats(0, 1), 1.0),
+        min_p=maybe(st.floats(0, 1), 0.0),
+        repetition_penalty=maybe(st.floats(0.5, 2), 1.0),
+        presence_penalty=maybe(st.floats(-2, 2), 0.0),
+        frequency_penalty=maybe(st.floats(-2, 2), 0.0),
+        bias=tuple(maybe(st.lists(st.tuples(tokens, st.floats(-8, 8)), max_size=4), [])),
+        suppressed=tuple(maybe(st.lists(tokens, max_size=20), [])),
+        seed=draw(st.integers(0, 2**64 - 1)),
+    )
+    return check_sampling(sampling, VOCABULARY)
+
+
+@dataclass(frozen=True)
+class Drafting:
+    """How far a sequence drafts: to a depth, or as its controller thinks, from any costs and past."""
+
+    draft_tokens: int | None
+    costs: Costs | None = None
+    control: State = field(default_factory=State)
+
+
+@st.composite
+def draftings(draw: st.DrawFn) -> Drafting:
+    if draw(st.booleans()):
+        return Drafting(draw(st.integers(1, MAX_DEPTH)))
+    plain = draw(st.floats(0.1, 3))  # milliseconds; what rounds of these models really take is about 1
+    steps = draw(st.lists(st.floats(0, 0.6), min_size=1, max_size=MAX_DEPTH))
+    rounds = tuple(float(ms) for ms in plain * (1 + np.cumsum([0.0, *steps])))
+    seen = draw(st.lists(st.tuples(st.floats(0, 30), st.floats(0, 1)), min_size=MAX_DEPTH, max_size=MAX_DEPTH))
+    control = State(
+        tried=tuple(count for count, _ in seen),
+        kept=tuple(count * share for count, share in seen),
+        plain_rounds=draw(st.sampled_from([0, 20, 1 << 30])),
+        drafted_rounds=draw(st.sampled_from([0, 6, 47])),
+        lost=draw(st.sampled_from([0.0, 0.0, 4.9 * plain, 20 * plain])),
+    )
+    return Drafting(None, Costs(rounds, draw(st.floats(0, 0.2)) * plain), control)
+
+
+@dataclass(frozen=True)
+class Told(Run):
+    """A run, what was told about its tokens, and what its rounds accepted of what they drafted."""
+
+    logprobs: list[Logprobs | None]
+    rounds: Counter[tuple[int, int]]
+
+
+def prepared(
+    backend: Backend,
+    prompt: list[int],
+    sampling: Sampling,
+    drafting: Drafting | None = None,
+    logprobs: int | None = None,
+) -> Sequence:
+    drafting = drafting or Drafting(0)
+    return sequence(
+        backend,
+        prompt,
+        rule=Recorder(Coupled(sampling, backend.draw)),
+        max_tokens=TOKENS,
+        draft_tokens=drafting.draft_tokens,
+        costs=drafting.costs,
+        control=drafting.control,
+        logprobs=logprobs,
+    )
+
+
+def finish(backend: Backend, sequences: list[Sequence], chunk: int = 32) -> list[Told]:
+    """Drive sequences to their ends, all in the same batches, and give their slots back, also if that fails."""
+    told: dict[int, list[Logprobs | None]] = {s.slot: [] for s in sequences}
+    rounds: dict[int, Counter[tuple[int, int]]] = {s.slot: Counter() for s in sequences}
+    try:
+        while running := [s for s in sequences if s.finish is None]:
+            for s, event in zip(running, step(backend, running, chunk), strict=True):
+                if event:
+                    told[s.slot] += [piece.logprobs for piece in event.pieces]
+                    rounds[s.slot][event.drafted, event.accepted] += 1
+    finally:
+        for s in sequences:
+            backend.close_slot(s.slot)
+    return [Told(s.generated, np.array(s.rule.rows), s.statistics, told[s.slot], rounds[s.slot]) for s in sequences]
+
+
+def alone(backend: Backend, prompt: list[int], sampling: Sampling, logprobs: int | None = None) -> Told:
+    """Plain decoding."""
+    (run,) = finish(backend, [prepared(backend, prompt, sampling, logprobs=logprobs)])
+    assert run.statistics.drafted == 0
+    return run
+
+
+def assert_same(one: Told, other: Told) -> None:
+    assert one.tokens == other.tokens
+    np.testing.assert_array_equal(one.logits.view(np.uint32), other.logits.view(np.uint32))  # bits, not values
+    assert one.logprobs == other.logprobs
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_native_drafter_changes_nothing(backends, shape: str, head: str) -> None:
+    seen: Counter[int] = Counter()
+
+    @anything(max_examples=EXAMPLES)
+    @given(
+        quant=st.sampled_from(FORMATS),
+        prompt=prompts,
+        sampling=samplings(),
+        drafting=draftings(),
+        chunk=st.integers(1, 32),
+        logprobs=st.sampled_from([None, 0, 5]),
+    )
+    def holds(
+        quant: str, prompt: list[int], sampling: Sampling, drafting: Drafting, chunk: int, logprobs: int | None
+    ) -> None:
+        backend = backends(shape, quant, head)
+        plain = alone(backend, prompt, sampling, logprobs)
+        (drafted,) = finish(backend, [prepared(backend, prompt, sampling, drafting, logprobs)], chunk)
+        assert_same(plain, drafted)
+        seen.update(depth for depth, _ in drafted.rounds.elements())
+
+    holds()
+    assert len(seen) > MAX_DEPTH / 2  # depths: the cases are what they are meant to be
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_any_pattern_of_acceptance_changes_nothing(backends, shape: str, head: str) -> None:
+    seen: Counter[tuple[int, int]] = Counter()
+
+    @anything(max_examples=EXAMPLES)
+    @given(
+        quant=st.sampled_from(FORMATS),
+        prompt=prompts,
+        sampling=samplings(),
+        drafting=draftings(),
+        chunk=st.integers(1, 32),
+        honesty=st.sampled_from([0.3, 0.7, 0.9, 1.0]),
+        confidence=st.sampled_from([None, 0.0, 1.0, math.nan, math.inf, -1.0]),
+        seed=st.integers(0, 999),
+        logprobs=st.sampled_from([None, 0, 5]),
+    )
+    def holds(
+        quant: str,
+        prompt: list[int],
+        sampling: Sampling,
+        drafting: Drafting,
+        chunk: int,
+        honesty: float,
+        confidence: float | None,
+        seed: int,
+        logprobs: int | None,
+    ) -> None:
+        backend = backends(shape, quant, head)
+        plain = alone(backend, prompt, sampling, logprobs)
+        informed = Informed(backend, honesty, confidence, seed)
+        s = prepared(informed, prompt, sampling, drafting, logprobs)
+        informed.texts[s.slot] = [*prompt, *plain.tokens]
+        (drafted,) = finish(informed, [s], chunk)
+        assert_same(plain, drafted)
+        if honesty == 1.0:
+            assert drafted.statistics.accepted == drafted.statistics.drafted
+        seen.update(drafted.rounds)
+
+    holds()
+    assert len({depth for depth, _ in seen}) > MAX_DEPTH / 2
+    assert len({accepted for _, accepted in seen}) > MAX_DEPTH / 2
+    assert sum(accepted < depth for depth, accepted in seen) > MAX_DEPTH  # kinds of rounds with a rejection
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@anything(max_examples=40)
+@given(
+    quant=st.sampled_from(FORMATS),
+    requests=st.lists(st.tuples(prompts, samplings(), draftings()), min_size=2, max_size=4),
+    chunk=st.integers(1, 32),
+    honesty=st.sampled_from([None, 0.7, 0.9]),
+)
+def test_company_changes_nothing(
+    backends,
+    shape: str,
+    quant: str,
+    requests: list[tuple[list[int], Sampling, Drafting]],
+    chunk: int,
+    honesty: float | None,
+) -> None:
+    """Sequences with settings of their own, in one batch, drafted by the native drafter or one that knows the texts."""
+    backend = backends(shape, quant, "dense")
+    plain = [alone(backend, prompt, sampling, 5) for prompt, sampling, _ in requests]
+    drafter = backend if honesty is None else Informed(backend, honesty, None, 0)
+    sequences = [prepared(drafter, prompt, sampling, drafting, 5) for prompt, sampling, drafting in requests]
+    if isinstance(drafter, Informed):
+        drafter.texts = {s.slot: [*s.tokens, *mine.tokens] for s, mine in zip(sequences, plain, strict=True)}
+    for mine, together in zip(plain, finish(drafter, sequences, chunk), strict=True):
+        assert_same(mine, together)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_log_probabilities_are_those_of_plain_decoding(backends, shape: str) -> None:
+    """Equal as floats, and those of the settings' temperature alone."""
+    backend = backends(shape, "f32", "centroid")
+    sampling = Sampling(temperature=0.7, top_k=20, top_p=0.9, presence_penalty=1.0, seed=6)
+    prompt = list(range(40, 60))
+    plain = alone(backend, prompt, sampling, 5)
+    informed = Informed(backend, 0.8, None, 1)
+    s = prepared(informed, prompt, sampling, Drafting(4), 5)
+    informed.texts[s.slot] = [*prompt, *plain.tokens]
+    (drafted,) = finish(informed, [s])
+    assert 0 < drafted.statistics.accepted < drafted.statistics.drafted
+    assert drafted.logprobs == plain.logprobs
+    for token, row, mine in zip(plain.tokens, plain.logits.astype(np.float64) / 0.7, drafted.logprobs, strict=True):
+        logs = row - row.max() - math.log(np.exp(row - row.max()).sum())
+        best = np.argsort(-logs, kind="stable")[:5]
+        assert mine is not None
+        assert mine.token == pytest.approx(logs[token], abs=1e-9)
+        assert [i for i, _ in mine.top] == best.tolist()
+        assert [value for _, value in mine.top] == pytest.approx(logs[best].tolist(), abs=1e-9)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("stream", [TARGET_STREAM, DRAFTER_STREAM])
+@anything(max_examples=60)
+@given(shape=st.sampled_from(SHAPES), sampling=samplings(), depth=st.integers(1, MAX_DEPTH), newest=tokens)
+def test_drafts_are_drawn_as_the_target_draws(
+    backends, head: str, stream: int, shape: str, sampling: Sampling, depth: int, newest: int
+) -> None:
+    """From the drafter's logits, without penalties and bias; confidence is the guess's share of what was allowed."""
+    backend = backends(shape, "f32", head)
+    s = prepared(backend, [5, 6, 7, 8], sampling)
+    try:
+        step(backend, [s], 32)
+        one = np.array([4], np.int32)
+        anchors = Anchors(
+            np.array([s.slot], np.int32),
+            one,
+            np.array([newest], np.int32),
+            s.hidden[None],
+            (sampling,),
+            (Plan(depth),),
+            (stream,),
+            with_logits=True,
+        )
+        drafts = backend.draft(anchors)
+    finally:
+        backend.close_slot(s.slot)
+    assert drafts.lengths.tolist() == [depth]
+    for k in range(depth):
+        row, token = drafts.logits[0, k], drafts.tokens[0, k]
+        assert token == twin.draw(row, sampling, 5 + k, stream)
+        if sampling.temperature > 0:
+            ids, weights = twin.allowed(row, sampling)
+            share = np.float32(weights[ids == token].sum() / weights.sum())
+            assert drafts.confidence[0, k] == share
