@@ -89,9 +89,7 @@ class Bench:
             self.backend.close_slot(self.slot)
             self.slot = self.backend.open_slot()
             seen.append(tokens / milliseconds(lambda: self._read(tokens)) * 1e3)
-        self.backend.close_slot(self.slot)
-        self.slot = self.backend.open_slot()
-        self.hidden = self._read(self.context)
+        self._reread()
         return statistics.median(seen)
 
     def costs(self) -> Costs:
@@ -101,6 +99,12 @@ class Bench:
         self.slot = self.backend.open_slot()
         self.hidden = self._read(self.context)
         return costs
+
+    def _reread(self) -> None:
+        """Fill the slot with `context` tokens again."""
+        self.backend.close_slot(self.slot)
+        self.slot = self.backend.open_slot()
+        self.hidden = self._read(self.context)
 
     def decode_tokens_per_s(
         self, tokens: int, draft_tokens: int | None, shares: tuple[float, ...] | None, costs: Costs | None = None
@@ -134,7 +138,10 @@ class Bench:
         while len(sequence.tokens) - first < tokens:
             step(backend, [sequence], self.chunk)
         speed = (len(sequence.tokens) - first) / (time.perf_counter() - start)
-        self.backend.truncate(self.slot, self.context)
+        if len(sequence.tokens) - first <= tokens_to_undo(self.backend):
+            self.backend.truncate(self.slot, self.context)
+        else:  # too far for the sliding rings
+            self._reread()
         return speed
 
     def _read(self, tokens: int) -> Float32:
@@ -154,6 +161,11 @@ class Bench:
 
     def _tokens(self, count: int) -> np.typing.NDArray[np.int32]:
         return self._random.integers(0, self.backend.vocab_size, count, np.int32)
+
+
+def tokens_to_undo(backend: Backend) -> int:
+    """How many rows can surely be rolled back: what sliding rings hold beyond their window, less a round."""
+    return backend.max_rows - 32
 
 
 def kernel_gb_per_s(

@@ -12,6 +12,7 @@ from paceline.errors import SettingsError
 from paceline.types import Float32, Logprobs, Sampling
 
 MOST_LOGPROBS = 100
+MOST_SHIFT = 1e6  # of a logit, by bias or penalties
 
 
 def check_sampling(sampling: Sampling, vocab_size: int) -> Sampling:
@@ -24,24 +25,25 @@ def check_sampling(sampling: Sampling, vocab_size: int) -> Sampling:
         ("temperature", 0.0, math.inf),
         ("top_p", 0.0, 1.0),
         ("min_p", 0.0, 1.0),
-        ("presence_penalty", -math.inf, math.inf),
-        ("frequency_penalty", -math.inf, math.inf),
+        ("presence_penalty", -MOST_SHIFT, MOST_SHIFT),
+        ("frequency_penalty", -MOST_SHIFT, MOST_SHIFT),
+        ("repetition_penalty", 0.01, 100.0),
     ):
         value = getattr(sampling, name)
         if not least <= value <= most or math.isinf(value):
             between = f"between {least:g} and {most:g}" if most < math.inf else f"a number, {least:g} or more"
-            raise SettingsError(f"{name} is {value}; it must be {between if least > -math.inf else 'a finite number'}")
+            raise SettingsError(f"{name} is {value}; it must be {between}")
     if 0 < sampling.temperature < 1e-4:
         raise SettingsError(f"temperature is {sampling.temperature}; use 0 for greedy decoding, or 0.0001 and more")
-    if not 0 < sampling.repetition_penalty < math.inf:
-        raise SettingsError(f"repetition_penalty is {sampling.repetition_penalty}; it must be above 0 (1 is none)")
     if sampling.top_k < 0:
         raise SettingsError(f"top_k is {sampling.top_k}; it must be 0 (all tokens) or more")
     if sampling.seed is not None and not 0 <= sampling.seed < 1 << 64:
         raise SettingsError(f"seed is {sampling.seed}; it must be between 0 and 2^64 - 1")
     for token, value in sampling.bias:
-        if not math.isfinite(value):
-            raise SettingsError(f"the bias of token {token} is {value}; it must be a finite number")
+        if not -MOST_SHIFT <= value <= MOST_SHIFT:
+            raise SettingsError(
+                f"the bias of token {token} is {value}; it must be between {-MOST_SHIFT:g} and {MOST_SHIFT:g}"
+            )
     for what, tokens in (("a bias is on", (t for t, _ in sampling.bias)), ("suppressed is", sampling.suppressed)):
         for token in tokens:
             if not 0 <= token < vocab_size:
