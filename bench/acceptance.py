@@ -19,6 +19,7 @@ from dataclasses import replace
 import paceline
 from paceline.backends.base import Backend
 from paceline.decode.rules import RULES
+from paceline.engine.pricing import Silent
 from paceline.engine.sequence import Sequence
 from paceline.engine.step import step
 from paceline.train.data import standard_library
@@ -53,16 +54,6 @@ class OtherDraws:
         return self._backend.draft(replace(anchors, samplings=tuple(map(self._change, anchors.samplings))))
 
 
-class Ids:
-    """A decoder for measurements: ids stay ids."""
-
-    def push(self, token: int) -> str:
-        return ""
-
-    def finish(self) -> str:
-        return ""
-
-
 def prompts(engine: paceline.Engine, count: int) -> list[list[int]]:
     """Stretches of held-out source, taken in turn from its files, each place once."""
     texts = [engine.encode(text, raw=True) for text in standard_library().held_out.values()]
@@ -83,7 +74,7 @@ def measure(engine: paceline.Engine, sampling: Sampling, way: str, rounds: int, 
             max_tokens=1 << 30,  # no round is shortened
             limit=engine.backend.context,
             stop_ids=frozenset(),
-            detokenizer=Ids(),
+            detokenizer=Silent(),
             slot=engine.backend.open_slot(),
         )
         while len(sequence.generated) < STRETCH:

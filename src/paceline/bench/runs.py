@@ -16,7 +16,7 @@ from paceline.bench.machine import ReadBandwidth
 from paceline.bench.simulated import Script
 from paceline.decode.control import Costs
 from paceline.decode.rules import Coupled, Rule
-from paceline.engine.pricing import measure_costs
+from paceline.engine.pricing import Silent, measure_costs
 from paceline.engine.sequence import Sequence
 from paceline.engine.step import step
 from paceline.types import Anchors, Batch, Float32, Plan, Sampling
@@ -24,16 +24,6 @@ from paceline.types import Anchors, Batch, Float32, Plan, Sampling
 KERNEL_ROWS = (1, 2, 3, 4, 6, 8, 12, 16)
 KERNEL_SHAPE = (6144 * 32, 1536)  # far more than any cache in every format
 PASS_ROWS = range(1, 17)
-
-
-class Silent:
-    """A detokenizer for measurements: ids stay ids."""
-
-    def push(self, token: int) -> str:
-        return ""
-
-    def finish(self) -> str:
-        return ""
 
 
 @dataclass

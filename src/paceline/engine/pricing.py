@@ -33,7 +33,7 @@ SLOW_ROUND_MS = 10.0
 SHARED = (1, 2, 4, 8, 16)  # sequences at once
 
 
-class _Silent:
+class Silent:
     """A decoder for measurements: ids stay ids."""
 
     def push(self, token: int) -> str:
@@ -122,7 +122,7 @@ class _Rounds:
                 max_tokens=1 << 30,
                 limit=1 << 30,
                 stop_ids=frozenset(),
-                detokenizer=_Silent(),
+                detokenizer=Silent(),
             )
             for _ in range(count)
         ]
