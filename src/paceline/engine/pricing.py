@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import platform
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -93,7 +92,10 @@ def load_costs(backend: Backend, sampling: Sampling, about: str, folder: Path, n
 
 
 def measure_costs(backend: Backend, sampling: Sampling, notify: Callable[[str], None] = lambda _: None) -> Costs:
-    """Median milliseconds of whole rounds of depth 0, 1, ..., of one sequence and of several at once."""
+    """Milliseconds of whole rounds of depth 0, 1, ..., of one sequence and of several at once.
+
+    The least of several measurements: other work on the machine only ever adds to them.
+    """
     counts = [count for count in SHARED if count < backend.slots] + [backend.slots]
     tables = {}
     token = 0.0
@@ -128,7 +130,7 @@ class _Rounds:
         ]
 
     def measure(self, notify: Callable[[str], None]) -> tuple[tuple[float, ...], float]:
-        """Median milliseconds by depth, and of a round of the deepest whose drafts are all accepted."""
+        """Least milliseconds by depth, and of a round of the deepest whose drafts are all accepted."""
         for sequence in self._sequences:
             sequence.slot = self._backend.open_slot()
         try:
@@ -156,7 +158,7 @@ class _Rounds:
                 notify("measuring what drafting costs on this machine (once for this model and settings)")
             if repeat + 1 >= LEAST_REPEATS and spent > ENOUGH_SECONDS:
                 break
-        return tuple(statistics.median(seen) for seen in times), statistics.median(accepting)
+        return tuple(min(seen) for seen in times), min(accepting)
 
     def _round(self, depth: int, accept: bool = False) -> float:
         """Milliseconds of one round of that depth; the sequences are put back to their start."""
