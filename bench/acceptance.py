@@ -69,7 +69,7 @@ def measure(engine: paceline.Engine, sampling: Sampling, way: str, rounds: int, 
     for seed, prompt in enumerate(prompts(engine, 1000)):
         sequence = Sequence(
             tokens=list(prompt),
-            rule=RULES[name](replace(sampling, seed=seed), engine.backend.draw),
+            rule=RULES[name](replace(sampling, seed=seed), engine.backend),
             draft_tokens=depth,
             max_tokens=1 << 30,  # no round is shortened
             limit=engine.backend.context,

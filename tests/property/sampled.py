@@ -227,14 +227,14 @@ def continuations(job: Job, seeds: Iterable[int]) -> Count:
     return Count(counts, int(kept.sum()), tuple(kept[::-1].cumsum()[::-1][1:].tolist()))
 
 
-def remembered(probabilities: Callable[[Float32, Sampling], np.ndarray]) -> Callable[[Float32, Sampling], np.ndarray]:
+def remembered(probabilities: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
     """The same pure function, with its results kept: a quarter of the rejection rule's time goes by in it."""
     known: dict[bytes, np.ndarray] = {}
 
-    def get(logits: Float32, sampling: Sampling) -> np.ndarray:
+    def get(logits: Float32, sampling: Sampling, lister: rules.Lister) -> np.ndarray:
         key = logits.tobytes()  # of one job, so of the same settings but for the seed
         if key not in known:
-            known[key] = probabilities(logits, sampling)
+            known[key] = probabilities(logits, sampling, lister)
         return known[key]
 
     return get

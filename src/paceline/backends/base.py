@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from paceline.types import Anchors, Batch, Drafts, Float32, Output, Sampling
 
 
@@ -54,6 +57,9 @@ class Backend(Protocol):
 
     def draw(self, logits: Float32, sampling: Sampling, position: int) -> int:
         """The same token as `decode.draw.draw`, faster."""
+
+    def allowed(self, logits: Float32, sampling: Sampling) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """The same tokens and weights as `decode.draw.allowed` in any order, faster; temperature above 0."""
 
     def truncate(self, slot: int, length: int) -> None:
         """Forget all positions from `length` on.

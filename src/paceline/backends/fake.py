@@ -10,8 +10,9 @@ from __future__ import annotations
 import zlib
 
 import numpy as np
+from numpy.typing import NDArray
 
-from paceline.decode.draw import draw
+from paceline.decode.draw import allowed, draw
 from paceline.errors import BackendError
 from paceline.types import Anchors, Batch, Drafts, Float32, Output, Sampling
 
@@ -80,6 +81,9 @@ class FakeBackend:
 
     def draw(self, logits: Float32, sampling: Sampling, position: int) -> int:
         return draw(logits, sampling, position)
+
+    def allowed(self, logits: Float32, sampling: Sampling) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        return allowed(logits, sampling)
 
     def draft(self, anchors: Anchors) -> Drafts:
         depths = [plan.depth for plan in anchors.plans]

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from paceline.backends.base import Backend
 from paceline.decode.sampling import History
 from paceline.types import Anchors, Batch, Drafts, Float32, Line, Output, Sampling
@@ -39,6 +42,9 @@ class Script:
 
     def draw(self, logits: Float32, sampling: Sampling, position: int) -> int:
         return self.backend.draw(logits, sampling, position)
+
+    def allowed(self, logits: Float32, sampling: Sampling) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        return self.backend.allowed(logits, sampling)
 
     def draft(self, anchors: Anchors) -> Drafts:
         self._round += 1

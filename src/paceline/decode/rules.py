@@ -16,12 +16,16 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from paceline.decode.draw import allowed, draw, gumbel, uniform_bits
 from paceline.decode.sampling import History, adjusted
 from paceline.types import GREEDY, Float32, Line, Sampling
 
 TARGET_STREAM, DRAFTER_STREAM, TEST_STREAM = range(3)  # of the noise
+
+Lister = Callable[[Float32, Sampling], tuple[NDArray[np.int32], NDArray[np.int64]]]
+"""Lists the tokens that can be drawn, with their weights: `decode.draw.allowed`, or a backend's faster twin of it."""
 
 Drawer = Callable[[Float32, Sampling, int], int]
 """Draws the token at a position from logits [vocabulary]: `decode.draw.draw`, or a backend's faster twin of it."""
@@ -71,6 +75,7 @@ class Rejection:
 
     sampling: Sampling = GREEDY
     drawer: Drawer = draw
+    lister: Lister = allowed
     stream: ClassVar[int] = DRAFTER_STREAM
     with_logits: ClassVar[bool] = True
 
@@ -80,7 +85,7 @@ class Rejection:
         if depth == len(line.tokens) or s.temperature == 0:
             return self.drawer(logits, s, position)
         assert line.logits is not None
-        p, q = probabilities(logits, s), probabilities(line.logits[depth], s)
+        p, q = (probabilities(row, s, self.lister) for row in (logits, line.logits[depth]))
         draft = line.tokens[depth]
         bits = uniform_bits(s.seed or 0, TEST_STREAM, position, np.zeros(1, np.int32))[0]
         if (float(bits) + 0.5) / 2**32 * q[draft] < p[draft]:
@@ -93,12 +98,22 @@ class Rejection:
         return int(ids[(np.log(rest[ids]) + noise).argmax()])
 
 
-def probabilities(logits: Float32, sampling: Sampling) -> np.typing.NDArray[np.float64]:
+def probabilities(logits: Float32, sampling: Sampling, lister: Lister = allowed) -> NDArray[np.float64]:
     """The distribution [vocabulary] that tokens are drawn from at a temperature above 0."""
-    ids, weights = allowed(logits, sampling)
+    ids, weights = lister(logits, sampling)
     p = np.zeros(len(logits))
     p[ids] = weights / weights.sum()
     return p
 
 
-RULES: dict[str, type[Coupled] | type[Rejection]] = {"coupled": Coupled, "rejection": Rejection}
+class Draws(Protocol):
+    """A backend, as far as rules need it."""
+
+    def draw(self, logits: Float32, sampling: Sampling, position: int) -> int: ...
+    def allowed(self, logits: Float32, sampling: Sampling) -> tuple[NDArray[np.int32], NDArray[np.int64]]: ...
+
+
+RULES: dict[str, Callable[[Sampling, Draws], Rule]] = {
+    "coupled": lambda sampling, backend: Coupled(sampling, backend.draw),
+    "rejection": lambda sampling, backend: Rejection(sampling, backend.draw, backend.allowed),
+}

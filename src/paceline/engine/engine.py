@@ -151,7 +151,7 @@ class Engine:
         chosen = check_sampling(sampling or self.sampling, self.backend.vocab_size)
         if chosen.seed is None and chosen.temperature > 0:
             chosen = replace(chosen, seed=secrets.randbits(53))  # whole in every JSON reader
-        return RULES[name](chosen, self.backend.draw)
+        return RULES[name](chosen, self.backend)
 
     def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
         """Token ids of a prompt, as `stream` would run them."""

@@ -10,6 +10,7 @@ import os
 from functools import lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from paceline import _cpu
 from paceline.backends.cpu.load import load_drafter, load_target
@@ -146,6 +147,9 @@ class CpuBackend:
         if sampling.temperature == 0:
             return draw(logits, sampling, position)
         return _cpu.draw(logits, native_draw(sampling, 0), position)
+
+    def allowed(self, logits: Float32, sampling: Sampling) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        return _cpu.allowed(logits, native_draw(sampling, 0))
 
     def truncate(self, slot: int, length: int) -> None:
         try:
