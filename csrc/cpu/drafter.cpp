@@ -119,13 +119,12 @@ Drawn Drafter::draw(const Logits& logits, const DraftRequest& request, int64_t r
   if (settings.temperature > 0) {
     drawn = kernels.sampler->draw(logits, settings, uint32_t(request.positions[row] + 1 + step), true);
   } else {
-    const float top = logits.x[kernels.arg_max(logits.x, logits.n, &drawn.probability)];
-    int32_t best = -1;
-    for (int64_t i = 0; i < logits.n; ++i) {  // of equal logits the lowest token
-      const int32_t id = logits.ids ? logits.ids[i] : int32_t(i);
-      if (logits.x[i] == top && id >= 0 && (best < 0 || id < best)) best = id;
+    const int64_t best = kernels.arg_max(logits.x, logits.n, &drawn.probability);
+    drawn.token = logits.ids ? -1 : int32_t(best);
+    for (int64_t i = 0; logits.ids && i < logits.n; ++i) {  // of equal logits the lowest token, wherever it stands
+      const int32_t id = logits.ids[i];
+      if (logits.x[i] == logits.x[best] && id >= 0 && (drawn.token < 0 || id < drawn.token)) drawn.token = id;
     }
-    drawn.token = best;
   }
   if (drawn.token < 0 || drawn.token >= weights_.vocab) drawn.token = 0;
   if (std::isnan(drawn.probability)) drawn.probability = 0.0f;

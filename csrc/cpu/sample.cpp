@@ -247,7 +247,8 @@ class Row {
     return w[0];
   }
 
-  bool near_enough(float x) const { return depth(x) >= -draw_.gap; }
+  float least_depth() const { return -draw_.gap; }  // by min-p
+  bool near_enough(float x) const { return depth(x) >= least_depth(); }
 
   float top() const { return top_; }
 
@@ -376,17 +377,30 @@ std::vector<Allowed> list_of(const Row& row, const Choice& choice) {
   return out;
 }
 
+// The weight of all tokens that can be drawn, without a list of them where there is none.
+int64_t weight_of_all(const Row& row, const Logits& logits, const Choice& choice) {
+  int64_t total = 0;
+  for (const Entry& e : choice.list) total += row.weight_of(e.x);
+  if (choice.listed) return total;
+  row.scan(std::max(choice.last.x, row.floor()), [&](int64_t i, f32x16 v) {
+    float x[16], depth[16];
+    int32_t weights[16];
+    store(x, v);
+    store(depth, row.depth(v));
+    store(weights, row.weight(v));
+    for (int64_t j = 0; j < std::min<int64_t>(16, logits.n - i); ++j)
+      if (depth[j] >= row.least_depth() && !ahead(choice.last, {x[j], int32_t(i + j)})) total += weights[j];
+  });
+  return total;
+}
+
 Drawn draw_token(const Logits& logits, const Draw& draw, uint32_t position, bool probability) {
   const Row row(logits, draw);
   const Choice choice = choose(row, logits, draw);
   const Entry drawn = choice.listed ? draw_from_list(row, choice.list, draw, position)
                                     : draw_from_row(row, logits, choice.last, draw, position);
   if (!probability) return {drawn.id, 0.0f};
-  int64_t total = 0;
-  if (choice.listed)
-    for (const Entry& e : choice.list) total += row.weight_of(e.x);
-  else
-    for (const Allowed& a : list_of(row, choice)) total += a.weight;
+  const int64_t total = weight_of_all(row, logits, choice);
   return {drawn.id, total > 0 ? float(double(row.weight_of(drawn.x)) / double(total)) : 0.0f};
 }
 

@@ -12,7 +12,7 @@ from paceline.text.stops import StoppedText, TokenDecoder
 from paceline.types import Commit, Event, FinishReason, Float32, Line, Piece, Plan, Statistics
 
 
-@dataclass
+@dataclass(eq=False)  # each is itself: what is in flight is found by identity
 class Sequence:
     """Committed tokens, cache position, settings and statistics of one request.
 
@@ -98,7 +98,7 @@ class Sequence:
             if self._text.stopped:
                 self.finish = "stop"
                 break
-            if len(self.generated) >= self.max_tokens or len(self.tokens) >= self.limit:
+            if len(self.tokens) - self.prompt_length >= self.max_tokens or len(self.tokens) >= self.limit:
                 self.finish = "length"
                 break
         accepted = sum(piece.depth > 0 for piece in pieces)
