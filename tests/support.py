@@ -82,7 +82,8 @@ class Run:
     statistics: Statistics
 
 
-def sequence(backend: Backend, prompt: list[int], **settings: object) -> Sequence:
+def unplaced(backend: Backend, prompt: list[int], **settings: object) -> Sequence:
+    """A sequence for a scheduler."""
     defaults = {
         "rule": Recorder(),
         "draft_tokens": 0,
@@ -91,7 +92,12 @@ def sequence(backend: Backend, prompt: list[int], **settings: object) -> Sequenc
         "stop_ids": frozenset(),
         "detokenizer": Ids(),
     }
-    return Sequence(slot=backend.open_slot(), tokens=list(prompt), **{**defaults, **settings})
+    return Sequence(tokens=list(prompt), **{**defaults, **settings})
+
+
+def sequence(backend: Backend, prompt: list[int], **settings: object) -> Sequence:
+    """A sequence with a slot."""
+    return unplaced(backend, prompt, slot=backend.open_slot(), **settings)
 
 
 def run(backend: Backend, sequences: list[Sequence], chunk: int = 8) -> list[Run]:

@@ -96,6 +96,11 @@ uint64_t checksum(const Array<uint8_t, 1>& data, int threads) {
   return total;
 }
 
+struct Snapshot {
+  Cache::Snapshot rows;
+  int64_t shortest;
+};
+
 nb::tuple forward(nb::handle self, const Array<int32_t, 1>& slots, const Array<int32_t, 1>& positions,
                   const Array<int32_t, 1>& tokens, const Array<bool, 1>& wanted) {
   Target& target = nb::cast<Target&>(self);
@@ -251,6 +256,11 @@ NB_MODULE(_cpu, module) {
         w.ple_table = {source_of(table.dtype()), int64_t(table.shape(0)), int64_t(table.shape(1)), table.data()};
       }, "table"_a, nb::keep_alive<1, 2>(), "Use a mapped table [vocab, layers * ple_size] in place.");
 
+  nb::class_<Snapshot>(module, "Snapshot", "The rows of a slot, copied out of a cache.")
+      .def_prop_ro("nbytes", [](const Snapshot& s) { return s.rows.rows.bytes(); })
+      .def_prop_ro("length", [](const Snapshot& s) { return s.rows.length; }, "Positions it holds.")
+      .def_ro("shortest", &Snapshot::shortest, "The shortest length it can be cut back to.");
+
   nb::class_<Target>(module, "Target", "A loaded target and its KV cache.")
       .def("__init__", [](Target* self, const TargetWeights& weights, const std::string& isa, int threads,
                           int64_t slots, int64_t context, int64_t max_rows, bool bf16_cache) {
@@ -262,6 +272,16 @@ NB_MODULE(_cpu, module) {
       .def("length", [](Target& t, int64_t slot) { return t.cache().length(slot); }, "slot"_a)
       .def("truncate", [](Target& t, int64_t slot, int64_t n) { t.cache().truncate(slot, n); }, "slot"_a, "length"_a)
       .def("clear", [](Target& t, int64_t slot) { t.cache().clear(slot); }, "slot"_a)
+      .def("save", [](Target& t, int64_t slot) {
+        const nb::gil_scoped_release release;
+        Cache::Snapshot rows = t.cache().save(slot);
+        const int64_t shortest = t.cache().shortest(rows);
+        return Snapshot{std::move(rows), shortest};
+      }, "slot"_a, "Copy a slot's rows out.")
+      .def("restore", [](Target& t, int64_t slot, const Snapshot& snapshot) {
+        const nb::gil_scoped_release release;
+        t.cache().restore(slot, snapshot.rows);
+      }, "slot"_a, "snapshot"_a, "Copy rows into an empty slot.")
       .def_prop_rw("threads", &Target::threads, &Target::set_threads)
       .def_prop_ro("isa", [](const Target& t) { return t.kernels().name; })
       .def_prop_ro("cache_bytes", [](Target& t) { return t.cache().bytes(); });

@@ -127,6 +127,47 @@ void Cache::truncate(int64_t slot, int64_t length) {
   current = length;
 }
 
+template <class F>
+void Cache::each_stretch(int64_t high, F f) const {
+  for (const Place& place : places_) {
+    // Keys and values of a head are each one stretch: blocks of sixteen positions, or rows, in ascending order.
+    const int64_t head = place.ring * place.head_dim * (bf16_ ? 2 : 4);
+    const int64_t filled = std::min(place.ring, round_up(high, 16)) * place.head_dim * (bf16_ ? 2 : 4);
+    for (int64_t at = 0; at < 2 * place.key_bytes; at += head) f(place.offset + size_t(at), size_t(filled));
+  }
+}
+
+Cache::Snapshot Cache::save(int64_t slot) const {
+  Snapshot snapshot{{}, length(slot), high_[size_t(slot)]};
+  size_t bytes = 0;
+  each_stretch(snapshot.high, [&](size_t, size_t n) { bytes += n; });
+  snapshot.rows.reserve(bytes);
+  const uint8_t* from = memory_.data() + size_t(slot) * slot_bytes_;
+  uint8_t* to = snapshot.rows.data();
+  each_stretch(snapshot.high, [&](size_t offset, size_t n) {
+    std::memcpy(to, from + offset, n);
+    to += n;
+  });
+  return snapshot;
+}
+
+void Cache::restore(int64_t slot, const Snapshot& snapshot) {
+  if (length(slot) != 0) throw std::invalid_argument("slot " + std::to_string(slot) + " is not empty");
+  const uint8_t* from = snapshot.rows.data();
+  uint8_t* to = memory_.data() + size_t(slot) * slot_bytes_;
+  each_stretch(snapshot.high, [&](size_t offset, size_t n) {
+    std::memcpy(to + offset, from, n);
+    from += n;
+  });
+  length_[size_t(slot)] = snapshot.length;
+  high_[size_t(slot)] = snapshot.high;
+}
+
+int64_t Cache::shortest(const Snapshot& snapshot) const {
+  const bool rolls = ring_ < context_ && snapshot.high > ring_;
+  return rolls ? std::min(snapshot.length, snapshot.high - ring_ + window_) : 0;
+}
+
 void RopeTable::cover(int64_t positions) {
   const int64_t have = pairs() ? int64_t(cos_.size()) / pairs() : positions;
   if (positions <= have) return;

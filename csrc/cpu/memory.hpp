@@ -84,7 +84,22 @@ class Cache {
   void truncate(int64_t slot, int64_t length);
   void clear(int64_t slot) { length_.at(size_t(slot)) = high_.at(size_t(slot)) = 0; }
 
+  // The rows of a slot, copied out and back in: whole sliding rings, and full layers as far as they are filled.
+  struct Snapshot {
+    Buffer rows;
+    int64_t length = 0, high = 0;
+  };
+  Snapshot save(int64_t slot) const;
+  // Throws std::invalid_argument when the slot is not empty.
+  void restore(int64_t slot, const Snapshot& snapshot);
+  // The shortest length that a snapshot can be cut back to once it is restored.
+  int64_t shortest(const Snapshot& snapshot) const;
+
  private:
+  // Calls f(offset, bytes) for each stretch of a slot that `high` positions have filled.
+  template <class F>
+  void each_stretch(int64_t high, F f) const;
+
   struct Place {
     int64_t ring, head_dim, key_bytes;
     size_t offset;

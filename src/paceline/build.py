@@ -14,6 +14,7 @@ from paceline.checkpoint import Checkpoint, locate, locate_drafter
 from paceline.config import TargetConfig, check_pair, token_ids
 from paceline.decode.sampling import check_sampling
 from paceline.engine.engine import DraftTokens, Engine, Experience, check_draft_tokens
+from paceline.engine.prefix import PrefixCache
 from paceline.engine.pricing import load_costs
 from paceline.engine.scheduler import Scheduler
 from paceline.errors import SettingsError
@@ -35,6 +36,8 @@ def load(
     slots: int = 1,
     draft_tokens: DraftTokens = "auto",
     prompt_chunk: int = 256,
+    cache_memory: int = 0,
+    most_waiting: int = 64,
     notify: Callable[[str], None] = lambda _: None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Engine:
@@ -50,6 +53,8 @@ def load(
         draft_tokens: tokens drafted a round unless a request says otherwise: 0 to 15, or "auto" for as many as pay;
             what rounds cost is then measured, once for a pair and its settings.
         prompt_chunk: prompt tokens read in one pass.
+        cache_memory: bytes for the beginnings of prompts that were read, so that they need not be read again.
+        most_waiting: generations that may wait for a slot.
         notify: receives one-line notices of what was chosen, and warnings.
         progress: receives the file bytes of every tensor as it is loaded.
 
@@ -65,6 +70,7 @@ def load(
     _check_range("context", context, 2)
     _check_range("slots", slots, 1, MAX_SLOTS)
     _check_range("prompt_chunk", prompt_chunk, 1)
+    _check_range("cache_memory", cache_memory, 0)
     folder = locate(model)
     checkpoint = Checkpoint.open(folder)
     config = checkpoint.target_config()
@@ -112,7 +118,9 @@ def load(
         threads=backend.threads,
         weight_bytes=target.weights.nbytes,
         draft_tokens=draft_tokens,
-        scheduler=Scheduler(backend, prompt_chunk),
+        scheduler=Scheduler(
+            backend, prompt_chunk, most_waiting, PrefixCache(backend, cache_memory) if cache_memory else None
+        ),
         experience=experience,
         notify=notify,
     )

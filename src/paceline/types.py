@@ -159,7 +159,9 @@ class Statistics:
     """Counts and times of one generation."""
 
     prompt_tokens: int = 0
-    prompt_seconds: float = 0.0  # until the first token
+    cached_tokens: int = 0  # of the prompt: not read, but taken from what earlier prompts left
+    queue_seconds: float = 0.0  # until it had a slot
+    prompt_seconds: float = 0.0  # until the first token, the time in the queue included
     tokens: int = 0  # tokens generated
     seconds: float = 0.0  # from the first token to the last
     rounds: int = 0  # verification passes after the first token; a plain step counts as one

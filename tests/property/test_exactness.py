@@ -14,11 +14,14 @@ from safetensors.numpy import load_file, save_file
 
 from paceline import _cpu
 from paceline.checkpoint.hub import ASSETS
+from paceline.engine.prefix import PrefixCache
+from paceline.engine.scheduler import Scheduler
+from paceline.engine.sequence import Sequence
 from paceline.engine.step import step
 from paceline.errors import BackendError
 from paceline.quant.blocks import FORMATS
 from tests.parity.fixtures import SHAPES, VOCABULARY, WINDOW, write_pair
-from tests.support import Oracle, Run, cpu_backend, run, sequence
+from tests.support import Oracle, Run, cpu_backend, run, sequence, unplaced
 
 TOKENS = 3 * WINDOW
 SEEDS = (0, 1)
@@ -155,3 +158,37 @@ def test_a_drafter_with_damaged_weights_changes_nothing(pairs, tmp_path: Path, h
     prompt = list(range(3, 30))
     plain = generate((target, drafter), "f32", prompt, depth=0, chunk=32)
     assert_same(plain, generate((target, damaged), "f32", prompt, depth=4, chunk=32))
+
+
+@pytest.mark.parametrize("quant", ["f32", "q4"])
+@anything
+@given(
+    shape=st.sampled_from(SHAPES),
+    first=prompts,
+    common=st.integers(0, 60),
+    own=prompts,
+    depth=st.integers(0, 8),
+    chunk=st.integers(1, 32),
+)
+def test_rows_taken_over_from_another_prompt_change_nothing(
+    pairs, quant: str, shape: str, first: list[int], common: int, own: list[int], depth: int, chunk: int
+) -> None:
+    folders = pairs(shape, 0, "centroid")
+    backend = cpu_backend(*folders, quant, slots=2)
+    scheduler = Scheduler(backend, chunk, prefixes=PrefixCache(backend, 1 << 30))
+    before = queued(scheduler, first * 3, depth)
+    prompt = [*before.tokens[:common], *own]  # a branch anywhere: in the prompt, in its text, or right behind it
+    for _ in range(3):  # the second and third time, more and more is kept
+        other = queued(scheduler, prompt, depth)
+        expected = generate(folders, quant, prompt, depth=0, chunk=chunk)
+        assert_same(Run(other.generated, np.array(other.rule.rows), other.statistics), expected)
+    assert len(prompt) < 20 or other.statistics.cached_tokens > 0
+
+
+def queued(scheduler: Scheduler, prompt: list[int], depth: int) -> Sequence:
+    """Run one sequence through a scheduler to its end."""
+    one = unplaced(scheduler.backend, prompt, draft_tokens=depth, max_tokens=TOKENS)
+    scheduler.submit(one, lambda _: None)
+    while scheduler.busy:
+        scheduler.tick()
+    return one

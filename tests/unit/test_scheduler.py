@@ -14,19 +14,11 @@ from paceline.engine.scheduler import Scheduler
 from paceline.engine.sequence import Sequence
 from paceline.errors import BusyError
 from paceline.types import Batch, Event, Output, Sampling
-from tests.support import Ids
+from tests.support import unplaced
 
 
 def request(backend: FakeBackend, prompt: list[int], **other: object) -> Sequence:
-    defaults = {
-        "rule": Coupled(drawer=backend.draw),
-        "draft_tokens": 3,
-        "max_tokens": 20,
-        "limit": backend.context,
-        "stop_ids": frozenset(),
-        "detokenizer": Ids(),
-    }
-    return Sequence(tokens=list(prompt), **{**defaults, **other})
+    return unplaced(backend, prompt, **{"rule": Coupled(drawer=backend.draw), "draft_tokens": 3, **other})
 
 
 def drain(scheduler: Scheduler) -> None:

@@ -5,12 +5,27 @@ A backend loads a target and perhaps a drafter, owns the KV cache, and knows not
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from paceline.types import Anchors, Batch, Drafts, Float32, Output, Sampling
+
+
+class Snapshot(Protocol):
+    """The rows of a slot at one moment, in memory of their own."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    @property
+    def length(self) -> int:
+        """Positions it holds."""
+
+    @property
+    def shortest(self) -> int:
+        """The shortest length that a slot can be truncated to after it was restored: sliding rings forget."""
 
 
 class Backend(Protocol):
@@ -67,3 +82,16 @@ class Backend(Protocol):
         Raises:
             BackendError: the slot is shorter than that, or its sliding rings no longer hold what `length` needs.
         """
+
+
+class Copies(Protocol):
+    """A backend whose slots can be copied."""
+
+    def save(self, slot: int) -> Any:
+        """Copy a slot's rows: a `Snapshot` for `restore` of the same backend."""
+
+    def restore(self, slot: int, snapshot: Any) -> None:
+        """Fill an empty slot with the rows of a snapshot."""
+
+    def truncate(self, slot: int, length: int) -> None:
+        """See `Backend.truncate`."""

@@ -8,6 +8,7 @@ contract of `backends.base` that callers must keep.
 from __future__ import annotations
 
 import zlib
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,22 @@ from paceline.errors import BackendError
 from paceline.types import Anchors, Batch, Drafts, Float32, Output, Sampling
 
 HIDDEN = 4
+
+
+@dataclass(frozen=True)
+class FakeSnapshot:
+    """See `backends.base.Snapshot`."""
+
+    tokens: tuple[int, ...]
+    shortest: int
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def nbytes(self) -> int:
+        return 4 * len(self.tokens)
 
 
 class FakeBackend:
@@ -29,6 +46,7 @@ class FakeBackend:
         max_rows: most rows of one slot in one batch.
         truth: share of drafted tokens that are what the target will draw, in 0..1, but for penalties and bias.
         can_draft: whether it has a drafter.
+        reach: how far a snapshot can be cut back.
     """
 
     def __init__(
@@ -40,6 +58,7 @@ class FakeBackend:
         max_rows: int = 32,
         truth: float = 0.7,
         can_draft: bool = True,
+        reach: int = 16,
     ) -> None:
         self.vocab_size = vocab_size
         self.context = context
@@ -47,6 +66,7 @@ class FakeBackend:
         self.can_draft = can_draft
         self.slots = slots
         self._truth = truth
+        self._reach = reach
         self._free = list(range(slots))[::-1]
         self._cache: dict[int, list[int]] = {}
 
@@ -105,6 +125,14 @@ class FakeBackend:
                 line.append(token)
         confidence = np.full(tokens.shape, self._truth, np.float32)
         return Drafts(tokens, confidence, np.array(depths, np.int32), logits if anchors.with_logits else None)
+
+    def save(self, slot: int) -> FakeSnapshot:
+        return FakeSnapshot(tuple(self._cache[slot]), max(0, len(self._cache[slot]) - self._reach))
+
+    def restore(self, slot: int, snapshot: FakeSnapshot) -> None:
+        if self._cache[slot]:
+            raise BackendError(f"slot {slot} is not empty")
+        self._cache[slot] = list(snapshot.tokens)
 
     def truncate(self, slot: int, length: int) -> None:
         if length > len(self._cache[slot]):

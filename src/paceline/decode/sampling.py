@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable
+from typing import Protocol
 
 import numpy as np
 
 from paceline.errors import SettingsError
-from paceline.types import Float32, Logprobs, Sampling
+from paceline.types import Bool, Float32, Logprobs, Sampling
 
 MOST_LOGPROBS = 100
 MOST_SHIFT = 1e6  # of a logit, by bias or penalties
@@ -53,22 +54,39 @@ def check_sampling(sampling: Sampling, vocab_size: int) -> Sampling:
     return sampling
 
 
-class History:
-    """The tokens that penalties look at: those of the prompt, and how often each stands in the text so far."""
+class Grammar(Protocol):
+    """Which tokens may follow, by what has been committed."""
 
-    def __init__(self, prompt: Iterable[int] = ()) -> None:
+    def allowed(self) -> Bool:
+        """The tokens [vocabulary] that may come next; at least one."""
+
+    def advance(self, token: int) -> None:
+        """Commit an allowed token."""
+
+
+class History:
+    """What was committed, as far as the next token depends on it.
+
+    Penalties look at the tokens of the prompt, and at how often each stands in the text so far; a grammar follows the
+    text. Verification adds the tokens of a line one by one, so that each row meets the mask of its own place.
+    """
+
+    def __init__(self, prompt: Iterable[int] = (), grammar: Grammar | None = None) -> None:
         self.prompt = frozenset(prompt)
         self.text: Counter[int] = Counter()
+        self.grammar = grammar
 
     def add(self, token: int) -> None:
         self.text[token] += 1
+        if self.grammar:
+            self.grammar.advance(token)
 
 
 def adjusted(logits: Float32, sampling: Sampling, history: History) -> Float32:
-    """Logits [vocabulary] after penalties, bias and suppressed tokens; the same array where there are none."""
+    """Logits [vocabulary] after penalties, bias, suppressed tokens and grammar; the same array if there are none."""
     s = sampling
     penalised = s.repetition_penalty != 1 or s.presence_penalty != 0 or s.frequency_penalty != 0
-    if not (penalised or s.bias or s.suppressed):
+    if not (penalised or s.bias or s.suppressed or history.grammar):
         return logits
     logits = logits.copy()
     if s.repetition_penalty != 1:
@@ -83,6 +101,11 @@ def adjusted(logits: Float32, sampling: Sampling, history: History) -> Float32:
         logits[token] += np.float32(value)
     if s.suppressed:
         logits[list(s.suppressed)] = -np.inf
+    if history.grammar:
+        allowed = history.grammar.allowed()
+        if (logits[allowed] == -np.inf).all():  # what the grammar needs is suppressed: the grammar wins
+            logits[allowed] = 0
+        logits[~allowed] = -np.inf
     return logits
 
 

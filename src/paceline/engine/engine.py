@@ -15,7 +15,7 @@ from paceline.backends.base import Backend
 from paceline.config import DrafterConfig, TargetConfig
 from paceline.decode.control import Costs, State, next_request, useless
 from paceline.decode.rules import RULES, Rule
-from paceline.decode.sampling import MOST_LOGPROBS, check_sampling
+from paceline.decode.sampling import MOST_LOGPROBS, Grammar, check_sampling
 from paceline.engine.scheduler import Scheduler
 from paceline.engine.sequence import Sequence
 from paceline.errors import PromptError, SettingsError
@@ -59,6 +59,8 @@ class Request:
     draft_tokens: DraftTokens | None = None
     acceptance_rule: str = "coupled"
     logprobs: int | None = None
+    grammar: Grammar | None = None  # that the text must follow; used up by one generation
+    marks: Mapping[int, str] = field(default_factory=dict)  # what to write for special tokens; others give no text
 
 
 @dataclass(frozen=True)
@@ -115,21 +117,9 @@ class Engine:
             PromptError: the prompt is empty, too long for the context, or not valid text.
             SettingsError: a setting out of range.
         """
-        stops = check_stops([stop] if isinstance(stop, str) else stop)
-        settings = Request(sampling, max_tokens, stops, draft_tokens, acceptance_rule, logprobs)
-        tokens = self.encode(prompt, raw=raw)
-        if max_tokens < 1:
-            raise SettingsError(f"max_tokens is {max_tokens}; it must be at least 1")
-        if logprobs is not None and not 0 <= logprobs <= MOST_LOGPROBS:
-            raise SettingsError(f"logprobs is {logprobs}; it must be between 0 and {MOST_LOGPROBS}")
-        if acceptance_rule not in RULES:
-            raise SettingsError(f"unknown acceptance rule {acceptance_rule!r}; use {' or '.join(RULES)}")
-        if len(tokens) >= self.backend.context:
-            raise PromptError(
-                f"the prompt has {len(tokens)} tokens and the context holds {self.backend.context}; "
-                "shorten it, or load with a longer context if the model allows one"
-            )
-        return Stream(self, tokens, settings)
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        request = Request(sampling, max_tokens, stops, draft_tokens, acceptance_rule, logprobs)
+        return Stream(self, self.sequence(self.encode(prompt, raw=raw), request))
 
     def generate(self, prompt: Prompt, **settings: Any) -> Generation:
         """Generate to the end; see `stream` for the arguments and errors."""
@@ -146,8 +136,60 @@ class Engine:
                 tuple(piece.logprobs for piece in pieces if piece.logprobs),
             )
 
+    def sequence(self, tokens: list[int], request: Request) -> Sequence:
+        """A new sequence for the scheduler.
+
+        Args:
+            tokens: a prompt, as `encode` gives it.
+            request: settings.
+
+        Raises:
+            PromptError: the prompt is too long for the context.
+            SettingsError: a setting out of range.
+        """
+        count, depth = request.logprobs, request.draft_tokens
+        if request.max_tokens < 1:
+            raise SettingsError(f"max_tokens is {request.max_tokens}; it must be at least 1")
+        if count is not None and not 0 <= count <= MOST_LOGPROBS:
+            raise SettingsError(f"logprobs is {count}; it must be between 0 and {MOST_LOGPROBS}")
+        if len(tokens) >= self.backend.context:
+            raise PromptError(
+                f"the prompt has {len(tokens)} tokens and the context holds {self.backend.context}; "
+                "shorten it, or load with a longer context if the model allows one"
+            )
+        depth = check_draft_tokens(self.draft_tokens if depth is None else depth)
+        auto = depth == "auto" and self.backend.can_draft
+        return Sequence(
+            tokens=tokens,
+            rule=self.rule(request.acceptance_rule, request.sampling),
+            draft_tokens=None if depth == "auto" else depth,
+            max_tokens=request.max_tokens,
+            limit=self.backend.context,
+            stop_ids=self.stop_ids,
+            detokenizer=self.tokenizer.detokenizer(marks=request.marks),
+            stops=check_stops(request.stop),
+            logprobs=count,
+            grammar=request.grammar,
+            costs=self.experience.priced() if auto else None,
+            control=next_request(self.experience.state),
+        )
+
+    def learn(self, sequence: Sequence) -> None:
+        """Keep what a sequence's rounds have shown, and say so once if the drafter hardly ever guesses right."""
+        experience, control = self.experience, sequence.control
+        if sequence.costs:
+            experience.state = control
+            if useless(control) and not experience.warned:
+                experience.warned = True
+                self.notify(
+                    f"hardly any draft is accepted ({control.accepted} of {control.drafted}), so drafting rests; is "
+                    "this the drafter of another model, or has the model been fine-tuned? (the text is not affected)"
+                )
+
     def rule(self, name: str, sampling: Sampling | None) -> Rule:
         """The acceptance rule of that name, with settings that are checked and have a seed."""
+        if name not in RULES:
+            raise SettingsError(f"unknown acceptance rule {name!r}; use {' or '.join(RULES)}")
         chosen = check_sampling(sampling or self.sampling, self.backend.vocab_size)
         if chosen.seed is None and chosen.temperature > 0:
             chosen = replace(chosen, seed=secrets.randbits(53))  # whole in every JSON reader
@@ -199,28 +241,12 @@ class Stream:
     through the model. Where all cache slots are taken it waits.
     """
 
-    def __init__(self, engine: Engine, tokens: list[int], request: Request) -> None:
+    def __init__(self, engine: Engine, sequence: Sequence) -> None:
         self._engine = engine
-        self._open = False
-        depth = check_draft_tokens(engine.draft_tokens if request.draft_tokens is None else request.draft_tokens)
-        rule = engine.rule(request.acceptance_rule, request.sampling)
-        auto = depth == "auto" and engine.backend.can_draft
-        costs = engine.experience.priced() if auto else None
-        self.sequence = Sequence(
-            tokens=tokens,
-            rule=rule,
-            draft_tokens=None if depth == "auto" else depth,
-            max_tokens=request.max_tokens,
-            limit=engine.backend.context,
-            stop_ids=engine.stop_ids,
-            detokenizer=engine.tokenizer.detokenizer(),
-            stops=request.stop,
-            logprobs=request.logprobs,
-            costs=costs,
-            control=next_request(engine.experience.state),
-        )
+        self.sequence = sequence
         self._events: deque[Event] = deque()
-        engine.scheduler.submit(self.sequence, self._events.append)
+        self._open = False
+        engine.scheduler.submit(sequence, self._events.append)
         self._open = True
 
     @property
@@ -251,19 +277,7 @@ class Stream:
             self._open = False
             self._engine.scheduler.cancel(self.sequence)
             self._engine.scheduler.sweep()
-            self._learn()
-
-    def _learn(self) -> None:
-        """Keep what the rounds have shown, and say so once if the drafter hardly ever guesses right."""
-        experience, control = self._engine.experience, self.sequence.control
-        if self.sequence.costs:
-            experience.state = control
-            if useless(control) and not experience.warned:
-                experience.warned = True
-                self._engine.notify(
-                    f"hardly any draft is accepted ({control.accepted} of {control.drafted}), so drafting rests; is "
-                    "this the drafter of another model, or has the model been fine-tuned? (the text is not affected)"
-                )
+            self._engine.learn(self.sequence)
 
     def __del__(self) -> None:
         # A stream that was left before its end gives its slot back too.

@@ -2,6 +2,7 @@
 
 A step advances every sequence that is writing by one round, and at most one that is still reading by a chunk of its
 prompt, so a long prompt holds nobody up for longer than a chunk takes. Sequences that read take turns.
+A prompt whose beginning was read before takes those rows over; one whose beginning is just being read waits for it.
 
 One thread calls `tick`; others may `submit` and `cancel` meanwhile.
 """
@@ -12,8 +13,11 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from paceline.backends.base import Backend
 from paceline.decode.control import REPLAN, Costs, share_out
+from paceline.engine.prefix import LEAST_TOKENS, PrefixCache, common_length
 from paceline.engine.sequence import Sequence
 from paceline.engine.step import step
 from paceline.errors import BusyError
@@ -30,15 +34,18 @@ class Scheduler:
         backend: the model pair; as many sequences run at once as it has slots.
         chunk: most prompt tokens read in one step.
         most_waiting: sequences that may wait for a slot.
+        prefixes: beginnings of prompts that need not be read again; None to read all.
     """
 
     backend: Backend
     chunk: int
     most_waiting: int = 64
+    prefixes: PrefixCache | None = None
     running: list[Sequence] = field(default_factory=list)
     _waiting: deque[Sequence] = field(default_factory=deque)
     _planned: tuple[int, ...] = ()  # identities of the sequences that drafts were shared out among
     _ticks: int = 0  # since then
+    _leaders: dict[int, tuple[Sequence, int]] = field(default_factory=dict)  # whom a sequence waits for, and its length
     _deliver: dict[int, Deliver] = field(default_factory=dict)  # by the sequence's identity
 
     @property
@@ -78,25 +85,68 @@ class Scheduler:
             return
         self._plan([s for s in chosen if not s.reading])
         for sequence, event in zip(chosen, step(self.backend, chosen, self.chunk), strict=True):
+            if self.prefixes and (sequence.cached in sequence.branches or (event and not sequence.statistics.rounds)):
+                self.prefixes.keep(sequence.slot, sequence.tokens[: sequence.cached])
             if event and id(sequence) in self._deliver:
                 self._deliver[id(sequence)](event)
         self.sweep()
 
     def sweep(self) -> None:
-        """Give back the slots of sequences that have ended."""
+        """Let go of sequences that have ended, and give back their slots."""
+        for sequence in [s for s in self._waiting if s.finish]:
+            self._waiting.remove(sequence)
+            self._deliver.pop(id(sequence), None)
         for sequence in [s for s in self.running if s.finish]:
             self.running.remove(sequence)
             self._deliver.pop(id(sequence), None)
+            self._leaders.pop(id(sequence), None)
+            if self.prefixes and sequence.cached:
+                length = min(sequence.cached, len(sequence.tokens))
+                self.backend.truncate(sequence.slot, length)
+                self.prefixes.keep(sequence.slot, sequence.tokens[:length])
             self.backend.close_slot(sequence.slot)
 
     def _admit(self) -> None:
         while self._waiting and len(self.running) < self.backend.slots:
             sequence = self._waiting.popleft()
-            if sequence.finish:  # cancelled while it waited
-                self._deliver.pop(id(sequence), None)
-                continue
-            sequence.slot = self.backend.open_slot()
+            sequence.admit(self.backend.open_slot())
+            self._follow(sequence)
             self.running.append(sequence)
+
+    def _follow(self, sequence: Sequence) -> None:
+        """Let a sequence wait for another that is reading the same beginning, if nothing kept is as long."""
+        if not self.prefixes:
+            return
+        length = self.prefixes.find(sequence.tokens).length
+        mine = np.array(sequence.tokens, np.int32)
+        for other in self.running:
+            if not other.reading:
+                continue
+            common = common_length(mine, np.array(other.tokens, np.int32))
+            if common >= length + LEAST_TOKENS and other.cached <= common:
+                self._leaders[id(sequence)] = other, common
+                length = common
+        if id(sequence) in self._leaders:
+            leader, common = self._leaders[id(sequence)]
+            leader.branches.add(common)
+
+    def _may_read(self, sequence: Sequence) -> bool:
+        if id(sequence) not in self._leaders:
+            return True
+        leader, common = self._leaders[id(sequence)]
+        if leader.reading and not leader.finish and leader.cached < common:
+            return False
+        del self._leaders[id(sequence)]
+        return True
+
+    def _begin(self, sequence: Sequence) -> None:
+        """Take over what was read before of a prompt, and note where it branches off."""
+        if self.prefixes and not sequence.cached:
+            match = self.prefixes.find(sequence.tokens)
+            self.prefixes.restore(sequence.slot, match)
+            sequence.resume(match.length)
+            if match.branch:
+                sequence.branches.add(match.branch)
 
     def _plan(self, writing: list[Sequence]) -> None:
         """Share out drafts among sequences that write together; one alone plans for itself."""
@@ -114,8 +164,9 @@ class Scheduler:
             sequence.control = replace(sequence.control, plan=plan, plain_rounds=quiet)
 
     def _choose(self) -> list[Sequence]:
-        reading = [s for s in self.running if s.reading]
-        if reading:  # to the back of the line, so that the next tick takes another
-            self.running.remove(reading[0])
-            self.running.append(reading[0])
-        return [s for s in self.running if not s.reading] + reading[:1]
+        reader = next((s for s in self.running if s.reading and self._may_read(s)), None)
+        if reader:  # to the back of the line, so that the next tick takes another
+            self.running.remove(reader)
+            self.running.append(reader)
+            self._begin(reader)
+        return [s for s in self.running if not s.reading] + ([reader] if reader else [])

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from paceline.decode.control import Costs, State, next_plan, observe
 from paceline.decode.rules import Rule
-from paceline.decode.sampling import History
+from paceline.decode.sampling import Grammar, History
 from paceline.text.stops import StoppedText, TokenDecoder
 from paceline.types import Commit, Event, FinishReason, Float32, Line, Piece, Plan, Statistics
 
@@ -30,16 +30,18 @@ class Sequence:
     stops: tuple[str, ...] = ()
     slot: int = -1  # of the cache; -1 until it has one
     logprobs: int | None = None  # alternatives reported with each token; None for no report
+    grammar: Grammar | None = None  # that the text must follow
     costs: Costs | None = None  # of rounds, needed where draft_tokens is None
     control: State = field(default_factory=State)
     cached: int = 0  # rows in the cache
+    branches: set[int] = field(default_factory=set)  # lengths at which the rows are of use to other prompts
     hidden: Float32 | None = None  # [hidden]; None until the prompt is read
     finish: FinishReason | None = None
     statistics: Statistics = field(default_factory=Statistics)
 
     def __post_init__(self) -> None:
         self.prompt_length = len(self.tokens)
-        self.history = History(self.tokens)
+        self.history = History(self.tokens, self.grammar)
         self._text = StoppedText(self.detokenizer, self.stops)
         self._started = time.perf_counter()
         self._first_token = self._started
@@ -52,6 +54,21 @@ class Sequence:
     def reading(self) -> bool:
         """Whether part of the prompt is still to be read."""
         return self.hidden is None
+
+    def admit(self, slot: int) -> None:
+        """Take a cache slot."""
+        self.slot = slot
+        self.statistics = Statistics(self.prompt_length, queue_seconds=time.perf_counter() - self._started)
+
+    def resume(self, cached: int) -> None:
+        """Begin behind the first `cached` tokens of the prompt, whose rows are in the slot already."""
+        self.cached = cached
+        self.statistics = replace(self.statistics, cached_tokens=cached)
+
+    def next_chunk(self, most: int) -> list[int]:
+        """The tokens of the prompt to read next, not beyond a length at which others branch off."""
+        end = min([self.cached + most, *(b for b in self.branches if b > self.cached)])
+        return self.tokens[self.cached : end]
 
     def plan(self, early_stop: bool) -> Plan:
         """How far to draft in the next round; never further than drafts can be of use.
@@ -112,7 +129,9 @@ class Sequence:
         now, old = time.perf_counter(), self.statistics
         if first:
             self._first_token = now
-            self.statistics = Statistics(self.prompt_length, now - self._started, tokens)
+            self.statistics = replace(
+                old, prompt_tokens=self.prompt_length, prompt_seconds=now - self._started, tokens=tokens
+            )
             return
         by_depth = [*old.accepted_at_depth, *[0] * (drafts - len(old.accepted_at_depth))]
         for depth in range(accepted):

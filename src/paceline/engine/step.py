@@ -81,7 +81,7 @@ def draft(backend: Backend, sequences: Items[Sequence]) -> list[Line]:
 def run_of(sequence: Sequence, line: Line, chunk: int) -> list[int]:
     """The tokens a sequence runs through the target in this step, starting at its first row not in the cache."""
     if sequence.reading:
-        return sequence.tokens[sequence.cached : sequence.cached + chunk]
+        return sequence.next_chunk(chunk)
     return [sequence.tokens[-1], *line.tokens]
 
 

@@ -89,6 +89,13 @@ class Tokenizer:
         """A token's string in the vocabulary, which is not always the text it decodes to."""
         return self._backend.id_to_token(token)
 
-    def detokenizer(self, *, special: bool = False) -> Detokenizer:
-        """A fresh streaming decoder; the pieces it gives join to what `decode` gives."""
-        return Detokenizer(self._decoder, self.token_text, frozenset() if special else self.special_ids)
+    def detokenizer(self, *, special: bool = False, marks: Mapping[int, str] | None = None) -> Detokenizer:
+        """A fresh streaming decoder; the pieces it gives join to what `decode` gives.
+
+        Args:
+            special: write special tokens out.
+            marks: text for some special tokens, in place of their own.
+        """
+        marks = marks or {}
+        hidden = frozenset() if special else self.special_ids - marks.keys()
+        return Detokenizer(self._decoder, lambda token: marks.get(token) or self.token_text(token), hidden)

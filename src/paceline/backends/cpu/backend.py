@@ -151,6 +151,12 @@ class CpuBackend:
     def allowed(self, logits: Float32, sampling: Sampling) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         return _cpu.allowed(logits, native_draw(sampling, 0))
 
+    def save(self, slot: int) -> _cpu.Snapshot:
+        return self._target.save(slot)
+
+    def restore(self, slot: int, snapshot: _cpu.Snapshot) -> None:
+        self._target.restore(slot, snapshot)
+
     def truncate(self, slot: int, length: int) -> None:
         try:
             self._target.truncate(slot, length)
