@@ -1,0 +1,110 @@
+"""What a text must look like: JSON, a JSON schema, a regular expression or a grammar, as masks over tokens.
+
+The masks come from llguidance (https://github.com/guidance-ai/llguidance), an extra of the package.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from paceline.errors import SettingsError
+from paceline.types import Bool
+
+if TYPE_CHECKING:
+    import llguidance
+
+ANY_OBJECT: dict[str, Any] = {"type": "object"}
+
+
+class Constraint:
+    """The place a text has come to in a grammar; see `decode.sampling.Grammar`."""
+
+    def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int, stop_ids: frozenset[int]) -> None:
+        self._matcher, self._vocab_size, self._stop_ids = matcher, vocab_size, stop_ids
+
+    def allowed(self) -> Bool:
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        mask = np.unpackbits(bits, count=min(self._vocab_size, 8 * len(bits)), bitorder="little").astype(np.bool_)
+        mask = np.pad(mask, (0, self._vocab_size - len(mask)))
+        if self._matcher.is_error() or not mask.any():  # a limit of the matcher: nothing but an end is left
+            mask[:] = False
+            mask[list(self._stop_ids)] = True
+        return mask
+
+    def advance(self, token: int) -> None:
+        if not self._matcher.is_stopped():
+            self._matcher.consume_token(token)
+
+    def copy(self) -> Constraint:
+        """The same place, to go on from independently."""
+        return Constraint(self._matcher.deep_copy(), self._vocab_size, self._stop_ids)
+
+
+class Grammars:
+    """Compiles constraints for one tokenizer.
+
+    Args:
+        tokenizer: the content of a tokenizer.json.
+        vocab_size: of the model, which may be larger than the tokenizer's.
+        stop_ids: tokens that end a text.
+    """
+
+    def __init__(self, tokenizer: str, vocab_size: int, stop_ids: Iterable[int]) -> None:
+        try:
+            import llguidance
+        except ImportError as error:
+            raise SettingsError("structured output needs llguidance; pip install 'paceline[server]'") from error
+        self._matcher, self._vocab_size, self._stop_ids = llguidance.LLMatcher, vocab_size, frozenset(stop_ids)
+        self._tokenizer = llguidance.LLTokenizer(tokenizer, n_vocab=vocab_size, eos_token=sorted(self._stop_ids))
+
+    def json_schema(self, schema: dict[str, Any]) -> Constraint:
+        """Text that is one JSON value of that schema.
+
+        Raises:
+            SettingsError: not a valid schema, or one that cannot be followed.
+        """
+        return self._compile(f"start: {json_rule(schema)}", "the JSON schema")
+
+    def regex(self, pattern: str) -> Constraint:
+        """Text that matches a regular expression as a whole.
+
+        Raises:
+            SettingsError: not a valid one.
+        """
+        return self._compile(self._matcher.grammar_from_regex(pattern), "the regular expression")
+
+    def lark(self, grammar: str) -> Constraint:
+        """Text of a grammar in llguidance's dialect of Lark.
+
+        Raises:
+            SettingsError: not a valid one.
+        """
+        return self._compile(grammar, "the grammar")
+
+    def _compile(self, grammar: str, what: str) -> Constraint:
+        matcher = self._matcher(self._tokenizer, grammar, log_level=0)
+        if matcher.is_error():
+            raise SettingsError(f"{what} cannot be used: {_first_line(matcher.get_error())}")
+        constraint = Constraint(matcher, self._vocab_size, self._stop_ids)
+        constraint.allowed()
+        if matcher.is_error():
+            raise SettingsError(f"{what} cannot be used: {_first_line(matcher.get_error())}")
+        return constraint
+
+
+def json_rule(schema: dict[str, Any]) -> str:
+    """A JSON schema as part of a grammar."""
+    return f"%json {json.dumps(schema)}"
+
+
+def regex_rule(pattern: str) -> str:
+    """A regular expression as part of a grammar."""
+    return "/" + pattern.replace("/", "\\/").replace("\n", "\\n") + "/"
+
+
+def _first_line(message: str) -> str:
+    return next((line for line in message.splitlines() if line.strip()), "it is not valid")[:300]

@@ -1,0 +1,133 @@
+"""Answers told apart: content, thoughts, calls, in whatever pieces they come."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from paceline.text.answer import CALL, MARKS, AnswerReader, Part, begins_in_thought, gemma_notation, marks_of
+
+
+def marked(text: str) -> str:
+    for name, mark in MARKS.items():
+        text = text.replace(name, mark)
+    return text
+
+
+def read(text: str, cuts: list[int] | None = None, in_thought: bool = False) -> list[Part]:
+    """The parts of an answer, pieces of a kind joined."""
+    reader = AnswerReader(in_thought)
+    text = marked(text)
+    edges = [0, *sorted(cut % (len(text) + 1) for cut in cuts or ()), len(text)]
+    joined: list[Part] = []
+    for part in [
+        *(p for a, b in pairwise(edges) for p in reader.push(text[a:b])),
+        *reader.finish(),
+    ]:
+        if joined and joined[-1].kind == part.kind != "call":
+            part = Part(part.kind, joined.pop().text + part.text)
+        joined.append(part)
+    return joined
+
+
+def test_thought_then_content() -> None:
+    assert read("<|channel>thought\nHm.\n\nYes.\n<channel|>Hello") == [
+        Part("thought", "Hm.\n\nYes."),
+        Part("content", "Hello"),
+    ]
+
+
+def test_an_empty_thought_is_nothing() -> None:
+    assert read("<|channel>thought\n<channel|>Hi") == [Part("content", "Hi")]
+
+
+def test_a_thought_that_the_prompt_opened() -> None:
+    prompt = "<bos><|turn>model\n<|channel>thought\n"
+    assert begins_in_thought(prompt)
+    assert not begins_in_thought(prompt + "x<channel|>")
+    assert read("so\n<channel|>Hi", in_thought=True) == [Part("thought", "so"), Part("content", "Hi")]
+
+
+def test_calls_among_content() -> None:
+    text = 'See. <|tool_call>call:get_weather{city:<|"|>Sankt "Pölten"\n<|"|>,days:3,dry:true}<tool_call|>'
+    parts = read(text + "<|tool_call>call:now{}<tool_call|>")
+    assert [part.kind for part in parts] == ["content", "call", "arguments", "call", "arguments"]
+    assert (parts[1].text, parts[3].text) == ("get_weather", "now")
+    assert json.loads(parts[2].text) == {"city": 'Sankt "Pölten"\n', "days": 3, "dry": True}
+    assert json.loads(parts[4].text) == {}
+
+
+@pytest.mark.parametrize(
+    ("notation", "value"),
+    [
+        ("a:1", {"a": 1}),
+        (" a : -2.5e3 , b : null", {"a": -2500.0, "b": None}),
+        ("a:{b:[1,2,{c:<q>x<q>}]},d:[]", {"a": {"b": [1, 2, {"c": "x"}]}, "d": []}),
+        ('a:"plain, quotes: {}",b:1', {"a": "plain, quotes: {}", "b": 1}),
+        ('"a":"b"', {"a": "b"}),
+        ("<q>a<q>:<q><q>", {"a": ""}),
+        ("url:http://example.org/a:b,c:1", {"url": "http://example.org/a:b", "c": 1}),
+        ("city:Paris", {"city": "Paris"}),
+        ("a:NaN", {"a": "NaN"}),
+        ("a:<q>left open", {"a": "left open"}),
+        ("a:{b:1", {"a": {"b": 1}}),
+        ("a", {"a": None}),
+    ],
+)
+def test_arguments(notation: str, value: object) -> None:
+    closing = "" if notation.endswith(("open", "{b:1", "a")) and value != {"a": "b"} else "}"
+    text = "<|tool_call>call:f{" + notation.replace("<q>", '<|"|>') + closing
+    for end in ("<tool_call|>", "}\n<tool_call|>tail" if closing else ""):
+        parts = read(text + end)
+        assert parts[0] == Part("call", "f")
+        assert json.loads(parts[1].text) == value
+
+
+def test_what_is_no_call_is_content() -> None:
+    assert read("<|tool_call>nothing<tool_call|>x") == [Part("content", "nothingx")]
+    assert read("<|tool_call>nothing") == [Part("content", "nothing")]
+
+
+letters = st.characters(exclude_categories=["Cs"], exclude_characters="".join(MARKS.values()))
+texts = st.text(letters, max_size=12).filter(lambda text: not any(name in text for name in MARKS))
+keys = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,8}", fullmatch=True)
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | texts,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    thought=texts,
+    content=texts,
+    arguments=st.dictionaries(keys, values, max_size=4),
+    cuts=st.lists(st.integers(0, 999)),
+)
+def test_every_answer_is_read_alike_in_any_pieces(thought: str, content: str, arguments: dict, cuts: list[int]) -> None:
+    call = f"<|tool_call>call:f{gemma_notation(arguments)}<tool_call|>"
+    parts = {part.kind: part.text for part in read(f"<|channel>thought\n{thought}\n<channel|>{content}{call}", cuts)}
+    assert parts.get("thought", "") == thought.rstrip("\n")
+    assert parts.get("content", "") == content
+    assert parts["call"] == "f"
+    assert json.loads(parts["arguments"]) == arguments
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    text=st.text(st.sampled_from([*MARKS.values(), *'call:f{}[],"\\a1 \n']), max_size=30),
+    cuts=st.lists(st.integers(0, 99)),
+)
+def test_no_answer_breaks_it(text: str, cuts: list[int]) -> None:
+    parts = read(text, cuts)
+    assert parts == read(text)
+    assert not any(mark in part.text for part in parts for mark in MARKS.values())
+
+
+def test_marks_are_those_the_vocabulary_has() -> None:
+    assert marks_of({"<|tool_call>": 48}.get) == {48: CALL}
