@@ -70,8 +70,9 @@ def load(model: str, drafter: str, quant: str, threads: int | None, draft_tokens
     """Load a pair; notices go to stderr."""
     import paceline  # here, so that `paceline --help` starts at once
 
-    return paceline.load(model, drafter=drafter, quant=quant, threads=threads, draft_tokens=draft_tokens, notify=_note)
+    return paceline.load(model, drafter=drafter, quant=quant, threads=threads, draft_tokens=draft_tokens, notify=note)
 
 
-def _note(line: str) -> None:
+def note(line: str) -> None:
+    """A one-line notice, on stderr."""
     print(f"paceline: {line}", file=sys.stderr, flush=True)

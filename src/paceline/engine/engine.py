@@ -204,6 +204,13 @@ class Engine:
                 tokens = self._encode_chat([{"role": "user", "content": prompt}])
         else:
             tokens = self._encode_items(list(prompt))
+        return self._checked(tokens)
+
+    def encode_text(self, rendered: str) -> list[int]:
+        """Token ids of a prompt with all its special tokens written out, as a chat template gives it."""
+        return self._checked(self.tokenizer.encode(rendered))
+
+    def _checked(self, tokens: list[int]) -> list[int]:
         if not tokens:
             raise PromptError("the prompt is empty; give at least one token")
         beyond = next((token for token in tokens if not 0 <= token < self.backend.vocab_size), None)

@@ -9,6 +9,7 @@ One thread calls `tick`; others may `submit` and `cancel` meanwhile.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,8 @@ from paceline.engine.step import step
 from paceline.errors import BusyError
 from paceline.types import Event, Plan
 
+LEAST_CHUNK = 16  # rows cost about the same up to here
+
 Deliver = Callable[[Event], None]
 
 
@@ -35,16 +38,19 @@ class Scheduler:
         chunk: most prompt tokens read in one step.
         most_waiting: sequences that may wait for a slot.
         prefixes: beginnings of prompts that need not be read again; None to read all.
+        most_pause: seconds that a chunk of a prompt may hold up those who write.
     """
 
     backend: Backend
     chunk: int
     most_waiting: int = 64
     prefixes: PrefixCache | None = None
+    most_pause: float = 0.4
     running: list[Sequence] = field(default_factory=list)
     _waiting: deque[Sequence] = field(default_factory=deque)
     _planned: tuple[int, ...] = ()  # identities of the sequences that drafts were shared out among
     _ticks: int = 0  # since then
+    _row_seconds: float = 1.0  # that a row of a prompt took lately; at first a guess on the safe side
     _leaders: dict[int, tuple[Sequence, int]] = field(default_factory=dict)  # whom a sequence waits for, and its length
     _deliver: dict[int, Deliver] = field(default_factory=dict)  # by the sequence's identity
 
@@ -67,7 +73,7 @@ class Scheduler:
         Raises:
             BusyError: too many are waiting.
         """
-        if len(self._waiting) >= self.most_waiting:
+        if len(self._waiting) - (self.backend.slots - len(self.running)) >= self.most_waiting:
             raise BusyError(f"{len(self._waiting)} requests are waiting already; try again later")
         self._deliver[id(sequence)] = deliver
         self._waiting.append(sequence)
@@ -83,17 +89,29 @@ class Scheduler:
         chosen = self._choose()
         if not chosen:
             return
-        self._plan([s for s in chosen if not s.reading])
-        for sequence, event in zip(chosen, step(self.backend, chosen, self.chunk), strict=True):
+        writing = [s for s in chosen if not s.reading]
+        self._plan(writing)
+        for sequence, event in zip(chosen, self._step(chosen, alone=not writing), strict=True):
             if self.prefixes and (sequence.cached in sequence.branches or (event and not sequence.statistics.rounds)):
                 self.prefixes.keep(sequence.slot, sequence.tokens[: sequence.cached])
             if event and id(sequence) in self._deliver:
                 self._deliver[id(sequence)](event)
         self.sweep()
 
+    def _step(self, chosen: list[Sequence], alone: bool) -> list[Event | None]:
+        """Run a step. A prompt is read in chunks that take no longer than others are to wait."""
+        reader = chosen[-1] if chosen[-1].reading else None
+        if not reader:
+            return step(self.backend, chosen, self.chunk)
+        chunk = self.chunk if alone else int(min(self.chunk, max(LEAST_CHUNK, self.most_pause / self._row_seconds)))
+        before, started = reader.cached, time.perf_counter()
+        events = step(self.backend, chosen, chunk)
+        self._row_seconds = (time.perf_counter() - started) / max(1, min(reader.cached, reader.prompt_length) - before)
+        return events
+
     def sweep(self) -> None:
         """Let go of sequences that have ended, and give back their slots."""
-        for sequence in [s for s in self._waiting if s.finish]:
+        for sequence in [s for s in list(self._waiting) if s.finish]:
             self._waiting.remove(sequence)
             self._deliver.pop(id(sequence), None)
         for sequence in [s for s in self.running if s.finish]:
@@ -105,6 +123,15 @@ class Scheduler:
                 self.backend.truncate(sequence.slot, length)
                 self.prefixes.keep(sequence.slot, sequence.tokens[:length])
             self.backend.close_slot(sequence.slot)
+
+    def abandon(self) -> None:
+        """Let go of everything after a step has failed."""
+        for sequence in [*self.running, *self._waiting]:
+            sequence.finish = sequence.finish or "cancelled"
+        for sequence in self.running:
+            self.backend.close_slot(sequence.slot)
+        for held in (self.running, self._waiting, self._deliver, self._leaders):
+            held.clear()
 
     def _admit(self) -> None:
         while self._waiting and len(self.running) < self.backend.slots:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
+import jinja2.meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from paceline.errors import CheckpointError, PromptError
@@ -46,6 +47,7 @@ class ChatTemplate:
                 f"the chat template is not valid Jinja (line {error.lineno}: {error.message}); "
                 "download chat_template.jinja again, or use --raw"
             ) from error
+        self._variables = jinja2.meta.find_undeclared_variables(environment.parse(source))
         self._special_tokens = dict(special_tokens)
 
     @classmethod
@@ -68,6 +70,10 @@ class ChatTemplate:
         if source is None:
             return None
         return cls(source, _special_tokens(settings))
+
+    def knows(self, name: str) -> bool:
+        """Whether the template looks at a variable."""
+        return name in self._variables
 
     def render(
         self,
@@ -97,7 +103,15 @@ class ChatTemplate:
                 **self._special_tokens,
                 **variables,
             )
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+        except (
+            jinja2.TemplateError,
+            TypeError,
+            ValueError,
+            ArithmeticError,
+            LookupError,
+            AttributeError,
+            RecursionError,
+        ) as error:
             reason = " ".join(str(error).split())
             raise PromptError(
                 f"the model's chat template refuses the messages: {reason}; mend them or use --raw"

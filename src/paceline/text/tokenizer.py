@@ -10,7 +10,7 @@ from typing import Any
 import tokenizers
 
 from paceline.errors import CheckpointError, PromptError
-from paceline.text.detokenizer import Detokenizer
+from paceline.text.detokenizer import BYTE_OF_CHARACTER, BYTE_TOKEN, Detokenizer
 
 
 class Tokenizer:
@@ -88,6 +88,22 @@ class Tokenizer:
     def token_text(self, token: int) -> str | None:
         """A token's string in the vocabulary, which is not always the text it decodes to."""
         return self._backend.id_to_token(token)
+
+    def token_bytes(self, token: int) -> bytes:
+        """What a token adds to a text, special ones written out; part of a character's bytes for some."""
+        text = self.token_text(token)
+        if text is None:
+            return b""
+        if match := BYTE_TOKEN.fullmatch(text):
+            return bytes([int(match[1], 16)])
+        if token not in self.special_ids and self._decoder and self._decoder["type"] == "ByteLevel":
+            return bytes(BYTE_OF_CHARACTER[character] for character in text)
+        decoder = self.detokenizer(special=True)
+        return (decoder.push(token) + decoder.finish()).encode()
+
+    def dumps(self) -> str:
+        """The content of a `tokenizer.json`."""
+        return str(self._backend.to_str())
 
     def detokenizer(self, *, special: bool = False, marks: Mapping[int, str] | None = None) -> Detokenizer:
         """A fresh streaming decoder; the pieces it gives join to what `decode` gives.

@@ -1,0 +1,155 @@
+"""`paceline serve`: a model behind an OpenAI-compatible API, for one to a few users."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import re
+import socket
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from paceline.cli.options import (
+    DEFAULT_MODEL,
+    MODEL_HELP,
+    DrafterOption,
+    DraftTokensOption,
+    QuantOption,
+    ThreadsOption,
+    draft_tokens_of,
+    note,
+)
+from paceline.errors import BackendError, SettingsError
+
+UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
+
+
+def serve(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL")] = DEFAULT_MODEL,
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for all of this machine's.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen at.", min=0, max=65535)] = 8000,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Let in only who has this key; may be given again.", envvar="PACELINE_API_KEY", show_envvar=True
+        ),
+    ] = None,
+    served_name: Annotated[
+        list[str] | None,
+        typer.Option(help="Name of the model in the API; may be given again.", metavar="NAME", show_default=False),
+    ] = None,
+    slots: Annotated[int, typer.Option(help="Texts written at once; more wait for their turn.", min=1, max=64)] = 4,
+    queue: Annotated[int, typer.Option(help="Requests that may wait; more are refused (429).", min=0)] = 64,
+    context: Annotated[int | None, typer.Option(help="Tokens of a conversation at most.", show_default=False)] = None,
+    cache_memory: Annotated[
+        str, typer.Option(help="For beginnings of prompts, which are then not read again; 0 for none.", metavar="BYTES")
+    ] = "1G",
+    drafter: DrafterOption = "auto",
+    draft_tokens: DraftTokensOption = "auto",
+    quant: QuantOption = "auto",
+    threads: ThreadsOption = None,
+    timeout: Annotated[float, typer.Option(help="Seconds a request may take.", min=1)] = 3600,
+    max_body: Annotated[str, typer.Option(help="Largest request.", metavar="BYTES")] = "16M",
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write requests' contents to the log.")] = False,
+) -> None:
+    """Serve a model: OpenAI's API, and a page to try it at.
+
+    Chat, completions, responses, tools, structured output, streaming. Drafting
+    goes on in all of them. Stop with Ctrl-C: what is being written is finished
+    first, and a second Ctrl-C does not wait.
+
+    \b
+    Examples:
+      paceline serve                            (the bundled pair; open http://127.0.0.1:8000)
+      paceline serve google/gemma-4-E2B-it --quant q4
+      paceline serve ./gemma-4-E4B-it --host 0.0.0.0 --api-key secret
+    """
+    most_bytes, memory = bytes_of("--max-body", max_body), bytes_of("--cache-memory", cache_memory)
+    if any(not key.strip() for key in api_key or ()):
+        raise SettingsError("--api-key is empty; give a key, or leave the option out")
+    listening = _listen(host, port)  # before the weights are read: a port in use is said at once
+    import paceline
+
+    engine = paceline.load(
+        model,
+        drafter=drafter,
+        quant=quant,
+        threads=threads,
+        context=context,
+        slots=slots,
+        draft_tokens=draft_tokens_of(draft_tokens),
+        cache_memory=memory,
+        most_waiting=queue,
+        notify=note,
+    )
+    if engine.backend.can_draft:
+        engine.experience.priced()  # now, not while others are served: a request may ask for it
+    create, settings_of = _server()
+    settings = settings_of(
+        names=tuple(served_name or dict.fromkeys((model, Path(model).name))),
+        keys=tuple(key.strip() for key in api_key or ()),
+        hosts=(*LOOPBACK_NAMES, host) if _is_loopback(host) else (),
+        most_bytes=most_bytes,
+        most_seconds=timeout,
+        log_prompts=log_prompts,
+    )
+    if not settings.hosts and not settings.keys:
+        note(f"anyone who reaches {host} can use the model; set --api-key to let in only some")
+    _run(create(engine, settings), listening)
+
+
+def bytes_of(option: str, text: str) -> int:
+    """A size such as 512M or 1.5G.
+
+    Raises:
+        SettingsError: not one.
+    """
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,3})?)([KMG]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if not match:
+        raise SettingsError(f"{option} is {text!r}; give a size such as 512M or 2G")
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+def _server() -> tuple[type, type]:
+    """What the `server` extra brings."""
+    try:
+        from paceline.server.app import ServerSettings, create_app
+    except ImportError as error:
+        raise SettingsError(f"the server needs {error.name}; pip install 'paceline[server]'") from error
+    return create_app, ServerSettings  # type: ignore[return-value]
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen(128)
+    except OSError as error:
+        raise BackendError(f"cannot listen at {host} port {port} ({error.strerror}); choose another --port") from error
+    return listening
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _run(app: object, listening: socket.socket) -> None:
+    import uvicorn
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    host, port = listening.getsockname()[:2]
+    name = f"[{host}]" if ":" in host else host
+    note(f"listening at http://{name}:{port}/ (API at http://{name}:{port}/v1); Ctrl-C stops")
+    config = uvicorn.Config(app, log_config=None, server_header=False, lifespan="on")  # type: ignore[arg-type]
+    uvicorn.Server(config).run(sockets=[listening])

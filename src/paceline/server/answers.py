@@ -1,0 +1,134 @@
+"""One choice of an answer as it comes: what each round adds to it, and what it has become."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any
+
+from paceline.engine.sequence import Sequence
+from paceline.text.answer import AnswerReader, Part
+from paceline.text.tokenizer import Tokenizer
+from paceline.types import Event, Piece, Sampling, Statistics
+
+LEAST_LOGPROB = -9999.0  # JSON has no infinity
+
+
+class Choice:
+    """An answer that is being written.
+
+    Args:
+        sequence: its sequence.
+        tokenizer: for the texts of single tokens.
+        in_thought: the prompt has opened a thought.
+        plain: the text is what it is, without thoughts and calls.
+    """
+
+    def __init__(self, sequence: Sequence, tokenizer: Tokenizer, in_thought: bool = False, plain: bool = False) -> None:
+        self._sequence, self._tokenizer = sequence, tokenizer
+        self._reader = None if plain else AnswerReader(in_thought)
+        self.content = self.thought = ""
+        self.calls: list[dict[str, Any]] = []
+        self.logprobs: list[tuple[Piece, str]] = []  # pieces of the content, and the text of each
+        self.tokens = self.thought_tokens = 0
+        self.finish: str | None = None
+
+    def push(self, event: Event) -> tuple[list[Part], list[Piece]]:
+        """Take what a round added.
+
+        Returns:
+            Its parts, in order, and the tokens of the content.
+        """
+        parts: list[Part] = []
+        pieces: list[Piece] = []
+        for piece in event.pieces:
+            came = self._read(piece.text)
+            parts += came
+            self.tokens += 1
+            self.thought_tokens += any(part.kind == "thought" for part in came)
+            if self._reader is None or not came or came[-1].kind == "content":
+                pieces.append(piece)
+        parts += self._read(event.rest)
+        if event.finish:
+            parts += self._reader.finish() if self._reader else []
+            self.finish = "tool_calls" if self.calls or any(p.kind == "call" for p in parts) else event.finish
+        for part in parts:
+            self._take(part)
+        return parts, pieces
+
+    def _read(self, text: str) -> list[Part]:
+        if self._reader:
+            return self._reader.push(text)
+        return [Part("content", text)] if text else []
+
+    def _take(self, part: Part) -> None:
+        match part.kind:
+            case "content":
+                self.content += part.text
+            case "thought":
+                self.thought += part.text
+            case "call":
+                self.calls.append({"id": f"call_{secrets.token_hex(12)}", "name": part.text, "arguments": ""})
+            case "arguments":
+                self.calls[-1]["arguments"] += part.text
+
+    @property
+    def statistics(self) -> Statistics:
+        return self._sequence.statistics
+
+    @property
+    def sampling(self) -> Sampling:
+        return self._sequence.rule.sampling
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """How the answer was made: what no other server tells."""
+        s = self.statistics
+        return {
+            "rounds": s.rounds,
+            "drafted": s.drafted,
+            "accepted": s.accepted,
+            "acceptance_length": round(s.acceptance_length, 3),
+            "acceptance_by_depth": [round(share, 3) for share in s.acceptance_by_depth],
+            "tokens_per_second": round(s.tokens_per_second, 2),
+            "prompt_seconds": round(s.prompt_seconds, 4),
+            "queue_seconds": round(s.queue_seconds, 4),
+            "seed": self.sampling.seed,
+        }
+
+    def token_report(self, piece: Piece) -> dict[str, Any] | None:
+        """A token's log-probabilities as chat completions tell them; None if they were not asked for."""
+        if piece.logprobs is None:
+            return None
+        top = [self._token(token, value) for token, value in piece.logprobs.top]
+        return {**self._token(piece.token, piece.logprobs.token), "top_logprobs": top}
+
+    def _token(self, token: int, logprob: float) -> dict[str, Any]:
+        raw = self._tokenizer.token_bytes(token)
+        return {"token": raw.decode(errors="replace"), "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(raw)}
+
+
+def round_report(event: Event) -> dict[str, Any]:
+    """Where the tokens of a round came from: each one's text and its draft depth, 0 for the target's own."""
+    pieces = [[piece.text, piece.depth] for piece in event.pieces]
+    if event.rest:
+        pieces.append([event.rest, 0])
+    return {"drafted": event.drafted, "accepted": event.accepted, "pieces": pieces}
+
+
+def usage_of(choices: list[Choice], prompts: int = 1) -> dict[str, Any]:
+    """Counts of tokens: each prompt once, all choices together.
+
+    Args:
+        choices: those of the first prompt, then of the second, ...
+        prompts: how many.
+    """
+    firsts = choices[:: max(1, len(choices) // prompts)]
+    prompt_tokens = sum(choice.statistics.prompt_tokens for choice in firsts)
+    written = sum(choice.tokens for choice in choices)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": written,
+        "total_tokens": prompt_tokens + written,
+        "prompt_tokens_details": {"cached_tokens": sum(choice.statistics.cached_tokens for choice in firsts)},
+        "completion_tokens_details": {"reasoning_tokens": sum(choice.thought_tokens for choice in choices)},
+    }

@@ -1,0 +1,285 @@
+"""The server: paths, and what is common to them. The answers themselves are made in modules of their own.
+
+Slow work that needs no model (templates, tokens, grammars) is done on other threads, so that it disturbs no stream.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, PlainTextResponse
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from paceline import __version__
+from paceline.engine.engine import Engine
+from paceline.errors import PacelineError, SettingsError
+from paceline.server.answers import Choice
+from paceline.server.chat import Chat
+from paceline.server.completions import Completion
+from paceline.server.guard import Guard
+from paceline.server.metrics import Metrics
+from paceline.server.prompts import Prepared, Preparer, choices_of
+from paceline.server.responses import Responding, as_chat
+from paceline.server.runner import Job, Runner
+from paceline.server.schemas import (
+    Body,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    Generating,
+    ResponsesRequest,
+    TokenizeRequest,
+)
+from paceline.server.wire import EventStream, Json, answer_unless_gone, error_response, failure
+
+logger = logging.getLogger("paceline")
+
+PLAYGROUND = Path(__file__).with_name("playground.html")
+PAGE_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+)
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"description": text, "content": {"application/json": {"schema": {"type": "object"}}}}
+    for status, text in {
+        400: "The request cannot be answered; the message says why.",
+        401: "No valid API key.",
+        403: "Called by a name that is not this server's.",
+        404: "No such model.",
+        408: "The request took too long.",
+        413: "The request is too large.",
+        422: "Not given: what does not fit is answered with 400.",
+        429: "Too many requests wait already.",
+        503: "The server is being stopped.",
+    }.items()
+    if status != 422
+}
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """How an engine is served."""
+
+    names: tuple[str, ...] = ("paceline",)  # of the model; the first is the one that answers carry
+    keys: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()  # names this server may be called by; none: any
+    most_bytes: int = 16 << 20  # of a request
+    most_seconds: float = 3600.0  # a request may take
+    log_prompts: bool = False
+
+
+@dataclass
+class Service:
+    """What the paths share."""
+
+    engine: Engine
+    settings: ServerSettings
+    started: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        self.metrics = Metrics(self.engine, self.settings.names[0])
+        self.preparer = Preparer(self.engine)
+        self.runner = Runner(self.engine, self.metrics, self.settings.most_seconds)
+        draft = "mtp" if self.engine.backend.can_draft else "plain"
+        self.fingerprint = f"paceline-{__version__}-{self.engine.quant}-{draft}"
+
+    @property
+    def model(self) -> str:
+        return self.settings.names[0]
+
+    def check_model(self, name: str | None) -> None:
+        """Raise if a request is for another model."""
+        if name is not None and name not in self.settings.names:
+            raise HTTPException(404, f"there is no model {name!r} here; this server has {self.model!r}")
+
+    async def prepare(self, work: Callable[[Any], Any], body: Generating, argument: Any) -> Any:
+        """Do the slow part of a request on a thread of its own."""
+        self.check_model(body.model)
+        if self.settings.log_prompts:
+            logger.info("request: %s", body.model_dump_json(exclude_none=True))
+        try:
+            return await run_in_threadpool(work, argument)
+        except RecursionError as error:
+            raise SettingsError("the request is nested too deeply; make it flatter") from error
+
+    def submit(self, prompts: list[Prepared]) -> tuple[Job, list[Choice]]:
+        """Let the choices of some prompts run."""
+        sequences, choices = [], []
+        for prompt in prompts:
+            for request in choices_of(prompt):
+                sequence = self.engine.sequence(prompt.tokens, request)
+                choice = Choice(sequence, self.engine.tokenizer, prompt.in_thought, plain=not request.marks)
+                sequences.append(sequence)
+                choices.append(choice)
+        return self.runner.submit(sequences), choices
+
+
+def create_app(engine: Engine, settings: ServerSettings) -> FastAPI:
+    """The server of a loaded pair, as an ASGI application."""
+    service = Service(engine, settings)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        service.runner.start()
+        yield
+        await service.runner.stop()
+
+    app = FastAPI(
+        title="paceline",
+        version=__version__,
+        summary="Gemma 4 with its MTP drafters: OpenAI's API, and the model's own text.",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        default_response_class=Json,
+    )
+    app.state.service = service
+    app.add_middleware(Guard, keys=settings.keys, hosts=settings.hosts, most_bytes=settings.most_bytes)
+    _handle_errors(app)
+    _add_generation(app, service)
+    _add_tokens(app, service)
+    _add_state(app, service)
+    return app
+
+
+def _add_generation(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/chat/completions", responses=ERRORS)
+    async def chat_completions(request: Request, body: ChatRequest) -> Response:
+        prepared = await service.prepare(service.preparer.chat, body, body)
+        job, choices = service.submit([prepared])
+        answer = Chat(job, choices, body, service.model, service.fingerprint)
+        if body.stream:
+            return EventStream(job, answer.chunks(), _headers(body))
+        return await answer_unless_gone(request, job, _json(answer.whole(), body))
+
+    @app.post("/v1/completions", responses=ERRORS)
+    async def completions(request: Request, body: CompletionRequest) -> Response:
+        prompts = await service.prepare(service.preparer.completions, body, body)
+        tokenizer = service.engine.tokenizer
+        echoes = [tokenizer.decode(p.tokens) if body.echo else "" for p in prompts for _ in range(p.choices)]
+        job, choices = service.submit(prompts)
+        answer = Completion(job, choices, body, echoes, service.model, service.fingerprint)
+        if body.stream:
+            return EventStream(job, answer.chunks(tokenizer), _headers(body))
+        return await answer_unless_gone(request, job, _json(answer.whole(tokenizer), body))
+
+    @app.post("/v1/responses", responses=ERRORS)
+    async def responses(request: Request, body: ResponsesRequest) -> Response:
+        prepared = await service.prepare(lambda body: service.preparer.chat(as_chat(body)), body, body)
+        job, [choice] = service.submit([prepared])
+        answer = Responding(job, choice, body, service.model)
+        if body.stream:
+            return EventStream(job, answer.chunks(), _headers(body))
+        return await answer_unless_gone(request, job, _json(answer.whole(), body))
+
+
+def _add_tokens(app: FastAPI, service: Service) -> None:
+    engine = service.engine
+
+    def tokens_of(body: TokenizeRequest) -> list[int]:
+        if (body.prompt is None) == (body.messages is None):
+            raise SettingsError("give prompt or messages, and not both")
+        if body.messages is None:
+            return engine.tokenizer.encode(body.prompt or "", bos=body.add_special_tokens is not False)
+        return service.preparer.render(body.messages, body.tools or [], body.chat_template_kwargs or {})[1]
+
+    @app.post("/tokenize", responses=ERRORS)
+    async def tokenize(body: TokenizeRequest) -> Response:
+        service.check_model(body.model)
+        tokens = await run_in_threadpool(tokens_of, body)
+        answer: dict[str, Any] = {"count": len(tokens), "max_model_len": engine.backend.context, "tokens": tokens}
+        if body.return_token_strs:
+            texts = [engine.tokenizer.token_bytes(token).decode(errors="replace") for token in tokens]
+            answer["token_strs"] = texts
+        return Json(answer, headers=_headers(body))
+
+    @app.post("/detokenize", responses=ERRORS)
+    async def detokenize(body: DetokenizeRequest) -> Response:
+        service.check_model(body.model)
+        return Json({"prompt": await run_in_threadpool(engine.tokenizer.decode, body.tokens)}, headers=_headers(body))
+
+
+def _add_state(app: FastAPI, service: Service) -> None:
+    @app.get("/v1/models", responses=ERRORS)
+    async def models() -> Response:
+        return Json({"object": "list", "data": [_model(service, name) for name in service.settings.names]})
+
+    @app.get("/v1/models/{name:path}", responses=ERRORS)
+    async def model(name: str) -> Response:
+        service.check_model(name)
+        return Json(_model(service, name))
+
+    @app.get("/health")
+    async def health() -> Response:
+        return Json({"status": "ok"})
+
+    @app.get("/metrics", responses=ERRORS)
+    async def metrics() -> Response:
+        return PlainTextResponse(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/", include_in_schema=False)
+    async def playground() -> Response:
+        return HTMLResponse(
+            PLAYGROUND.read_bytes(),
+            headers={"content-security-policy": PAGE_POLICY, "x-content-type-options": "nosniff"},
+        )
+
+
+def _model(service: Service, name: str) -> dict[str, Any]:
+    engine = service.engine
+    return {
+        "id": name,
+        "object": "model",
+        "created": service.started,
+        "owned_by": "paceline",
+        "max_model_len": engine.backend.context,
+        "paceline": {
+            "version": __version__,
+            "quant": engine.quant,
+            "threads": engine.threads,
+            "drafter": engine.backend.can_draft,
+            "slots": engine.backend.slots,
+            "chat": engine.chat_template is not None,
+            "thinks": engine.chat_template is not None and engine.chat_template.knows("enable_thinking"),
+            "sampling": {name: getattr(engine.sampling, name) for name in ("temperature", "top_k", "top_p", "min_p")},
+        },
+    }
+
+
+def _headers(body: Body) -> dict[str, str]:
+    names = ",".join(name for name in body.ignored if name.isidentifier() and name.isascii())
+    return {"x-paceline-ignored": names[:1000]} if names else {}
+
+
+async def _json(whole: Any, body: Body) -> Response:
+    return Json(await whole, headers=_headers(body))
+
+
+def _handle_errors(app: FastAPI) -> None:
+    async def refuse(_: Request, error: Exception) -> Response:
+        return failure(error)
+
+    async def invalid(_: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        first = error.errors()[0]
+        place = ".".join(str(step) for step in first["loc"] if step != "body")
+        return error_response(400, f"{place or 'the body'}: {first['msg']}", param=place or None)
+
+    async def http(_: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        code = "model_not_found" if error.status_code == 404 and "model" in error.detail else None
+        return error_response(error.status_code, str(error.detail), code=code, headers=error.headers)
+
+    app.add_exception_handler(PacelineError, refuse)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(Exception, refuse)

@@ -1,0 +1,254 @@
+"""`/v1/responses`: the same conversation in OpenAI's newer form. https://platform.openai.com/docs/api-reference/responses
+
+Nothing is stored between requests: a client sends the whole conversation. An answer is a list of items (thoughts, a
+message, calls), and a stream tells of each item's beginning, growth and end.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+from paceline.server.answers import Choice, round_report
+from paceline.server.runner import Job
+from paceline.server.schemas import (
+    Called,
+    CalledFunction,
+    ChatMessage,
+    ChatRequest,
+    ChosenFunction,
+    ChosenTool,
+    Function,
+    InputCall,
+    InputCallOutput,
+    InputMessage,
+    JsonSchema,
+    ResponseFormat,
+    ResponsesRequest,
+    ResponseToolChoice,
+    Tool,
+)
+from paceline.server.wire import KEEP_ALIVE_SECONDS
+from paceline.text.answer import Part
+
+ITEM_OF = {"content": "message", "thought": "reasoning"}
+
+
+def as_chat(body: ResponsesRequest) -> ChatRequest:
+    """The same request as a chat completion."""
+    choice = body.tool_choice
+    wanted = body.text.format if body.text else None
+    schema = None
+    if wanted and wanted.type == "json_schema":
+        schema = JsonSchema.model_validate({"name": wanted.name, "schema": wanted.schema_ or {}})
+    shared = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "draft_tokens", "acceptance_rule")
+    return ChatRequest(
+        messages=_messages(body),
+        max_tokens=body.max_output_tokens,
+        tools=[
+            Tool(type="function", function=Function(**tool.model_dump(exclude={"type"}))) for tool in body.tools or ()
+        ]
+        or None,
+        tool_choice=ChosenTool(type="function", function=ChosenFunction(name=choice.name))
+        if isinstance(choice, ResponseToolChoice)
+        else choice,
+        parallel_tool_calls=body.parallel_tool_calls,
+        response_format=ResponseFormat(type=wanted.type, json_schema=schema) if wanted else None,
+        reasoning_effort=body.reasoning.effort if body.reasoning else None,
+        logprobs=True if body.top_logprobs is not None else None,
+        top_logprobs=body.top_logprobs,
+        **{name: getattr(body, name) for name in shared},
+    )
+
+
+def _messages(body: ResponsesRequest) -> list[ChatMessage]:
+    items = [InputMessage(role="user", content=body.input)] if isinstance(body.input, str) else body.input
+    messages = [ChatMessage(role="system", content=body.instructions)] if body.instructions else []
+    for item in items:
+        match item:
+            case InputMessage():
+                messages.append(ChatMessage(role=item.role, content=item.content))
+            case InputCall():
+                call = Called(id=item.call_id, function=CalledFunction(name=item.name, arguments=item.arguments))
+                if messages and messages[-1].role == "assistant":
+                    messages[-1].tool_calls = [*(messages[-1].tool_calls or ()), call]
+                else:
+                    messages.append(ChatMessage(role="assistant", tool_calls=[call]))
+            case InputCallOutput():
+                messages.append(ChatMessage(role="tool", tool_call_id=item.call_id, content=item.output))
+    return messages
+
+
+class Responding:
+    """One request's answer.
+
+    Args:
+        job: its sequence.
+        choice: what it becomes.
+        body: the request.
+        model: the name to answer under.
+    """
+
+    def __init__(self, job: Job, choice: Choice, body: ResponsesRequest, model: str) -> None:
+        self._job, self._choice, self._body, self._model = job, choice, body, model
+        self._id, self._created = f"resp_{secrets.token_hex(16)}", int(time.time())
+        self._items: list[dict[str, Any]] = []
+        self._kind = ""  # of the item that is being written
+        self._logprobs: list[dict[str, Any]] = []
+        self._number = 0  # of the next event
+
+    async def whole(self) -> dict[str, Any]:
+        """The answer in one piece."""
+        async for _ in self._events():
+            pass
+        return self._response(self._status)
+
+    async def chunks(self) -> AsyncIterator[dict[str, Any] | str | None]:
+        """The answer as it comes, for server-sent events."""
+        for name in ("response.created", "response.in_progress"):
+            yield self._event(name, response=self._response("in_progress"))
+        async for event in self._events(KEEP_ALIVE_SECONDS):
+            yield event
+        yield self._event(f"response.{self._status}", response=self._response(self._status))
+
+    @property
+    def _status(self) -> str:
+        return "incomplete" if self._choice.finish == "length" else "completed"
+
+    async def _events(self, most_wait: float = 1e9) -> AsyncIterator[dict[str, Any] | None]:
+        async for came in self._job.events(most_wait):
+            if came is None:
+                yield None
+                continue
+            _, event = came
+            parts, pieces = self._choice.push(event)
+            reports = [report for piece in pieces if (report := self._choice.token_report(piece))]
+            self._logprobs += reports
+            for part in parts:
+                for one in self._part(part):
+                    yield one
+            if self._body.return_rounds:
+                yield self._event("paceline.round", round=round_report(event))
+        for one in self._end_item():
+            yield one
+
+    def _part(self, part: Part) -> Iterator[dict[str, Any]]:
+        kind = ITEM_OF.get(part.kind, "function_call")
+        if kind != self._kind or part.kind == "call":
+            yield from self._end_item()
+            yield from self._begin_item(kind, part)
+        if part.kind == "call":
+            return
+        item, where = self._items[-1], self._where()
+        match kind:
+            case "message":
+                item["content"][0]["text"] += part.text
+                name, more = "response.output_text.delta", {"content_index": 0, "logprobs": []}
+            case "reasoning":
+                item["content"][0]["text"] += part.text
+                name, more = "response.reasoning_text.delta", {"content_index": 0}
+            case _:
+                item["arguments"] += part.text
+                name, more = "response.function_call_arguments.delta", {}
+        yield self._event(name, delta=part.text, **where, **more)
+
+    def _begin_item(self, kind: str, part: Part) -> Iterator[dict[str, Any]]:
+        self._kind = kind
+        item: dict[str, Any] = {"type": kind, "status": "in_progress"}
+        match kind:
+            case "message":
+                item |= {"id": f"msg_{secrets.token_hex(12)}", "role": "assistant", "content": []}
+            case "reasoning":
+                item |= {"id": f"rs_{secrets.token_hex(12)}", "summary": [], "content": []}
+            case _:
+                call = next(call for call in self._choice.calls if call["id"] not in self._call_ids)
+                item |= {"id": f"fc_{secrets.token_hex(12)}", "call_id": call["id"], "name": part.text, "arguments": ""}
+        self._items.append(item)
+        yield self._event("response.output_item.added", output_index=len(self._items) - 1, item=_copy(item))
+        if kind != "function_call":
+            item["content"].append(_content(kind))
+            name = "response.content_part.added"
+            yield self._event(name, content_index=0, part=_content(kind), **self._where())
+
+    def _end_item(self) -> Iterator[dict[str, Any]]:
+        if not self._kind:
+            return
+        item, where = self._items[-1], self._where()
+        item["status"] = "completed" if self._choice.finish != "length" else "incomplete"
+        if self._kind == "function_call":
+            done = {"name": item["name"], "arguments": item["arguments"]}
+            yield self._event("response.function_call_arguments.done", **done, **where)
+        else:
+            part = item["content"][0]
+            if self._kind == "message":
+                part["logprobs"] = self._logprobs
+                done = {"text": part["text"], "logprobs": self._logprobs}
+                yield self._event("response.output_text.done", content_index=0, **done, **where)
+            else:
+                yield self._event("response.reasoning_text.done", content_index=0, text=part["text"], **where)
+            yield self._event("response.content_part.done", content_index=0, part=dict(part), **where)
+        yield self._event("response.output_item.done", output_index=len(self._items) - 1, item=_copy(item))
+        self._kind = ""
+
+    @property
+    def _call_ids(self) -> set[str]:
+        return {item["call_id"] for item in self._items if item["type"] == "function_call"}
+
+    def _where(self) -> dict[str, Any]:
+        return {"item_id": self._items[-1]["id"], "output_index": len(self._items) - 1}
+
+    def _event(self, kind: str, **fields: Any) -> dict[str, Any]:
+        number, self._number = self._number, self._number + 1
+        return {"type": kind, "sequence_number": number, **fields}
+
+    def _response(self, status: str) -> dict[str, Any]:
+        body, done = self._body, status != "in_progress"
+        sampling = self._choice.sampling
+        return {
+            "id": self._id,
+            "object": "response",
+            "created_at": self._created,
+            "status": status,
+            "model": self._model,
+            "output": [_copy(item) for item in self._items],
+            "error": None,
+            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+            "instructions": body.instructions,
+            "metadata": {},
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_output_tokens": body.max_output_tokens,
+            "tool_choice": body.tool_choice.model_dump()
+            if isinstance(body.tool_choice, ResponseToolChoice)
+            else body.tool_choice or "auto",
+            "tools": [
+                {"strict": None, "parameters": None, **tool.model_dump(exclude_none=True)} for tool in body.tools or ()
+            ],
+            "store": False,
+            "usage": self._usage() if done else None,
+            **({"paceline": self._choice.report} if done else {}),
+        }
+
+    def _usage(self) -> dict[str, Any]:
+        choice = self._choice
+        return {
+            "input_tokens": choice.statistics.prompt_tokens,
+            "input_tokens_details": {"cached_tokens": choice.statistics.cached_tokens},
+            "output_tokens": choice.tokens,
+            "output_tokens_details": {"reasoning_tokens": choice.thought_tokens},
+            "total_tokens": choice.statistics.prompt_tokens + choice.tokens,
+        }
+
+
+def _content(kind: str) -> dict[str, Any]:
+    if kind == "message":
+        return {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+    return {"type": "reasoning_text", "text": ""}
+
+
+def _copy(item: dict[str, Any]) -> dict[str, Any]:
+    """As it is now: it goes on growing."""
+    return {**item, "content": [dict(part) for part in item["content"]]} if "content" in item else dict(item)
