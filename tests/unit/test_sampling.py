@@ -9,6 +9,7 @@ import pytest
 
 from paceline.decode.rules import Coupled
 from paceline.decode.sampling import History, adjusted, check_sampling, logprobs_of
+from paceline.decode.verify import verify
 from paceline.errors import SettingsError
 from paceline.types import Line, Sampling
 
@@ -25,6 +26,7 @@ from paceline.types import Line, Sampling
         ({"top_p": math.nan}, "top_p is nan"),
         ({"min_p": 2.0}, "min_p is 2.0"),
         ({"top_k": -1}, "top_k is -1"),
+        ({"top_k": 1 << 63}, "top_k is 9223372036854775808"),
         ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
         ({"repetition_penalty": math.nan}, "repetition_penalty is nan"),
         ({"presence_penalty": math.nan}, "presence_penalty is nan"),
@@ -91,3 +93,30 @@ def test_logprobs() -> None:
     assert sum(math.exp(value) for _, value in logprobs_of(LOGITS, 0, 99, 1.0).top) == pytest.approx(1)
     tied = logprobs_of(np.zeros(6, np.float32), 0, 2, 1.0)
     assert [token for token, _ in tied.top] == [0, 1]
+
+
+class Only:
+    """A grammar that allows some tokens at each place."""
+
+    def __init__(self, *places: set[int]) -> None:
+        self.places, self.written = list(places), []
+
+    def allowed(self) -> np.ndarray:
+        return np.isin(np.arange(5), list(self.places[len(self.written)]))
+
+    def advance(self, token: int) -> None:
+        self.written.append(token)
+
+
+def test_a_grammar_masks_each_row_of_a_line_at_its_own_place() -> None:
+    rule, grammar = Coupled(), Only({1, 2}, {0, 3}, {4})
+    commit = verify(np.stack([LOGITS] * 3), Line((2, 0)), rule, History((), grammar), 7)
+    assert (commit.tokens, grammar.written) == ((2, 0, 4), [2, 0, 4])
+    grammar = Only({1, 2}, {0, 3}, {4})
+    commit = verify(np.stack([LOGITS] * 3), Line((4, 0)), rule, History((), grammar), 7)
+    assert (commit.tokens, grammar.written) == ((2,), [2])  # the draft was not allowed, and nothing went beyond it
+
+
+def test_a_grammar_wins_over_suppressed_tokens() -> None:
+    settled = adjusted(LOGITS, Sampling(suppressed=(1, 2)), History((), Only({1, 2})))
+    assert np.flatnonzero(settled > -np.inf).tolist() == [1, 2]

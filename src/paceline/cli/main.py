@@ -11,17 +11,19 @@ import typer
 
 from paceline import __version__
 from paceline.cli.bench import bench
+from paceline.cli.chat import chat
 from paceline.cli.convert import convert
 from paceline.cli.demo import demo
 from paceline.cli.generate import generate
 from paceline.cli.inspect import inspect
+from paceline.cli.serve import serve
 from paceline.cli.verify import verify
 from paceline.errors import PacelineError
 
 USER_ERROR = 2
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
-for verb in (generate, demo, inspect, convert, verify):
+for verb in (generate, serve, chat, demo, inspect, convert, verify):
     app.command()(verb)
 app.add_typer(bench, name="bench")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 import re
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -151,5 +152,7 @@ def _run(app: object, listening: socket.socket) -> None:
     host, port = listening.getsockname()[:2]
     name = f"[{host}]" if ":" in host else host
     note(f"listening at http://{name}:{port}/ (API at http://{name}:{port}/v1); Ctrl-C stops")
+    for number in (signal.SIGINT, signal.SIGTERM):  # raised once more when all is finished: that is no failure
+        signal.signal(number, lambda *_: None)
     config = uvicorn.Config(app, log_config=None, server_header=False, lifespan="on")  # type: ignore[arg-type]
     uvicorn.Server(config).run(sockets=[listening])

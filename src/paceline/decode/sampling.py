@@ -36,8 +36,8 @@ def check_sampling(sampling: Sampling, vocab_size: int) -> Sampling:
             raise SettingsError(f"{name} is {value}; it must be {between}")
     if 0 < sampling.temperature < 1e-4:
         raise SettingsError(f"temperature is {sampling.temperature}; use 0 for greedy decoding, or 0.0001 and more")
-    if sampling.top_k < 0:
-        raise SettingsError(f"top_k is {sampling.top_k}; it must be 0 (all tokens) or more")
+    if not 0 <= sampling.top_k < 1 << 63:
+        raise SettingsError(f"top_k is {sampling.top_k}; it must be 0 (all tokens) or more, and below 2^63")
     if sampling.seed is not None and not 0 <= sampling.seed < 1 << 64:
         raise SettingsError(f"seed is {sampling.seed}; it must be between 0 and 2^64 - 1")
     for token, value in sampling.bias:

@@ -160,7 +160,7 @@ class Engine:
         depth = check_draft_tokens(self.draft_tokens if depth is None else depth)
         auto = depth == "auto" and self.backend.can_draft
         return Sequence(
-            tokens=tokens,
+            tokens=list(tokens),
             rule=self.rule(request.acceptance_rule, request.sampling),
             draft_tokens=None if depth == "auto" else depth,
             max_tokens=request.max_tokens,

@@ -236,7 +236,7 @@ class Responding:
         choice = self._choice
         return {
             "input_tokens": choice.statistics.prompt_tokens,
-            "input_tokens_details": {"cached_tokens": choice.statistics.cached_tokens},
+            "input_tokens_details": {"cached_tokens": choice.statistics.cached_tokens, "cache_write_tokens": 0},
             "output_tokens": choice.tokens,
             "output_tokens_details": {"reasoning_tokens": choice.thought_tokens},
             "total_tokens": choice.statistics.prompt_tokens + choice.tokens,

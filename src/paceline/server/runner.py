@@ -65,7 +65,8 @@ class Job:
                 async with asyncio.timeout(min(left, most_wait)):
                     index, event = await self._events.get()
             except TimeoutError:
-                yield None
+                if most_wait < left:
+                    yield None
                 continue
             if event is None:
                 raise EngineFault
@@ -95,12 +96,13 @@ class Runner:
         self._stopping = False
         self._outbox: list[tuple[Job, int, Event | None]] = []
         self._jobs: set[Job] = set()
-        self._thread = threading.Thread(target=self._run, name="paceline-engine", daemon=True)
+        self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def start(self) -> None:
         """Begin, for the event loop that runs now."""
-        self._loop = asyncio.get_running_loop()
+        self._loop, self._stopping = asyncio.get_running_loop(), False
+        self._thread = threading.Thread(target=self._run, name="paceline-engine", daemon=True)
         self._thread.start()
 
     async def stop(self) -> None:
@@ -108,7 +110,8 @@ class Runner:
         with self._wake:
             self._stopping = True
             self._wake.notify()
-        await asyncio.to_thread(self._thread.join)
+        if self._thread:
+            await asyncio.to_thread(self._thread.join)
 
     def submit(self, sequences: Items[Sequence]) -> Job:
         """Let sequences run.

@@ -1,0 +1,147 @@
+"""`paceline chat`: a conversation in a terminal, or one turn a line from a pipe."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from paceline.cli import options as opt
+from paceline.cli import sampling as draw
+from paceline.errors import PacelineError, PromptError
+
+if TYPE_CHECKING:
+    from paceline import Engine
+
+    Message = dict[str, str]  # role and content
+from paceline.cli.chat_terminal import Terminal
+from paceline.cli.conversation import Conversation, Turn, checked, figures
+
+CACHE_MEMORY = 1 << 30  # bytes for what was read of the conversation
+
+
+def chat(
+    model: opt.ModelOption = opt.DEFAULT_MODEL,
+    drafter: opt.DrafterOption = "auto",
+    system: Annotated[str, typer.Option(help="The system prompt.", metavar="TEXT", show_default=False)] = "",
+    max_tokens: opt.MaxTokensOption = 1024,
+    draft_tokens: opt.DraftTokensOption = "auto",
+    quant: opt.QuantOption = "auto",
+    threads: opt.ThreadsOption = None,
+    context: Annotated[
+        int | None,
+        typer.Option(help="Tokens a conversation may hold; the model's limit, at most 32768, if not given.", min=2),
+    ] = None,
+    temperature: draw.TemperatureOption = None,
+    top_k: draw.TopKOption = None,
+    top_p: draw.TopPOption = None,
+    min_p: draw.MinPOption = None,
+    repetition_penalty: draw.RepetitionOption = None,
+    presence_penalty: draw.PresenceOption = None,
+    frequency_penalty: draw.FrequencyOption = None,
+    logit_bias: draw.BiasOption = None,
+    seed: draw.SeedOption = None,
+    stop: draw.StopOption = None,
+) -> None:
+    """Talk with a model.
+
+    What was read of the conversation is kept, so each turn reads only what is
+    new. /help lists the commands. From a pipe, each line is one message:
+    answers go to stdout, all else to stderr.
+
+    \b
+    Examples:
+      paceline chat -m google/gemma-4-E2B-it
+      paceline chat -m ./gemma-4-E2B-it --quant q4 --system "Answer in one line."
+      paceline chat --temperature 0.7 < questions.txt
+    """
+    import paceline
+    from paceline.text.stops import check_stops
+
+    engine = paceline.load(
+        model,
+        drafter=drafter,
+        quant=quant,
+        threads=threads,
+        context=context,
+        draft_tokens=opt.draft_tokens_of(draft_tokens),
+        cache_memory=CACHE_MEMORY,
+        notify=_note,
+    )
+    if engine.chat_template is None:
+        raise PromptError(f"{model}: has no chat template; use paceline generate --raw, or the -it model")
+    sampling = draw.sampling_of(
+        engine.sampling,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        bias=logit_bias,
+        seed=seed,
+    )
+    conversation = Conversation(engine, checked(sampling, engine), max_tokens, check_stops(stop or ()), system=system)
+    interactive = all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
+    converse(conversation, Terminal(_title(model, engine)) if interactive else Pipe())
+
+
+def converse(conversation: Conversation, screen: Pipe | Terminal) -> None:
+    """Take lines until they end. An error costs a turn, not the conversation."""
+    for line in screen.lines():
+        try:
+            reply = conversation.take(line)
+            if reply.text:
+                screen.say(reply.text)
+            if reply.turn:
+                screen.show(reply.turn)
+            if reply.end:
+                return
+        except PacelineError as error:
+            screen.complain(" ".join(str(error).split()))
+        except KeyboardInterrupt:
+            if isinstance(screen, Pipe):
+                raise
+        except MemoryError:
+            screen.complain("not enough memory for this; /clear, or start again with --quant q4")
+
+
+class Pipe:
+    """One message a line; answers to stdout, all else to stderr."""
+
+    def lines(self) -> Iterator[str]:
+        if sys.stdin is None:
+            raise PromptError("stdin: is closed; give messages, one a line")
+        for line in sys.stdin.buffer:
+            try:
+                yield line.decode()
+            except UnicodeDecodeError:
+                self.complain("stdin: this line is not UTF-8 text; convert it first, for example with iconv -t UTF-8")
+
+    def say(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    def complain(self, text: str) -> None:
+        _note(f"error: {text}")
+
+    def show(self, turn: Turn) -> None:
+        with turn:
+            try:
+                for event in turn:
+                    print(event.text, end="", flush=True)
+            finally:
+                if not turn.text.endswith("\n"):
+                    print(flush=True)
+        self.say(figures(turn.stream.statistics))
+
+
+def _note(line: str) -> None:
+    print(f"paceline: {line}", file=sys.stderr, flush=True)
+
+
+def _title(model: str, engine: Engine) -> str:
+    pair = "with its drafter" if engine.drafter_config else "without a drafter"
+    return f"{model} {pair}, {engine.quant}, {engine.threads} threads. /help lists commands, Ctrl-D ends."
