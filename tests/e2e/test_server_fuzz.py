@@ -12,25 +12,23 @@ import hypothesis
 import requests
 import schemathesis
 from hypothesis import HealthCheck
-from schemathesis.checks import CHECKS
 
 from tests.serving import scripted_engine, serving
 
 CASES = int(os.environ.get("PACELINE_FUZZ_CASES", "500"))
-PATHS = 9
+PATHS, GENERATED = 9, 6  # the others take no input
 
 
 def test_no_request_ends_in_a_500() -> None:
     engine = scripted_engine("Hello there, <|tool_call>call:f{a:1}<tool_call|>", slots=4, context=256, truth=0.5)
     statuses: Counter[tuple[str, int]] = Counter()
-    checks = [CHECKS.get_one(name) for name in ("not_a_server_error", "content_type_conformance")]
     with serving(engine) as server, requests.Session() as client:
         schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
         for operation in schema.get_all_operations():
             api = operation.ok()
 
             @hypothesis.settings(
-                max_examples=max(1, CASES // PATHS),
+                max_examples=max(1, CASES // GENERATED),
                 deadline=None,
                 database=None,
                 derandomize=CASES < 1000,
@@ -44,7 +42,8 @@ def test_no_request_ends_in_a_500() -> None:
                     case.body["model"] = "test-model"  # else nearly all would end at the unknown model
                 answer = case.call(session=client)
                 statuses[case.path, answer.status_code] += 1
-                case.validate_response(answer, checks=checks)
+                assert answer.status_code < 500, answer.text
+                assert answer.status_code < 400 or answer.json()["error"]["message"]
 
             ask()
     assert not engine.scheduler.busy

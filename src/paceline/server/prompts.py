@@ -88,7 +88,7 @@ class Preparer:
             PromptError, SettingsError: as for `chat`.
         """
         prompt: Any = body.prompt
-        several = isinstance(prompt, list) and not (prompt and isinstance(prompt[0], int))
+        several = isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], int)
         prepared = []
         for one in prompt if several else [prompt]:
             request = Request(
