@@ -78,6 +78,11 @@ def test_bad_requests_get_a_line_that_says_why(server: SimpleNamespace, body: di
     assert "Traceback" not in answer.text
 
 
+def test_responses_without_a_message(server: SimpleNamespace) -> None:
+    answer = post(server, "/v1/responses", input=[{"type": "reasoning"}])
+    assert (answer.status_code, answer.json()["error"]["message"]) == (400, "the input holds no message; add one")
+
+
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"[]", b"null", b'{"messages": "\xff"}', b"\xff\xfe", b"[" * 100_000, b'{"messages":' * 5000]
 )

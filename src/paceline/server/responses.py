@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
+from paceline.errors import PromptError
 from paceline.server.answers import Choice, round_report
 from paceline.server.runner import Job
 from paceline.server.schemas import (
@@ -78,6 +79,8 @@ def _messages(body: ResponsesRequest) -> list[ChatMessage]:
                     messages.append(ChatMessage(role="assistant", tool_calls=[call]))
             case InputCallOutput():
                 messages.append(ChatMessage(role="tool", tool_call_id=item.call_id, content=item.output))
+    if not messages:
+        raise PromptError("the input holds no message; add one")
     return messages
 
 

@@ -1,0 +1,98 @@
+"""Several streams at once: all their tokens a second, with drafts and without, against one stream.
+
+    python bench/streams.py --model tiny-python --streams 8
+
+Each stream continues another stretch of Python source, sampled with a seed of its own (and once greedily). Ways take
+turns, several times over, in one process; medians are quoted. Prints a table on stderr and one JSON line on stdout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+
+import paceline
+from paceline.bench.machine import ReadBandwidth
+from paceline.engine.engine import Request
+from paceline.types import Sampling
+
+PROMPTS = (
+    "def fibonacci(n):",
+    "class Stack:\n    def __init__(self",
+    "import os\nimport sys\n\ndef main(",
+    "def read_lines(path):\n    with open(",
+    "    def test_equal(self):\n        self.assert",
+    "for key, value in sorted(",
+    "def parse(text):\n    tokens = ",
+    "try:\n    import json\nexcept ImportError:",
+)
+
+
+def tokens_per_second(engine: paceline.Engine, streams: int, tokens: int, sampling: Sampling, depth: object) -> float:
+    """Speed of all streams together, from their start to the last one's end."""
+    sequences = []
+    for i in range(streams):
+        seeded = sampling if sampling.temperature == 0 else Sampling(sampling.temperature, seed=i)
+        never = tuple(engine.stop_ids)
+        sampled = Sampling(seeded.temperature, seeded.top_k, seeded.top_p, seed=seeded.seed, suppressed=never)
+        request = Request(sampling=sampled, max_tokens=tokens, draft_tokens=depth)
+        sequences.append(engine.sequence(engine.encode(PROMPTS[i % len(PROMPTS)], raw=True), request))
+    started = time.perf_counter()
+    for sequence in sequences:
+        engine.scheduler.submit(sequence, lambda _: None)
+    while engine.scheduler.busy:
+        engine.scheduler.tick()
+    seconds = time.perf_counter() - started
+    for sequence in sequences:
+        engine.learn(sequence)
+    return sum(len(sequence.generated) for sequence in sequences) / seconds
+
+
+def main() -> None:
+    """Run and report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--model", default="tiny-python")
+    parser.add_argument("--quant", default="auto")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--streams", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    engine = paceline.load(
+        arguments.model, quant=arguments.quant, threads=arguments.threads, slots=arguments.streams, notify=_note
+    )
+    ways = {
+        "one, auto": (1, "auto"),
+        "all, plain": (arguments.streams, 0),
+        "all, auto": (arguments.streams, "auto"),
+        "all, 1 draft": (arguments.streams, 1),
+        "all, 2 drafts": (arguments.streams, 2),
+    }
+    report = {"model": arguments.model, "streams": arguments.streams, "threads": engine.threads, "quant": engine.quant}
+    bandwidth = ReadBandwidth(engine.threads)
+    for _ in range(5):
+        bandwidth.measure()
+    report["bandwidth_gb_per_s"] = round(bandwidth.median, 1)
+    for name, sampling in (("temperature 1", Sampling(1.0)), ("greedy", Sampling())):
+        seen: dict[str, list[float]] = {way: [] for way in ways}
+        for repeat in range(arguments.rounds + 1):
+            for way, (streams, depth) in ways.items():
+                speed = tokens_per_second(engine, streams, arguments.tokens, sampling, depth)
+                if repeat:  # the first finds everything cold
+                    seen[way].append(speed)
+        report[name] = {way: round(statistics.median(speeds), 1) for way, speeds in seen.items()}
+        one, plain, auto = (report[name][way] for way in list(ways)[:3])
+        report[name] |= {"auto_over_one": round(auto / one, 2), "auto_over_plain": round(auto / plain, 3)}
+        print(f"{name}: " + ", ".join(f"{way} {speed}" for way, speed in report[name].items()), file=sys.stderr)
+    print(json.dumps(report))
+
+
+def _note(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
