@@ -28,13 +28,13 @@ PRIOR = 0.7  # acceptance before anything was observed, with the weight of PRIOR
 PRIOR_ROUNDS = 3.0
 LONG_ROUNDS = 8.0  # weight of what was seen long ago
 PROBE_SHARE = 0.005  # of the time, for probes
+LEAST_PAUSE = 32.0  # rounds between them
 MOST_LOST = 5.0  # plain tokens' worth of time
 MOST_SAVED = 20.0  # gains that later losses are set against, likewise
 PAYBACK = 0.01
 PLAIN_PAUSE = 48  # rounds between plain ones while drafting pays: they tell what it is compared with
 SPEED_RATE, DRIFT_RATE, CHANGE_RATE = 0.15, 0.07, 0.3  # how fast costs follow what rounds take
 REPLAN, PLAIN_REPLAN = 8, 16  # rounds between plans
-LONGEST_PLAIN = 64  # rounds of a sequence among others before it drafts one token again
 
 Floats = tuple[float, ...]
 
@@ -109,7 +109,7 @@ def next_plan(state: State, costs: Costs, early_stop: bool = True) -> Plan:
     plain = prices[0] * math.exp(state.speed)
     if best == 0 or state.lost > MOST_LOST * plain:
         probe = max(range(1, len(rates)), key=rates.__getitem__, default=0)
-        pause = max(32.0, (prices[probe] / prices[0] - 1) / PROBE_SHARE) if probe else math.inf
+        pause = max(LEAST_PAUSE, (prices[probe] / prices[0] - 1) / PROBE_SHARE) if probe else math.inf
         return Plan(probe if state.fresh or state.plain_rounds >= pause else 0)
     if state.drafted_rounds >= min(PLAIN_PAUSE, 8 + state.drafted / 8):
         return Plan(0)
@@ -140,11 +140,17 @@ def share_out(states: Sequence[State], costs: Costs) -> list[Plan]:
         gained = sum(line for line, _, _ in ranked[: level * count])
         rates.append((count + gained) / (shared_price(costs, count, level) + gained * costs.token))
     best = max(range(len(rates)), key=rates.__getitem__)
+    if best == 0 and max(state.plain_rounds for state in states) >= _pause(costs, count):
+        return [Plan(1)] * count  # a probe of all at once: that tells most for its time
     depths = [0] * count
     for _, depth, i in ranked[: best * count]:
         depths[i] = max(depths[i], -depth)
-    probing = (state.plain_rounds >= LONGEST_PLAIN for state in states)
-    return [Plan(max(depth, int(probe))) for depth, probe in zip(depths, probing, strict=True)]
+    return [Plan(depth) for depth in depths]
+
+
+def _pause(costs: Costs, count: int) -> float:
+    """Plain rounds between probes of sequences that share rounds: these cost PROBE_SHARE of the time."""
+    return max(LEAST_PAUSE, (shared_price(costs, count, 1) / shared_price(costs, count, 0) - 1) / PROBE_SHARE)
 
 
 def shared_price(costs: Costs, count: int, depth: int) -> float:
@@ -245,7 +251,7 @@ def _judge_shared(state: State, line: Line, accepted: int) -> State:
         plain_rounds=0,
         drafted=state.drafted + len(line.tokens),
         accepted=state.accepted + accepted,
-        plan=Plan(0) if aged >= LONGEST_PLAIN else state.plan,  # a probe is one round
+        plan=Plan(0) if aged >= LEAST_PAUSE else state.plan,  # a probe is one round
     )
     return _judge(state, line, accepted, aged)
 

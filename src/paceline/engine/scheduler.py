@@ -89,21 +89,23 @@ class Scheduler:
         chosen = self._choose()
         if not chosen:
             return
-        writing = [s for s in chosen if not s.reading]
-        self._plan(writing)
-        for sequence, event in zip(chosen, self._step(chosen, alone=not writing), strict=True):
-            if self.prefixes and (sequence.cached in sequence.branches or (event and not sequence.statistics.rounds)):
-                self.prefixes.keep(sequence.slot, sequence.tokens[: sequence.cached])
+        reader = chosen[-1] if chosen[-1].reading else None
+        self._plan(chosen[:-1] if reader else chosen)
+        events = self._step_reading(chosen, reader) if reader else step(self.backend, chosen, self.chunk)
+        if reader and self.prefixes and (reader.cached in reader.branches or not reader.reading):
+            self.prefixes.keep(reader.slot, reader.tokens[: reader.cached])
+        for sequence, event in zip(chosen, events, strict=True):
             if event and id(sequence) in self._deliver:
                 self._deliver[id(sequence)](event)
         self.sweep()
 
-    def _step(self, chosen: list[Sequence], alone: bool) -> list[Event | None]:
-        """Run a step. A prompt is read in chunks that take no longer than others are to wait."""
-        reader = chosen[-1] if chosen[-1].reading else None
-        if not reader:
-            return step(self.backend, chosen, self.chunk)
-        chunk = self.chunk if alone else int(min(self.chunk, max(LEAST_CHUNK, self.most_pause / self._row_seconds)))
+    def _step_reading(self, chosen: list[Sequence], reader: Sequence) -> list[Event | None]:
+        """Run a step in which a chunk of a prompt is read, which takes no longer than others are to wait."""
+        chunk = (
+            self.chunk
+            if len(chosen) == 1
+            else int(min(self.chunk, max(LEAST_CHUNK, self.most_pause / self._row_seconds)))
+        )
         before, started = reader.cached, time.perf_counter()
         events = step(self.backend, chosen, chunk)
         self._row_seconds = (time.perf_counter() - started) / max(1, min(reader.cached, reader.prompt_length) - before)

@@ -37,14 +37,15 @@ class Sequence:
     branches: set[int] = field(default_factory=set)  # lengths at which the rows are of use to other prompts
     hidden: Float32 | None = None  # [hidden]; None until the prompt is read
     finish: FinishReason | None = None
-    statistics: Statistics = field(default_factory=Statistics)
 
     def __post_init__(self) -> None:
         self.prompt_length = len(self.tokens)
         self.history = History(self.tokens, self.grammar)
         self._text = StoppedText(self.detokenizer, self.stops)
         self._started = time.perf_counter()
-        self._first_token = self._started
+        self._admitted = self._first_token = self._latest = self._started
+        self._resumed = self._tokens = self._rounds = self._drafted = 0
+        self._at_depth: list[int] = []  # drafts accepted
 
     @property
     def generated(self) -> list[int]:
@@ -58,12 +59,11 @@ class Sequence:
     def admit(self, slot: int) -> None:
         """Take a cache slot."""
         self.slot = slot
-        self.statistics = Statistics(self.prompt_length, queue_seconds=time.perf_counter() - self._started)
+        self._admitted = time.perf_counter()
 
     def resume(self, cached: int) -> None:
         """Begin behind the first `cached` tokens of the prompt, whose rows are in the slot already."""
-        self.cached = cached
-        self.statistics = replace(self.statistics, cached_tokens=cached)
+        self.cached = self._resumed = cached
 
     def next_chunk(self, most: int) -> list[int]:
         """The tokens of the prompt to read next, not beyond a length at which others branch off."""
@@ -126,22 +126,30 @@ class Sequence:
         return Event(tuple(pieces), len(line.tokens), accepted, self.finish, rest)
 
     def _count(self, first: bool, *, drafts: int, accepted: int, tokens: int) -> None:
-        now, old = time.perf_counter(), self.statistics
+        self._tokens += tokens
+        self._latest = time.perf_counter()
         if first:
-            self._first_token = now
-            self.statistics = replace(
-                old, prompt_tokens=self.prompt_length, prompt_seconds=now - self._started, tokens=tokens
-            )
+            self._first_token = self._latest
             return
-        by_depth = [*old.accepted_at_depth, *[0] * (drafts - len(old.accepted_at_depth))]
+        self._rounds += tokens > 0
+        self._drafted += drafts
+        if drafts > len(self._at_depth):
+            self._at_depth += [0] * (drafts - len(self._at_depth))
         for depth in range(accepted):
-            by_depth[depth] += 1
-        self.statistics = replace(
-            old,
-            tokens=old.tokens + tokens,
-            seconds=now - self._first_token,
-            rounds=old.rounds + (tokens > 0),
-            drafted=old.drafted + drafts,
-            accepted=old.accepted + accepted,
-            accepted_at_depth=tuple(by_depth),
+            self._at_depth[depth] += 1
+
+    @property
+    def statistics(self) -> Statistics:
+        """Counts and times so far."""
+        return Statistics(
+            prompt_tokens=self.prompt_length,
+            cached_tokens=self._resumed,
+            queue_seconds=max(0.0, self._admitted - self._started),
+            prompt_seconds=max(0.0, self._first_token - self._started),
+            tokens=self._tokens,
+            seconds=self._latest - self._first_token,
+            rounds=self._rounds,
+            drafted=self._drafted,
+            accepted=sum(self._at_depth),
+            accepted_at_depth=tuple(self._at_depth),
         )
