@@ -104,3 +104,13 @@ def test_schemas_that_cannot_be_followed(parameters: dict, message: str, tokeniz
 def test_a_model_without_calls() -> None:
     with pytest.raises(SettingsError, match="no tokens for calls"):
         call_grammar([{"name": "f"}], lambda _: None, several=False)
+
+
+def test_white_space_of_json_is_bounded(grammars: Grammars, tokenizer: Tokenizer) -> None:
+    constraint = grammars.json_schema({"type": "object"})
+    [space] = tokenizer.encode(" ")
+    constraint.advance(*tokenizer.encode("{"))
+    for _ in range(40):
+        assert constraint.allowed()[space]
+        constraint.advance(space)
+    assert not constraint.allowed()[space]

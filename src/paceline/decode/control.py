@@ -34,7 +34,7 @@ MOST_SAVED = 20.0  # gains that later losses are set against, likewise
 PAYBACK = 0.01
 PLAIN_PAUSE = 48  # rounds between plain ones while drafting pays: they tell what it is compared with
 SPEED_RATE, DRIFT_RATE, CHANGE_RATE = 0.15, 0.07, 0.3  # how fast costs follow what rounds take
-REPLAN, PLAIN_REPLAN = 8, 16  # rounds between plans
+REPLAN, PLAIN_REPLAN, SHARED_REPLAN = 8, 16, 64  # rounds between plans: drafted, plain, and shared plain ones
 
 Floats = tuple[float, ...]
 

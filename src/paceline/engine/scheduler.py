@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from paceline.backends.base import Backend
-from paceline.decode.control import REPLAN, Costs, share_out
+from paceline.decode.control import REPLAN, SHARED_REPLAN, Costs, share_out
 from paceline.engine.prefix import LEAST_TOKENS, PrefixCache, common_length
 from paceline.engine.sequence import Sequence
 from paceline.engine.step import step
@@ -48,8 +48,8 @@ class Scheduler:
     most_pause: float = 0.4
     running: list[Sequence] = field(default_factory=list)
     _waiting: deque[Sequence] = field(default_factory=deque)
-    _planned: tuple[int, ...] = ()  # identities of the sequences that drafts were shared out among
-    _ticks: int = 0  # since then
+    _planned: list[Sequence] = field(default_factory=list)  # whom drafts were shared out among
+    _rounds_left: int = 0  # until they are shared out anew
     _row_seconds: float = 1.0  # that a row of a prompt took lately; at first a guess on the safe side
     _leaders: dict[int, tuple[Sequence, int]] = field(default_factory=dict)  # whom a sequence waits for, and its length
     _deliver: dict[int, Deliver] = field(default_factory=dict)  # by the sequence's identity
@@ -179,17 +179,17 @@ class Scheduler:
 
     def _plan(self, writing: list[Sequence]) -> None:
         """Share out drafts among sequences that write together; one alone plans for itself."""
-        auto = [s for s in writing if s.draft_tokens is None and s.costs and s.costs.shared]
-        members = tuple(id(s) for s in auto)
-        if members == self._planned and self._ticks % REPLAN:
-            self._ticks += 1
+        self._rounds_left -= 1
+        if self._rounds_left > 0 and writing == self._planned:
             return
-        self._planned, self._ticks = members, 1
+        auto = [s for s in writing if s.draft_tokens is None and s.costs and s.costs.shared]
         plans: list[Plan | None] = [None] * len(auto)
         if len(auto) > 1:
             plans = [*share_out([s.control for s in auto], auto[0].costs or Costs(()))]
+        drafting = any(plan and plan.depth for plan in plans)
+        self._planned, self._rounds_left = writing, REPLAN if drafting else SHARED_REPLAN
         for sequence, plan in zip(auto, plans, strict=True):
-            quiet = sequence.control.plain_rounds + REPLAN * (plan is not None and not plan.depth)
+            quiet = sequence.control.plain_rounds + self._rounds_left * (plan is not None and not plan.depth)
             sequence.control = replace(sequence.control, plan=plan, plain_rounds=quiet)
 
     def _choose(self) -> list[Sequence]:

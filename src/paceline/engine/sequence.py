@@ -100,7 +100,7 @@ class Sequence:
             seconds: what the round took; None if it was shared with other sequences.
         """
         first = self.reading
-        if self.costs and not first:
+        if self.costs and not first and (line.tokens or seconds):  # else there is nothing to learn
             self.control = observe(self.control, self.costs, line, commit.accepted, seconds and seconds * 1e3)
         self.cached += 1 + commit.accepted
         self.hidden = hidden

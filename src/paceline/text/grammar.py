@@ -17,6 +17,7 @@ from paceline.types import Bool
 if TYPE_CHECKING:
     import llguidance
 
+WHITE_SPACE = r"[ \n\r\t]{1,40}"
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
 
 
@@ -97,8 +98,8 @@ class Grammars:
 
 
 def json_rule(schema: dict[str, Any]) -> str:
-    """A JSON schema as part of a grammar."""
-    return f"%json {json.dumps(schema)}"
+    """A JSON schema as part of a grammar. White space is bounded: small models get lost in it."""
+    return f"%json {json.dumps({'x-guidance': {'whitespace_pattern': WHITE_SPACE}} | schema)}"
 
 
 def regex_rule(pattern: str) -> str:
