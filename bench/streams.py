@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import sys
 import time
@@ -64,6 +65,7 @@ def main() -> None:
     engine = paceline.load(
         arguments.model, quant=arguments.quant, threads=arguments.threads, slots=arguments.streams, notify=_note
     )
+    dice = random.Random(0)
     ways = {
         "one, auto": (1, "auto"),
         "all, plain": (arguments.streams, 0),
@@ -79,7 +81,8 @@ def main() -> None:
     for name, sampling in (("temperature 1", Sampling(1.0)), ("greedy", Sampling())):
         seen: dict[str, list[float]] = {way: [] for way in ways}
         for repeat in range(arguments.rounds + 1):
-            for way, (streams, depth) in ways.items():
+            for way in dice.sample(list(ways), len(ways)):  # none always follows the same other
+                streams, depth = ways[way]
                 speed = tokens_per_second(engine, streams, arguments.tokens, sampling, depth)
                 if repeat:  # the first finds everything cold
                     seen[way].append(speed)

@@ -17,6 +17,9 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import accumulate
+from operator import mul
 
 from paceline.types import CONFIDENCE_BINS, Line, Plan
 
@@ -121,36 +124,73 @@ def next_plan(state: State, costs: Costs, early_stop: bool = True) -> Plan:
     return Plan(depth, floors[:depth], confidence_chances(state))
 
 
-def share_out(states: Sequence[State], costs: Costs) -> list[Plan]:
-    """The plans of sequences that share a round: drafts go where they are most likely to be accepted.
+@dataclass(frozen=True)
+class Drift:
+    """What rounds that sequences share take beyond what was measured, as logarithms."""
 
-    All drafts are ranked by the chance that their line is accepted up to them. The best n, 2 n, ... of them are priced
-    as rounds of n sequences that draft 1, 2, ... tokens each, and what yields most tokens per millisecond is taken.
+    speed: float = 0.0  # all of them
+    drafted: float = 0.0  # those with drafts, beyond that
+
+
+def share_out(states: Sequence[State], costs: Costs, drift: Drift = Drift()) -> list[Plan]:
+    """The plans of sequences that share a round: those draft whose drafts are most likely to be accepted.
+
+    Args:
+        states: what was observed of each.
+        costs: what was measured.
+        drift: how shared rounds differ from that.
+
+    For each depth, sequences are taken in the order of what they gain by it; of all depths and numbers of sequences
+    that which yields most tokens per millisecond is chosen.
     """
-    count = len(states)
-    ranked = []
-    for i, state in enumerate(states):
-        line = 1.0
-        for depth, p in enumerate(acceptance(state)[: costs.deepest], start=1):
-            line *= p
-            ranked.append((line, -depth, i))
-    ranked.sort(reverse=True)
-    rates = []
-    for level in range(costs.deepest + 1):
-        gained = sum(line for line, _, _ in ranked[: level * count])
-        rates.append((count + gained) / (shared_price(costs, count, level) + gained * costs.token))
-    best = max(range(len(rates)), key=rates.__getitem__)
-    if best == 0 and max(state.plain_rounds for state in states) >= _pause(costs, count):
+    count, plain = len(states), shared_price(costs, len(states), 0)
+    dearer = math.exp(drift.drafted)
+    gains = [list(accumulate(accumulate(acceptance(state)[: costs.deepest], mul))) for state in states]
+    best, depths = count / plain, [0] * count
+    for depth, extras in enumerate(_extras(costs, count), start=1):
+        order = sorted(range(count), key=lambda i, depth=depth: -gains[i][depth - 1])  # type: ignore[misc]
+        gained = 0.0
+        for drafting, extra in enumerate(extras, start=1):
+            gained += gains[order[drafting - 1]][depth - 1]
+            rate = (count + gained) / ((plain + extra) * dearer + gained * costs.token)
+            if rate > best:
+                chosen = order[:drafting]
+                best, depths = rate, [depth * (i in chosen) for i in range(count)]
+    pause = max(LEAST_PAUSE, _extras(costs, count)[0][-1] / plain / PROBE_SHARE)
+    if not any(depths) and max(state.plain_rounds for state in states) >= pause:
         return [Plan(1)] * count  # a probe of all at once: that tells most for its time
-    depths = [0] * count
-    for _, depth, i in ranked[: best * count]:
-        depths[i] = max(depths[i], -depth)
     return [Plan(depth) for depth in depths]
 
 
-def _pause(costs: Costs, count: int) -> float:
-    """Plain rounds between probes of sequences that share rounds: these cost PROBE_SHARE of the time."""
-    return max(LEAST_PAUSE, (shared_price(costs, count, 1) / shared_price(costs, count, 0) - 1) / PROBE_SHARE)
+def observe_shared(drift: Drift, costs: Costs, depths: Sequence[int], accepted: int, milliseconds: float) -> Drift:
+    """What a round of several sequences adds: `depths` drafted tokens each, `accepted` of all."""
+    count, drafting = len(depths), sum(depth > 0 for depth in depths)
+    deepest = min(max(depths), costs.deepest)
+    price = shared_price(costs, count, 0)
+    if drafting:
+        price += _extras(costs, count)[deepest - 1][drafting - 1]
+        price = price * math.exp(drift.drafted) + accepted * costs.token
+    error = math.log(max(milliseconds, 1e-6) / price) - drift.speed
+    error = min(0.7, max(-0.7, error))
+    if drafting:
+        return Drift(drift.speed, drift.drafted + CHANGE_RATE * error)
+    return Drift(drift.speed + SPEED_RATE * error, drift.drafted)
+
+
+@lru_cache(maxsize=64)
+def _extras(costs: Costs, count: int) -> list[list[float]]:
+    """Milliseconds that drafting adds to a plain round of `count` sequences: by depth, and by how many draft.
+
+    Some of them draft as long as they would by themselves; but their rows are at least as dear as among all.
+    """
+
+    def extra(drafting: int, depth: int) -> float:
+        return shared_price(costs, drafting, depth) - shared_price(costs, drafting, 0)
+
+    return [
+        [max(1e-6, extra(n, depth), extra(count, depth) * n / count) for n in range(1, count + 1)]
+        for depth in range(1, costs.deepest + 1)
+    ]
 
 
 def shared_price(costs: Costs, count: int, depth: int) -> float:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from paceline.backends.base import Backend
-from paceline.decode.control import REPLAN, SHARED_REPLAN, Costs, share_out
+from paceline.decode.control import REPLAN, SHARED_REPLAN, Costs, Drift, observe_shared, share_out
 from paceline.engine.prefix import LEAST_TOKENS, PrefixCache, common_length
 from paceline.engine.sequence import Sequence
 from paceline.engine.step import step
@@ -49,6 +49,7 @@ class Scheduler:
     running: list[Sequence] = field(default_factory=list)
     _waiting: deque[Sequence] = field(default_factory=deque)
     _planned: list[Sequence] = field(default_factory=list)  # whom drafts were shared out among
+    _drift: Drift = field(default_factory=Drift)
     _rounds_left: int = 0  # until they are shared out anew
     _row_seconds: float = 1.0  # that a row of a prompt took lately; at first a guess on the safe side
     _leaders: dict[int, tuple[Sequence, int]] = field(default_factory=dict)  # whom a sequence waits for, and its length
@@ -91,13 +92,26 @@ class Scheduler:
             return
         reader = chosen[-1] if chosen[-1].reading else None
         self._plan(chosen[:-1] if reader else chosen)
-        events = self._step_reading(chosen, reader) if reader else step(self.backend, chosen, self.chunk)
+        events = self._step_reading(chosen, reader) if reader else self._step_writing(chosen)
         if reader and self.prefixes and (reader.cached in reader.branches or not reader.reading):
             self.prefixes.keep(reader.slot, reader.tokens[: reader.cached])
         for sequence, event in zip(chosen, events, strict=True):
             if event and id(sequence) in self._deliver:
                 self._deliver[id(sequence)](event)
         self.sweep()
+
+    def _step_writing(self, chosen: list[Sequence]) -> list[Event | None]:
+        """Run a step in which all write, and learn what it takes."""
+        started = time.perf_counter()
+        events = step(self.backend, chosen, self.chunk)
+        milliseconds = (time.perf_counter() - started) * 1e3
+        drafted = [event.drafted for event in events if event]
+        costs = chosen[0].costs
+        telling = len(chosen) > 1 and (any(drafted) or self._rounds_left % REPLAN == 0)  # plain ones are all alike
+        if telling and costs and costs.shared and all(s.draft_tokens is None for s in chosen):
+            accepted = sum(event.accepted for event in events if event)
+            self._drift = observe_shared(self._drift, costs, drafted, accepted, milliseconds)
+        return events
 
     def _step_reading(self, chosen: list[Sequence], reader: Sequence) -> list[Event | None]:
         """Run a step in which a chunk of a prompt is read, which takes no longer than others are to wait."""
@@ -185,7 +199,7 @@ class Scheduler:
         auto = [s for s in writing if s.draft_tokens is None and s.costs and s.costs.shared]
         plans: list[Plan | None] = [None] * len(auto)
         if len(auto) > 1:
-            plans = [*share_out([s.control for s in auto], auto[0].costs or Costs(()))]
+            plans = [*share_out([s.control for s in auto], auto[0].costs or Costs(()), self._drift)]
         drafting = any(plan and plan.depth for plan in plans)
         self._planned, self._rounds_left = writing, REPLAN if drafting else SHARED_REPLAN
         for sequence, plan in zip(auto, plans, strict=True):

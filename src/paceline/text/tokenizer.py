@@ -112,6 +112,7 @@ class Tokenizer:
             special: write special tokens out.
             marks: text for some special tokens, in place of their own.
         """
-        marks = marks or {}
-        hidden = frozenset() if special else self.special_ids - marks.keys()
-        return Detokenizer(self._decoder, lambda token: marks.get(token) or self.token_text(token), hidden)
+        if marks:
+            hidden = self.special_ids - marks.keys()
+            return Detokenizer(self._decoder, lambda token: marks.get(token) or self.token_text(token), hidden)
+        return Detokenizer(self._decoder, self.token_text, frozenset() if special else self.special_ids)
