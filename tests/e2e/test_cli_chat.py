@@ -150,7 +150,7 @@ def test_settings(conversation: Conversation) -> None:
         "temperature -1",
         "temperature nan",
         "top_k 1.5",
-        "top_k 99999999999",
+        "top_k 9999999999999999999",
         "top_p 2",
         "seed -1",
         "max_tokens 0",

@@ -10,14 +10,12 @@ import typer
 
 from paceline.cli import options as opt
 from paceline.cli import sampling as draw
+from paceline.cli.chat_terminal import Terminal
+from paceline.cli.conversation import Conversation, Turn, figures
 from paceline.errors import PacelineError, PromptError
 
 if TYPE_CHECKING:
     from paceline import Engine
-
-    Message = dict[str, str]  # role and content
-from paceline.cli.chat_terminal import Terminal
-from paceline.cli.conversation import Conversation, Turn, checked, figures
 
 CACHE_MEMORY = 1 << 30  # bytes for what was read of the conversation
 
@@ -58,6 +56,7 @@ def chat(
       paceline chat --temperature 0.7 < questions.txt
     """
     import paceline
+    from paceline.decode.sampling import check_sampling
     from paceline.text.stops import check_stops
 
     engine = paceline.load(
@@ -68,7 +67,7 @@ def chat(
         context=context,
         draft_tokens=opt.draft_tokens_of(draft_tokens),
         cache_memory=CACHE_MEMORY,
-        notify=_note,
+        notify=opt.note,
     )
     if engine.chat_template is None:
         raise PromptError(f"{model}: has no chat template; use paceline generate --raw, or the -it model")
@@ -84,7 +83,8 @@ def chat(
         bias=logit_bias,
         seed=seed,
     )
-    conversation = Conversation(engine, checked(sampling, engine), max_tokens, check_stops(stop or ()), system=system)
+    check_sampling(sampling, engine.backend.vocab_size)
+    conversation = Conversation(engine, sampling, max_tokens, check_stops(stop or ()), system=system)
     interactive = all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
     converse(conversation, Terminal(_title(model, engine)) if interactive else Pipe())
 
@@ -125,7 +125,7 @@ class Pipe:
         print(text, file=sys.stderr, flush=True)
 
     def complain(self, text: str) -> None:
-        _note(f"error: {text}")
+        opt.note(f"error: {text}")
 
     def show(self, turn: Turn) -> None:
         with turn:
@@ -136,10 +136,6 @@ class Pipe:
                 if not turn.text.endswith("\n"):
                     print(flush=True)
         self.say(figures(turn.stream.statistics))
-
-
-def _note(line: str) -> None:
-    print(f"paceline: {line}", file=sys.stderr, flush=True)
 
 
 def _title(model: str, engine: Engine) -> str:

@@ -10,14 +10,13 @@ from time import perf_counter
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from paceline.cli.conversation import Turn, figures, progress
+
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
     from prompt_toolkit.history import History
     from rich.console import Console, ConsoleOptions, RenderResult
     from rich.segment import Segments
-
-    Message = dict[str, str]  # role and content
-from paceline.cli.conversation import Turn, figures, progress
 
 
 class Terminal:

@@ -144,6 +144,7 @@ class Conversation:
         return Reply(f"{len(self.messages)} messages come from {path}")
 
     def set(self, rest: str) -> Reply:
+        from paceline.decode.sampling import check_sampling
         from paceline.engine.engine import check_draft_tokens
 
         name, _, word = rest.partition(" ")
@@ -158,7 +159,8 @@ class Conversation:
         elif name == "max_tokens":
             self.max_tokens = _check_max_tokens(value)
         else:
-            self.sampling = checked(replace(self.sampling, **{name: value}), self.engine)  # type: ignore[arg-type]
+            changed = replace(self.sampling, **{name: value})  # type: ignore[arg-type]
+            self.sampling = check_sampling(changed, self.engine.backend.vocab_size)
         return Reply(f"{name} is {self._settings()[name]}")
 
     def stats(self, _: str) -> Reply:
@@ -232,15 +234,6 @@ def totals(measured: list[Statistics]) -> list[str]:
         share = count / max(1, rounds)
         lines.append(f"draft {depth:>2} accepted in {share:>4.0%} of rounds {'█' * round(20 * share)}")
     return lines
-
-
-def checked(sampling: Sampling, engine: Engine) -> Sampling:
-    """The settings if this model can draw with them, else a `SettingsError`."""
-    from paceline.decode.sampling import check_sampling
-
-    if sampling.top_k >= 1 << 31:
-        raise SettingsError(f"top_k is {sampling.top_k}; use 0 for all tokens")
-    return check_sampling(sampling, engine.backend.vocab_size)
 
 
 def write_whole(path: Path, text: str) -> None:
