@@ -6,10 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from paceline.backends.base import Backend
 from paceline.backends.cpu.backend import DRAFTER_FORMAT, CpuBackend
 from paceline.backends.cpu.weights import CheckpointWeights
+from paceline.backends.cuda.backend import TorchBackend
+from paceline.backends.cuda.weights import drafter_weights, target_weights
 from paceline.checkpoint import Checkpoint, resolve
 from paceline.decode.rules import Coupled, Rule
 from paceline.decode.sampling import History
@@ -123,6 +126,26 @@ def cpu_backend(
         opened(target, quant, "target_config"),
         opened(drafter, DRAFTER_FORMAT[quant], "drafter_config") if drafter else None,
         threads=threads,
+        context=other.pop("context", 128),
+        max_rows=max_rows,
+        **other,
+    )
+
+
+def torch_backend(
+    target: Path, drafter: Path | None, dtype: torch.dtype = torch.float32, *, max_rows: int = 32, **other: object
+) -> TorchBackend:
+    """A PyTorch backend over checkpoint folders, on the processor."""
+
+    def opened(folder: Path, settings: str, read: object) -> tuple:
+        checkpoint = Checkpoint.open(folder)
+        config = getattr(checkpoint, settings)()
+        return config, read(resolve(checkpoint, config))
+
+    return TorchBackend(
+        opened(target, "target_config", target_weights),
+        opened(drafter, "drafter_config", drafter_weights) if drafter else None,
+        dtype=dtype,
         context=other.pop("context", 128),
         max_rows=max_rows,
         **other,

@@ -1,0 +1,1 @@
+"""The PyTorch backend: CUDA devices, and any other that PyTorch knows."""
