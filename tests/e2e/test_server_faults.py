@@ -315,3 +315,141 @@ def test_a_stop_under_load_finishes_what_was_begun() -> None:
         assert process.wait(20) == 0
     finally:
         process.kill()
+
+
+def test_a_refused_request_leaves_no_room_taken() -> None:
+    """More texts than fit beside what waits: 429 and nothing else happens; more than can ever fit: 400."""
+    engine = scripted_engine("Hello there.", slots=1, most_waiting=2)
+    with serving(engine) as server:
+        assert post(server, "/v1/chat/completions", messages=CHAT).status_code == 200
+        assert post(server, "/v1/chat/completions", messages=CHAT, n=4).status_code == 400
+        engine.backend.seconds = 0.05
+        busy = threading.Thread(target=post, args=(server, "/v1/chat/completions"), kwargs={"messages": CHAT})
+        busy.start()
+        wait_until(lambda: engine.scheduler.running)
+        assert post(server, "/v1/chat/completions", messages=CHAT, n=3).status_code == 429
+        engine.backend.seconds = 0.0
+        busy.join(20)
+        assert post(server, "/v1/chat/completions", messages=CHAT, n=3).status_code == 200
+        wait_until(lambda: not engine.scheduler.busy)
+        assert server.service.runner._jobs == set()
+
+
+def chain(links: int) -> dict:
+    """A schema whose references form a chain."""
+    names = {f"d{i}": {"type": "array", "items": {"$ref": f"#/$defs/d{i + 1}"}} for i in range(links)}
+    return {"$ref": "#/$defs/d0", "$defs": {**names, f"d{links}": {"type": "string"}}}
+
+
+BAD_SCHEMAS = [
+    chain(3000),
+    {"type": "object", "properties": {f"p{i}": {"type": "integer"} for i in range(3000)}},
+    {"type": "object", "properties": {"a": {"enum": []}}, "required": ["a"]},
+]
+
+
+@pytest.mark.parametrize("schema", BAD_SCHEMAS, ids=["a chain of references", "many properties", "an empty choice"])
+def test_schemas_that_would_break_the_compiler_are_refused(server: SimpleNamespace, schema: dict) -> None:
+    format_ = {"type": "json_schema", "json_schema": {"schema": schema}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    one = post(server, "/v1/chat/completions", messages=CHAT, response_format=format_)
+    other = post(server, "/v1/chat/completions", messages=CHAT, tools=[tool], tool_choice="required")
+    thinking = post(server, "/v1/chat/completions", messages=CHAT, response_format=format_, reasoning_effort="low")
+    assert [answer.status_code for answer in (one, other, thinking)] == [400, 400, 400]
+
+
+@pytest.mark.parametrize(
+    "word", [{"required": 5}, {"anyOf": 5}, {"anyOf": None}, {"enum": 5}, {"type": []}, {"$ref": 5}]
+)
+def test_odd_words_in_parameters_are_refused(server: SimpleNamespace, word: dict) -> None:
+    parameters = {"type": "object", "properties": {"a": {"type": "integer"}}, **word}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    assert post(server, "/v1/chat/completions", messages=CHAT, tools=[tool], tool_choice="required").status_code == 400
+
+
+def test_long_wrong_lists_are_refused_at_the_first_item(server: SimpleNamespace) -> None:
+    for body in ({"messages": [1] * 200_000}, {"messages": CHAT, "stop": [1] * 200_000}):
+        answer = post(server, "/v1/chat/completions", **body)
+        assert (answer.status_code, len(answer.text) < 1000) == (400, True)
+    assert post(server, "/v1/completions", prompt=[-1] * 200_000).status_code == 400
+    assert post(server, "/detokenize", tokens=["x"] * 200_000).status_code == 400
+
+
+def test_names_of_the_template_cannot_be_taken(server: SimpleNamespace) -> None:
+    for name in ("self", "messages", "tools", "documents", "bos_token", "add_generation_prompt"):
+        answer = post(server, "/v1/chat/completions", messages=CHAT, chat_template_kwargs={name: 1})
+        assert (answer.status_code, answer.json()["choices"][0]["message"]["content"]) == (200, "Hello there.")
+
+
+def test_a_call_that_was_cut_is_not_called() -> None:
+    script = '<|tool_call>call:write{path:<|"|>a.py<|"|>,text:<|"|>one two three four<|"|>}<tool_call|>'
+    tool = {"type": "function", "function": {"name": "write", "parameters": {"type": "object"}}}
+    with serving(scripted_engine(script)) as server:
+        for most in (2, 8, 30, 38):
+            answer = post(server, "/v1/chat/completions", messages=CHAT, tools=[tool], max_tokens=most).json()
+            choice = answer["choices"][0]
+            assert choice["finish_reason"] == "length"
+            assert not choice["message"]["content"]
+            for call in choice["message"].get("tool_calls", ()):
+                with pytest.raises(json.JSONDecodeError):
+                    json.loads(call["function"]["arguments"])
+            responses = post(
+                server,
+                "/v1/responses",
+                input="Hi",
+                tools=[{"type": "function", **tool["function"]}],
+                max_output_tokens=most,
+            )
+            assert responses.json()["status"] == "incomplete"
+
+
+def test_logprobs_are_those_of_the_content_alone() -> None:
+    script = "<|channel>thought\nHm\n<channel|>I see. <|tool_call>call:f{a:3}<tool_call|>"
+    with serving(scripted_engine(script)) as server:
+        answer = post(server, "/v1/chat/completions", messages=CHAT, logprobs=True).json()
+        tokens = answer["choices"][0]["logprobs"]["content"]
+        assert b"".join(bytes(token["bytes"]) for token in tokens).decode() == "I see. "
+        assert answer["usage"]["completion_tokens_details"]["reasoning_tokens"] >= 10
+        items = post(server, "/v1/responses", input="Hi", top_logprobs=0).json()["output"]
+        text = next(item for item in items if item["type"] == "message")["content"][0]
+        assert "".join(token["token"] for token in text["logprobs"]) == text["text"] == "I see. "
+
+
+def test_a_reader_that_stands_still_is_ended_in_time() -> None:
+    engine = scripted_engine(LONG, slots=1)
+    engine.backend.seconds = 0.02
+    with serving(engine, most_seconds=0.5) as server:
+        body = json.dumps({"messages": CHAT, "stream": True}).encode()
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1]))) as connection:
+            connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            wait_until(lambda: engine.scheduler.running)
+            wait_until(lambda: not engine.scheduler.running, 5.0)
+
+
+def test_a_regular_expression_is_the_same_behind_thoughts(server: SimpleNamespace) -> None:
+    for pattern in ("a/b", r"a\/b", "a\nb"):
+        format_ = {"type": "regex", "regex": pattern}
+        for effort in ("none", "low"):
+            answer = post(
+                server, "/v1/chat/completions", messages=CHAT, response_format=format_, reasoning_effort=effort
+            )
+            assert answer.status_code == 200, answer.text
+
+
+def test_a_second_signal_does_not_wait() -> None:
+    command = [sys.executable, "-m", "paceline", "serve", "--port", "0", "--threads", "1"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        url = next(found[1] for line in process.stderr if (found := re.search(r"listening at (http://[^/]+)/", line)))
+        threading.Thread(target=process.stderr.read, daemon=True).start()
+        with socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1]))) as stuck:
+            stuck.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
+            httpx.get(f"{url}/health")
+            process.send_signal(signal.SIGTERM)
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(1.0)
+            process.send_signal(signal.SIGTERM)
+            process.wait(10)
+    finally:
+        process.kill()

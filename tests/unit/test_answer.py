@@ -76,10 +76,14 @@ def test_calls_among_content() -> None:
         ("a:<q>left open", {"a": "left open"}),
         ("a:{b:1", {"a": {"b": 1}}),
         ("a", {"a": None}),
+        ("a:1,", {"a": 1}),
+        ("a:[1,2,],b:[,3]", {"a": [1, 2], "b": [3]}),
+        ("a:<q>x<q> y,b:", {"a": "x", "b": None}),
+        ("a:'x' y", {"a": "'x' y"}),
     ],
 )
 def test_arguments(notation: str, value: object) -> None:
-    closing = "" if notation.endswith(("open", "{b:1", "a")) and value != {"a": "b"} else "}"
+    closing = "" if value in ({"a": "left open"}, {"a": {"b": 1}}, {"a": None}) else "}"
     text = "<|tool_call>call:f{" + notation.replace("<q>", '<|"|>') + closing
     for end in ("<tool_call|>", "}\n<tool_call|>tail" if closing else ""):
         parts = read(text + end)
@@ -89,7 +93,7 @@ def test_arguments(notation: str, value: object) -> None:
 
 def test_what_is_no_call_is_content() -> None:
     assert read("<|tool_call>nothing<tool_call|>x") == [Part("content", "nothingx")]
-    assert read("<|tool_call>nothing") == [Part("content", "nothing")]
+    assert read("<|tool_call>nothing") == []  # cut in a name: neither a call nor anything to read
 
 
 letters = st.characters(exclude_categories=["Cs"], exclude_characters="".join(MARKS.values()))
@@ -127,6 +131,8 @@ def test_no_answer_breaks_it(text: str, cuts: list[int]) -> None:
     parts = read(text, cuts)
     assert parts == read(text)
     assert not any(mark in part.text for part in parts for mark in MARKS.values())
+    for part in parts:
+        assert part.kind != "arguments" or isinstance(json.loads(part.text), dict)
 
 
 def test_marks_are_those_the_vocabulary_has() -> None:

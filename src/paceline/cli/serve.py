@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import os
 import re
 import signal
 import socket
@@ -26,6 +27,7 @@ from paceline.cli.options import (
 from paceline.errors import BackendError, SettingsError
 
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+KEYS_VARIABLE = "PACELINE_API_KEY"
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -36,7 +38,8 @@ def serve(
     api_key: Annotated[
         list[str] | None,
         typer.Option(
-            help="Let in only who has this key; may be given again.", envvar="PACELINE_API_KEY", show_envvar=True
+            help="Let in only who has this key; may be given again, in the variable with blanks between.",
+            envvar=KEYS_VARIABLE,
         ),
     ] = None,
     served_name: Annotated[
@@ -54,7 +57,7 @@ def serve(
     quant: QuantOption = "auto",
     threads: ThreadsOption = None,
     timeout: Annotated[float, typer.Option(help="Seconds a request may take.", min=1)] = 3600,
-    max_body: Annotated[str, typer.Option(help="Largest request.", metavar="BYTES")] = "16M",
+    max_body: Annotated[str, typer.Option(help="Largest request.", metavar="BYTES")] = "4M",
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write requests' contents to the log.")] = False,
 ) -> None:
     """Serve a model: OpenAI's API, and a page to try it at.
@@ -70,8 +73,8 @@ def serve(
       paceline serve ./gemma-4-E4B-it --host 0.0.0.0 --api-key secret
     """
     most_bytes, memory = bytes_of("--max-body", max_body), bytes_of("--cache-memory", cache_memory)
-    if any(not key.strip() for key in api_key or ()):
-        raise SettingsError("--api-key is empty; give a key, or leave the option out")
+    if any(not key.strip() for key in api_key or ()) or not os.environ.get(KEYS_VARIABLE, "x").strip():
+        raise SettingsError(f"--api-key or {KEYS_VARIABLE} is empty; give a key, or leave it out")
     listening = _listen(host, port)  # before the weights are read: a port in use is said at once
     import paceline
 
@@ -100,7 +103,7 @@ def serve(
     )
     if not settings.hosts and not settings.keys:
         note(f"anyone who reaches {host} can use the model; set --api-key to let in only some")
-    _run(create(engine, settings), listening)
+    _run(create(engine, settings), listening, timeout)
 
 
 def bytes_of(option: str, text: str) -> int:
@@ -145,14 +148,27 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _run(app: object, listening: socket.socket) -> None:
+def _run(app: object, listening: socket.socket, most_seconds: float) -> None:
     import uvicorn
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     host, port = listening.getsockname()[:2]
     name = f"[{host}]" if ":" in host else host
     note(f"listening at http://{name}:{port}/ (API at http://{name}:{port}/v1); Ctrl-C stops")
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: object) -> None:
+            """The first signal ends the server when all is written; a second one at once."""
+            self.force_exit = self.should_exit
+            self.should_exit = True
+
     for number in (signal.SIGINT, signal.SIGTERM):  # raised once more when all is finished: that is no failure
         signal.signal(number, lambda *_: None)
-    config = uvicorn.Config(app, log_config=None, server_header=False, lifespan="on")  # type: ignore[arg-type]
-    uvicorn.Server(config).run(sockets=[listening])
+    config = uvicorn.Config(
+        app,  # type: ignore[arg-type]
+        log_config=None,
+        server_header=False,
+        lifespan="on",
+        timeout_graceful_shutdown=int(most_seconds) + 1,  # for clients that do not read on
+    )
+    Server(config).run(sockets=[listening])

@@ -63,6 +63,10 @@ class Grammar(Protocol):
     def advance(self, token: int) -> None:
         """Commit an allowed token."""
 
+    @property
+    def failed(self) -> bool:
+        """Whether the text had to end before it was what it must be."""
+
 
 class History:
     """What was committed, as far as the next token depends on it.

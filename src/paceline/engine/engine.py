@@ -152,11 +152,7 @@ class Engine:
             raise SettingsError(f"max_tokens is {request.max_tokens}; it must be at least 1")
         if count is not None and not 0 <= count <= MOST_LOGPROBS:
             raise SettingsError(f"logprobs is {count}; it must be between 0 and {MOST_LOGPROBS}")
-        if len(tokens) >= self.backend.context:
-            raise PromptError(
-                f"the prompt has {len(tokens)} tokens and the context holds {self.backend.context}; "
-                "shorten it, or load with a longer context if the model allows one"
-            )
+        self.check_length(tokens)
         depth = check_draft_tokens(self.draft_tokens if depth is None else depth)
         auto = depth == "auto" and self.backend.can_draft
         return Sequence(
@@ -174,10 +170,18 @@ class Engine:
             control=next_request(self.experience.state),
         )
 
+    def check_length(self, tokens: list[int]) -> None:
+        """Raise `PromptError` if a prompt does not fit the context."""
+        if len(tokens) >= self.backend.context:
+            raise PromptError(
+                f"the prompt has {len(tokens)} tokens and the context holds {self.backend.context}; "
+                "shorten it, or load with a longer context if the model allows one"
+            )
+
     def learn(self, sequence: Sequence) -> None:
         """Keep what a sequence's rounds have shown, and say so once if the drafter hardly ever guesses right."""
         experience, control = self.experience, sequence.control
-        if sequence.costs:
+        if sequence.costs and not sequence.reading:
             experience.state = control
             if useless(control) and not experience.warned:
                 experience.warned = True

@@ -60,6 +60,13 @@ class Scheduler:
         return len(self._waiting)
 
     @property
+    def room(self) -> int:
+        """Sequences that may still be submitted."""
+        waiting = sum(not sequence.finish for sequence in list(self._waiting))
+        running = sum(not sequence.finish for sequence in list(self.running))
+        return self.backend.slots + self.most_waiting - running - waiting
+
+    @property
     def busy(self) -> bool:
         """Whether a tick has something to do."""
         return bool(self.running or self._waiting)
@@ -74,7 +81,7 @@ class Scheduler:
         Raises:
             BusyError: too many are waiting.
         """
-        if len(self._waiting) - (self.backend.slots - len(self.running)) >= self.most_waiting:
+        if self.room < 1:
             raise BusyError(f"{len(self._waiting)} requests are waiting already; try again later")
         self._deliver[id(sequence)] = deliver
         self._waiting.append(sequence)

@@ -40,17 +40,21 @@ class Choice:
         """
         parts: list[Part] = []
         pieces: list[Piece] = []
+        reader = self._reader
         for piece in event.pieces:
-            came = self._read(piece.text)
-            parts += came
+            content, thought = reader is None or reader.in_content, reader is not None and reader.in_thought
+            parts += self._read(piece.text)
             self.tokens += 1
-            self.thought_tokens += any(part.kind == "thought" for part in came)
-            if self._reader is None or not came or came[-1].kind == "content":
+            self.thought_tokens += reader is not None and (thought or reader.in_thought)
+            if content and (reader is None or reader.in_content):
                 pieces.append(piece)
         parts += self._read(event.rest)
         if event.finish:
-            parts += self._reader.finish() if self._reader else []
-            self.finish = "tool_calls" if self.calls or any(p.kind == "call" for p in parts) else event.finish
+            parts += reader.finish() if reader and event.finish == "stop" else []
+            called = bool(self.calls) or any(part.kind == "call" for part in parts)
+            self.finish = "tool_calls" if called and event.finish == "stop" else event.finish
+            if self._sequence.grammar and self._sequence.grammar.failed:
+                self.finish = "length"  # cut by a limit, though not of tokens
         for part in parts:
             self._take(part)
         return parts, pieces

@@ -72,7 +72,7 @@ class ServerSettings:
     names: tuple[str, ...] = ("paceline",)  # of the model; the first is the one that answers carry
     keys: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()  # names this server may be called by; none: any
-    most_bytes: int = 16 << 20  # of a request
+    most_bytes: int = 4 << 20  # of a request
     most_seconds: float = 3600.0  # a request may take
     log_prompts: bool = False
 
@@ -101,13 +101,13 @@ class Service:
         if name is not None and name not in self.settings.names:
             raise HTTPException(404, f"there is no model {name!r} here; this server has {self.model!r}")
 
-    async def prepare(self, work: Callable[[Any], Any], body: Generating, argument: Any) -> Any:
+    async def prepare(self, work: Callable[[Any], Any], request: Request, body: Generating) -> Any:
         """Do the slow part of a request on a thread of its own."""
         self.check_model(body.model)
         if self.settings.log_prompts:
-            logger.info("request: %s", body.model_dump_json(exclude_none=True))
+            logger.info("request: %s", (await request.body()).decode(errors="replace"))
         try:
-            return await run_in_threadpool(work, argument)
+            return await run_in_threadpool(work, body)
         except RecursionError as error:
             raise SettingsError("the request is nested too deeply; make it flatter") from error
 
@@ -154,7 +154,7 @@ def create_app(engine: Engine, settings: ServerSettings) -> FastAPI:
 def _add_generation(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions", responses=ERRORS)
     async def chat_completions(request: Request, body: ChatRequest) -> Response:
-        prepared = await service.prepare(service.preparer.chat, body, body)
+        prepared = await service.prepare(service.preparer.chat, request, body)
         job, choices = service.submit([prepared])
         answer = Chat(job, choices, body, service.model, service.fingerprint)
         if body.stream:
@@ -163,9 +163,9 @@ def _add_generation(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/completions", responses=ERRORS)
     async def completions(request: Request, body: CompletionRequest) -> Response:
-        prompts = await service.prepare(service.preparer.completions, body, body)
+        prompts = await service.prepare(service.preparer.completions, request, body)
         tokenizer = service.engine.tokenizer
-        echoes = [tokenizer.decode(p.tokens) if body.echo else "" for p in prompts for _ in range(p.choices)]
+        echoes = [p.echo for p in prompts for _ in range(p.choices)]
         job, choices = service.submit(prompts)
         answer = Completion(job, choices, body, echoes, service.model, service.fingerprint)
         if body.stream:
@@ -174,7 +174,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/responses", responses=ERRORS)
     async def responses(request: Request, body: ResponsesRequest) -> Response:
-        prepared = await service.prepare(lambda body: service.preparer.chat(as_chat(body)), body, body)
+        prepared = await service.prepare(lambda body: service.preparer.chat(as_chat(body)), request, body)
         job, [choice] = service.submit([prepared])
         answer = Responding(job, choice, body, service.model)
         if body.stream:
@@ -184,6 +184,14 @@ def _add_generation(app: FastAPI, service: Service) -> None:
 
 def _add_tokens(app: FastAPI, service: Service) -> None:
     engine = service.engine
+
+    def answer_of(body: TokenizeRequest) -> Response:
+        tokens = tokens_of(body)
+        answer: dict[str, Any] = {"count": len(tokens), "max_model_len": engine.backend.context, "tokens": tokens}
+        if body.return_token_strs:
+            texts = [engine.tokenizer.token_bytes(token).decode(errors="replace") for token in tokens]
+            answer["token_strs"] = texts
+        return Json(answer, headers=_headers(body))
 
     def tokens_of(body: TokenizeRequest) -> list[int]:
         if (body.prompt is None) == (body.messages is None):
@@ -195,12 +203,7 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
     @app.post("/tokenize", responses=ERRORS)
     async def tokenize(body: TokenizeRequest) -> Response:
         service.check_model(body.model)
-        tokens = await run_in_threadpool(tokens_of, body)
-        answer: dict[str, Any] = {"count": len(tokens), "max_model_len": engine.backend.context, "tokens": tokens}
-        if body.return_token_strs:
-            texts = [engine.tokenizer.token_bytes(token).decode(errors="replace") for token in tokens]
-            answer["token_strs"] = texts
-        return Json(answer, headers=_headers(body))
+        return await run_in_threadpool(answer_of, body)
 
     @app.post("/detokenize", responses=ERRORS)
     async def detokenize(body: DetokenizeRequest) -> Response:
@@ -270,8 +273,8 @@ def _handle_errors(app: FastAPI) -> None:
 
     async def invalid(_: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        first = error.errors()[0]
-        place = ".".join(str(step) for step in first["loc"] if step != "body")
+        first = max(error.errors(), key=lambda one: len(one["loc"]))  # of a union's members that which fits furthest
+        place = ".".join(str(step) for step in first["loc"] if step != "body" and "[" not in str(step))
         return error_response(400, f"{place or 'the body'}: {first['msg']}", param=place or None)
 
     async def http(_: Request, error: Exception) -> Response:

@@ -63,7 +63,8 @@ class Completion:
         """The answer as it comes, for server-sent events."""
         with_usage = self._body.stream_options is not None and bool(self._body.stream_options.include_usage)
         usage: dict[str, Any] = {"usage": None} if with_usage else {}
-        lengths = [0] * len(self._choices)
+        lengths = [len(echo) for echo in self._echoes]
+        echoes = [*self._echoes]  # not sent yet
         async for came in self._job.events(KEEP_ALIVE_SECONDS):
             if came is None:
                 yield None
@@ -72,15 +73,14 @@ class Completion:
             choice = self._choices[index]
             parts, pieces = choice.push(event)
             text = "".join(part.text for part in parts)
-            if not lengths[index]:
-                text = self._echoes[index] + text
             answer = {
                 "index": index,
-                "text": text,
+                "text": echoes[index] + text,
                 "logprobs": self._logprobs(pieces, tokenizer, lengths[index]),
                 "finish_reason": choice.finish,
             }
             lengths[index] += len(text)
+            echoes[index] = ""
             if self._body.return_rounds:
                 answer["round"] = round_report(event)
             if event.finish:

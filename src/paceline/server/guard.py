@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 from collections.abc import Iterable
@@ -12,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from paceline.server.wire import error_response
 
+MOST_BODY_SECONDS = 60.0  # between two pieces of a body
 OPEN_PATHS = frozenset({"/", "/health"})  # the page holds nothing, and a balancer has no key
 
 
@@ -28,7 +30,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, keys: Iterable[str], hosts: Iterable[str], most_bytes: int) -> None:
         self._app = app
-        self._keys = [_digest(key) for key in keys]
+        self._keys = [_digest(key.encode()) for key in keys]
         self._hosts = frozenset(hosts)
         self._most_bytes = most_bytes
 
@@ -54,7 +56,7 @@ class Guard:
         kind, _, given = headers.get("authorization", "").partition(" ")
         if kind.lower() != "bearer":
             given = headers.get("x-api-key", "")
-        digest = _digest(given.strip())
+        digest = _digest(given.strip().encode("latin-1"))  # as it came: headers are bytes
         found = False
         for key in self._keys:
             found |= hmac.compare_digest(digest, key)
@@ -62,12 +64,17 @@ class Guard:
 
     def _counted(self, receive: Receive) -> Receive:
         """Count what comes: a body in chunks does not say its length."""
-        seen = 0
+        seen, whole = 0, False
 
         async def counted() -> Message:
-            nonlocal seen
-            message = await receive()
+            nonlocal seen, whole
+            try:
+                async with asyncio.timeout(None if whole else MOST_BODY_SECONDS):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408, "the request's body did not come; send it faster") from None
             seen += len(message.get("body", b""))
+            whole = whole or not message.get("more_body")
             if seen > self._most_bytes:
                 raise HTTPException(413, self._too_large)
             return message
@@ -79,9 +86,9 @@ class Guard:
         return f"the request is larger than {self._most_bytes} bytes; send less, or start the server with --max-body"
 
 
-def _digest(key: str) -> bytes:
+def _digest(key: bytes) -> bytes:
     """Of equal length for all keys, so that a comparison tells nothing of theirs."""
-    return hashlib.sha256(key.encode(errors="surrogateescape")).digest()
+    return hashlib.sha256(key).digest()
 
 
 def _host(headers: Headers) -> str:

@@ -25,6 +25,7 @@ from paceline.server.schemas import (
 from paceline.text.answer import begins_in_thought, marks_of
 from paceline.text.calls import call_grammar
 from paceline.text.grammar import ANY_OBJECT, Constraint, Grammars, json_rule, regex_rule
+from paceline.text.schema import check_schema
 from paceline.types import Sampling
 
 UNBOUNDED = 1 << 30  # tokens: as many as the context holds
@@ -38,6 +39,7 @@ class Prepared:
     request: Request
     choices: int = 1
     in_thought: bool = False  # the prompt has opened a thought
+    echo: str = ""  # what goes in front of each choice
 
 
 @dataclass
@@ -65,6 +67,7 @@ class Preparer:
         thinks, variables = _thinking(body)
         tools = [] if body.tool_choice == "none" else body.tools or []
         text, tokens = self.render(body.messages, tools, variables)
+        self.engine.check_length(tokens)  # before more work is done
         demanded = _demanded(body.tool_choice, tools)
         in_thought = begins_in_thought(text)
         request = Request(
@@ -100,7 +103,10 @@ class Preparer:
                 logprobs=body.logprobs,
                 grammar=self._format_grammar(body.response_format, "", ""),
             )
-            prepared.append(Prepared(self.engine.encode(one, raw=True), request, body.n or 1))
+            tokens = self.engine.encode(one, raw=True)
+            self.engine.check_length(tokens)
+            echo = self.engine.tokenizer.decode(tokens) if body.echo else ""
+            prepared.append(Prepared(tokens, request, body.n or 1, echo=echo))
         return prepared
 
     def render(
@@ -113,7 +119,8 @@ class Preparer:
         if tools and not template.knows("tools"):
             raise SettingsError("this model's chat template knows no tools; leave them out")
         declared = [tool.model_dump(exclude_none=True) for tool in tools] or None
-        safe = {name: value for name, value in variables.items() if name not in ("messages", "tools")}
+        taken = ("self", "messages", "tools", "documents", "add_generation_prompt")
+        safe = {name: value for name, value in variables.items() if name not in taken and not name.endswith("_token")}
         text = template.render(template_messages(messages), tools=declared, **safe)
         return text, self.engine.encode_text(text)
 
@@ -148,6 +155,7 @@ class Preparer:
             case _:
                 raise SettingsError(f"response_format of type {wanted.type} needs {wanted.type}; add it")
         if before:
+            check_schema(schema)
             return self._compiler().lark(f"start: {before}body{rules}\nbody: {json_rule(schema)}")
         return self._compiler().json_schema(schema)
 

@@ -31,7 +31,7 @@ from paceline.server.schemas import (
     ResponseToolChoice,
     Tool,
 )
-from paceline.server.wire import KEEP_ALIVE_SECONDS
+from paceline.server.wire import KEEP_ALIVE_SECONDS, describe
 from paceline.text.answer import Part
 
 ITEM_OF = {"content": "message", "thought": "reasoning"}
@@ -99,12 +99,12 @@ class Responding:
         self._id, self._created = f"resp_{secrets.token_hex(16)}", int(time.time())
         self._items: list[dict[str, Any]] = []
         self._kind = ""  # of the item that is being written
-        self._logprobs: list[dict[str, Any]] = []
+        self._reports: list[dict[str, Any]] = []  # of tokens whose text is still to be told
         self._number = 0  # of the next event
 
     async def whole(self) -> dict[str, Any]:
         """The answer in one piece."""
-        async for _ in self._events():
+        async for _ in self._events(1e9):
             pass
         return self._response(self._status)
 
@@ -112,29 +112,33 @@ class Responding:
         """The answer as it comes, for server-sent events."""
         for name in ("response.created", "response.in_progress"):
             yield self._event(name, response=self._response("in_progress"))
-        async for event in self._events(KEEP_ALIVE_SECONDS):
-            yield event
+        try:
+            async for event in self._events(KEEP_ALIVE_SECONDS):
+                yield event
+        except Exception as error:
+            about = describe(error)[1]["error"]
+            yield self._event("error", code=about["code"], message=about["message"], param=None)
+            return
         yield self._event(f"response.{self._status}", response=self._response(self._status))
 
     @property
     def _status(self) -> str:
         return "incomplete" if self._choice.finish == "length" else "completed"
 
-    async def _events(self, most_wait: float = 1e9) -> AsyncIterator[dict[str, Any] | None]:
+    async def _events(self, most_wait: float) -> AsyncIterator[dict[str, Any] | None]:
         async for came in self._job.events(most_wait):
             if came is None:
                 yield None
                 continue
             _, event = came
             parts, pieces = self._choice.push(event)
-            reports = [report for piece in pieces if (report := self._choice.token_report(piece))]
-            self._logprobs += reports
+            self._reports = [report for piece in pieces if (report := self._choice.token_report(piece))]
             for part in parts:
                 for one in self._part(part):
                     yield one
             if self._body.return_rounds:
                 yield self._event("paceline.round", round=round_report(event))
-        for one in self._end_item():
+        for one in self._end_item("incomplete" if self._choice.finish == "length" else "completed"):
             yield one
 
     def _part(self, part: Part) -> Iterator[dict[str, Any]]:
@@ -148,7 +152,9 @@ class Responding:
         match kind:
             case "message":
                 item["content"][0]["text"] += part.text
-                name, more = "response.output_text.delta", {"content_index": 0, "logprobs": []}
+                reports, self._reports = self._reports, []  # of the round: with its first piece of text
+                item["content"][0]["logprobs"] += reports
+                name, more = "response.output_text.delta", {"content_index": 0, "logprobs": _short(reports)}
             case "reasoning":
                 item["content"][0]["text"] += part.text
                 name, more = "response.reasoning_text.delta", {"content_index": 0}
@@ -175,19 +181,18 @@ class Responding:
             name = "response.content_part.added"
             yield self._event(name, content_index=0, part=_content(kind), **self._where())
 
-    def _end_item(self) -> Iterator[dict[str, Any]]:
+    def _end_item(self, status: str = "completed") -> Iterator[dict[str, Any]]:
         if not self._kind:
             return
         item, where = self._items[-1], self._where()
-        item["status"] = "completed" if self._choice.finish != "length" else "incomplete"
+        item["status"] = status
         if self._kind == "function_call":
             done = {"name": item["name"], "arguments": item["arguments"]}
             yield self._event("response.function_call_arguments.done", **done, **where)
         else:
             part = item["content"][0]
             if self._kind == "message":
-                part["logprobs"] = self._logprobs
-                done = {"text": part["text"], "logprobs": self._logprobs}
+                done = {"text": part["text"], "logprobs": _short(part["logprobs"])}
                 yield self._event("response.output_text.done", content_index=0, **done, **where)
             else:
                 yield self._event("response.reasoning_text.done", content_index=0, text=part["text"], **where)
@@ -244,6 +249,18 @@ class Responding:
             "output_tokens_details": {"reasoning_tokens": choice.thought_tokens},
             "total_tokens": choice.statistics.prompt_tokens + choice.tokens,
         }
+
+
+def _short(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Log-probabilities as events tell them: without bytes."""
+    return [
+        {
+            "token": report["token"],
+            "logprob": report["logprob"],
+            "top_logprobs": [{"token": one["token"], "logprob": one["logprob"]} for one in report["top_logprobs"]],
+        }
+        for report in reports
+    ]
 
 
 def _content(kind: str) -> dict[str, Any]:

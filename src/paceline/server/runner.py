@@ -9,14 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-import time
 from collections.abc import AsyncIterator, Callable
 from collections.abc import Sequence as Items
 from typing import Protocol
 
 from paceline.engine.engine import Engine
 from paceline.engine.sequence import Sequence
-from paceline.errors import BusyError
+from paceline.errors import BusyError, SettingsError
 from paceline.types import Event
 
 logger = logging.getLogger("paceline")
@@ -39,16 +38,25 @@ class EngineFault(Exception):
 class Job:
     """Sequences of one request, in flight. Iterate for (index, event), in the order in which they come."""
 
-    def __init__(self, runner: Runner, sequences: Items[Sequence], most_seconds: float) -> None:
+    def __init__(self, runner: Runner, sequences: Items[Sequence]) -> None:
         self.sequences = sequences
+        self.timer: asyncio.TimerHandle | None = None
         self._runner = runner
-        self._events: asyncio.Queue[tuple[int, Event | None]] = asyncio.Queue()
-        self._deadline = time.monotonic() + most_seconds
-        self._left = set(range(len(sequences)))
+        self._events: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue()
+        self._left = set(range(len(sequences)))  # not read to their ends
+        self._running = set(self._left)
 
-    def put(self, index: int, event: Event | None) -> None:
-        """Hand over an event; None where the engine broke down. Called on the event loop."""
+    def put(self, index: int, event: Event | Exception) -> None:
+        """Hand over an event, or why there will be no more. Called on the event loop."""
+        if isinstance(event, Event) and event.finish:
+            self._running.discard(index)
         self._events.put_nowait((index, event))
+
+    def expire(self) -> None:
+        """The request has taken its time: stop, whether or not anybody reads."""
+        if self._running:
+            self.close()
+            self.put(0, TimeoutError())
 
     async def events(self, most_wait: float = 1e9) -> AsyncIterator[tuple[int, Event] | None]:
         """All events; None where none came for `most_wait` seconds.
@@ -58,26 +66,24 @@ class Job:
             EngineFault: the engine broke down.
         """
         while self._left:
-            left = self._deadline - time.monotonic()
-            if left <= 0:
-                raise TimeoutError
             try:
-                async with asyncio.timeout(min(left, most_wait)):
+                async with asyncio.timeout(most_wait):
                     index, event = await self._events.get()
             except TimeoutError:
-                if most_wait < left:
-                    yield None
+                yield None
                 continue
-            if event is None:
-                raise EngineFault
+            if isinstance(event, Exception):
+                raise event
             if event.finish:
                 self._left.discard(index)
             yield index, event
 
     def close(self) -> None:
         """Stop what is still running. May be called again."""
-        self._runner.release([self.sequences[index] for index in self._left], self)
-        self._left = set()
+        if self.timer:
+            self.timer.cancel()
+        self._runner.release([self.sequences[index] for index in self._running], self)
+        self._running = set()
 
 
 class Runner:
@@ -94,7 +100,7 @@ class Runner:
         self._observer, self._most_seconds = observer, most_seconds
         self._wake = threading.Condition()
         self._stopping = False
-        self._outbox: list[tuple[Job, int, Event | None]] = []
+        self._outbox: list[tuple[Job, int, Event | Exception]] = []
         self._jobs: set[Job] = set()
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -118,19 +124,22 @@ class Runner:
 
         Raises:
             BusyError: too many requests wait already, or the server is being stopped.
+            SettingsError: more sequences than can ever run and wait.
         """
         if self._stopping:
             raise BusyError("the server is being stopped; try another one, or later")
-        job = Job(self, sequences, self._most_seconds)
+        assert self._loop is not None
+        scheduler = self.engine.scheduler
+        if len(sequences) > scheduler.backend.slots + scheduler.most_waiting:
+            raise SettingsError(f"{len(sequences)} texts in one request are more than this server takes; ask for fewer")
+        if len(sequences) > scheduler.room:
+            raise BusyError(f"{scheduler.waiting} requests are waiting already; try again later")
+        job = Job(self, sequences)
         self._jobs.add(job)
-        try:
-            for index, sequence in enumerate(sequences):
-                self.engine.scheduler.submit(sequence, self._deliver(job, index))
-        except BusyError:
-            job.close()
-            raise
-        with self._wake:
-            self._wake.notify()
+        for index, sequence in enumerate(sequences):
+            scheduler.submit(sequence, self._deliver(job, index))
+        job.timer = self._loop.call_later(self._most_seconds, job.expire)
+        self._notify()
         return job
 
     def release(self, sequences: Items[Sequence], job: Job) -> None:
@@ -140,6 +149,11 @@ class Runner:
             self.engine.scheduler.cancel(sequence)
             self.engine.learn(sequence)
             self._observer.forget(sequence)
+        self._notify()
+
+    def _notify(self) -> None:
+        with self._wake:
+            self._wake.notify()
 
     def _deliver(self, job: Job, index: int) -> Callable[[Event], None]:
         return lambda event: self._outbox.append((job, index, event))
@@ -157,21 +171,21 @@ class Runner:
                 logger.exception("the engine broke down; the requests in flight have failed")
                 self._outbox.clear()
                 scheduler.abandon()
-                self._hand_over([(job, 0, None) for job in list(self._jobs)])
+                self._hand_over([(job, 0, EngineFault()) for job in list(self._jobs)])
             outbox, self._outbox = self._outbox, []
             if outbox:
                 self._hand_over(outbox)
 
-    def _hand_over(self, outbox: list[tuple[Job, int, Event | None]]) -> None:
+    def _hand_over(self, outbox: list[tuple[Job, int, Event | Exception]]) -> None:
         assert self._loop is not None
         self._loop.call_soon_threadsafe(self._dispatch, outbox)
 
-    def _dispatch(self, outbox: list[tuple[Job, int, Event | None]]) -> None:
+    def _dispatch(self, outbox: list[tuple[Job, int, Event | Exception]]) -> None:
         for job, index, event in outbox:
             if job not in self._jobs:  # left meanwhile
                 continue
             job.put(index, event)
-            if event:
+            if isinstance(event, Event):
                 self._observer.observe(job.sequences[index], event)
                 if event.finish:
                     self._observer.forget(job.sequences[index])

@@ -13,8 +13,12 @@ MOST_CHOICES = 16
 MOST_TOP_LOGPROBS = 20
 MOST_STOPS = 16
 
-Stop = Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MOST_STOPS)]
+Stop = Annotated[list[Annotated[str, Field(min_length=1)]], Field(fail_fast=True, max_length=MOST_STOPS)]
+TokenName = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 Token = Annotated[int, Field(ge=0, lt=1 << 31)]
+FEW, MANY, MOST_TOKENS = 1024, 10_000, 4_000_000  # items of lists: more are no use, and checking takes time
+Tokens = Annotated[list[Token], Field(fail_fast=True, max_length=MOST_TOKENS)]
 HARMLESS = frozenset(
     {"user", "metadata", "store", "service_tier", "prompt_cache_key", "prompt_cache_retention", "safety_identifier"}
 )  # nothing is lost by not knowing these
@@ -86,9 +90,9 @@ class Called(Body):
 
 class ChatMessage(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True, max_length=MANY)] | None = None
     reasoning_content: str | None = None
-    tool_calls: list[Called] | None = None
+    tool_calls: Annotated[list[Called], Field(fail_fast=True, max_length=FEW)] | None = None
     tool_call_id: str | None = None
     name: str | None = None
 
@@ -127,13 +131,13 @@ class ResponseFormat(Body):
 
 
 class ChatRequest(Penalised):
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=MANY)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
-    tools: list[Tool] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True, max_length=FEW)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
@@ -145,7 +149,7 @@ class ChatRequest(Penalised):
 
 
 class CompletionRequest(Penalised):
-    prompt: str | list[Token] | Annotated[list[str | list[Token]], Field(min_length=1, max_length=MOST_CHOICES)]
+    prompt: str | Tokens | Annotated[list[str | Tokens], Field(fail_fast=True, min_length=1, max_length=MOST_CHOICES)]
     max_tokens: Annotated[int, Field(ge=1)] | None = 16
     logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
     echo: bool | None = None
@@ -168,7 +172,7 @@ class ResponseToolChoice(Body):
 class InputMessage(Body):
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True, max_length=MANY)]
 
 
 class InputCall(Body):
@@ -181,11 +185,14 @@ class InputCall(Body):
 class InputCallOutput(Body):
     type: Literal["function_call_output"]
     call_id: str
-    output: str | list[TextPart]
+    output: str | Annotated[list[TextPart], Field(fail_fast=True, max_length=MANY)]
 
 
 class InputReasoning(Body):
     type: Literal["reasoning"]
+
+
+InputItem = InputCall | InputCallOutput | InputReasoning | InputMessage
 
 
 class TextFormat(Body):
@@ -203,23 +210,24 @@ class Reasoning(Body):
 
 
 class ResponsesRequest(Generating):
-    input: str | Annotated[list[InputCall | InputCallOutput | InputReasoning | InputMessage], Field(min_length=1)]
+    input: str | Annotated[list[InputItem], Field(fail_fast=True, min_length=1, max_length=MANY)]
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
-    tools: list[ResponseTool] | None = None
+    tools: Annotated[list[ResponseTool], Field(fail_fast=True, max_length=FEW)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ResponseToolChoice | None = None
     parallel_tool_calls: bool | None = None
     text: TextSettings | None = None
     reasoning: Reasoning | None = None
     previous_response_id: None = None  # nothing is stored here: send the conversation
+    conversation: None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
 
 
 class TokenizeRequest(Body):
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
-    tools: list[Tool] | None = None
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=MANY)] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True, max_length=FEW)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_special_tokens: bool | None = True
     return_token_strs: bool | None = None
@@ -227,4 +235,4 @@ class TokenizeRequest(Body):
 
 class DetokenizeRequest(Body):
     model: str | None = None
-    tokens: list[Token]
+    tokens: Tokens

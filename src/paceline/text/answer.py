@@ -68,10 +68,18 @@ class AnswerReader:
                 parts.append(Part("arguments", "{"))
         return parts
 
+    @property
+    def in_content(self) -> bool:
+        """Whether what comes now is content."""
+        return self._state == self._content
+
+    @property
+    def in_thought(self) -> bool:
+        """Whether what comes now is a thought, or its heading."""
+        return self._state in (self._thought, self._channel_name)
+
     def finish(self) -> list[Part]:
-        """What was held back: no more will come."""
-        if self._state == self._call_name:
-            return [Part("content", self._held)] if self._held else []
+        """The model has ended its turn: a call that it left open is closed."""
         if self._state == self._call_arguments and (rest := self._arguments.finish()):
             return [Part("arguments", rest)]
         return []
@@ -139,6 +147,8 @@ class ArgumentReader:
         self._in_string = False
         self._word = ""  # a key, or a value without quotes
         self._quoted = False  # inside ordinary quotes, which models write now and then
+        self._comma = ""  # before what comes next, if anything does
+        self._whole = False  # the key or value at this place has come
 
     def push(self, character: str) -> str:
         """JSON that became certain."""
@@ -149,11 +159,11 @@ class ArgumentReader:
             if character != QUOTE and character in MARKS.values():
                 return ""
             return '"' if character == QUOTE else json.dumps(character, ensure_ascii=False)[1:-1]
-        if not self._word.strip() and character in (QUOTE, "{", "["):
+        if not self._word.strip() and character in (QUOTE if self._in_key else QUOTE + "{["):
             return self._begin(character)
         if character in MARKS.values():
             return ""
-        if not self._quoted and (character in ",]}" or (character == ":" and self._in_key)):
+        if not self._quoted and character in (",", ":" if self._in_key else ",", self._open[-1]):
             return self._end(character)
         if character == '"' and not self._word.endswith("\\") and (self._quoted or not self._word.strip()):
             self._quoted = not self._quoted
@@ -162,34 +172,52 @@ class ArgumentReader:
 
     def finish(self) -> str:
         """The end of JSON that was left open; nothing if it is whole."""
-        word = _key(self._word) + ":null" if self._in_key and self._word.strip() else _value(self._word)
-        text = '"' if self._in_string else word
-        text += "".join(reversed(self._open))
-        self._open = []
+        text = '"' if self._in_string else ""
+        self._whole = self._whole or self._in_string
+        while self._open:
+            text += self._end(self._open[-1])
         return text
 
     def _begin(self, character: str) -> str:
         self._word = ""
+        if self._whole:  # a second value at one place: the first stands
+            return ""
+        comma, self._comma = self._comma, ""
         if character == QUOTE:
-            self._in_string = True
-            return '"'
+            self._in_string = self._whole = True
+            return comma + '"'
         self._open.append("}" if character == "{" else "]")
         self._in_key = character == "{"
-        return character
+        return comma + character
 
     def _end(self, character: str) -> str:
-        word, self._word = self._word, ""
+        word, self._word = self._word.strip(), ""
         if character == ":":
-            self._in_key = False
-            return (_key(word) if word.strip() else "") + ":"  # nothing: the key was in Gemma's quotes
+            key = "" if self._whole else self._take(_key(word))
+            self._in_key = self._whole = False
+            return key + ":"
+        text = self._last(word)
         if character == ",":
-            self._in_key = self._open[-1] == "}"
-            return _value(word) + ","
-        if self._open[-1] != character:
-            return _value(word)  # a bracket that closes nothing
+            self._comma = "," if self._whole or text else self._comma
+            self._in_key, self._whole = self._open[-1] == "}", False
+            return text
         self._open.pop()
-        self._in_key = False
-        return _value(word) + character
+        self._comma, self._in_key, self._whole = "", False, True
+        return text + character
+
+    def _last(self, word: str) -> str:
+        """What stands at a place that ends: a key alone means null, as a key without a value does."""
+        if self._whole:
+            return ":null" if self._in_key else ""
+        if self._in_key:
+            return self._take(_key(word) + ":null") if word else ""
+        if not word and self._open[-1] == "]":
+            return ""
+        return self._take(_value(word) if word else "null")
+
+    def _take(self, text: str) -> str:
+        comma, self._comma = self._comma, ""
+        return comma + text
 
 
 def _key(word: str) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from paceline.errors import SettingsError
+from paceline.text.schema import check_schema
 
 TEXT = r"/(.|\n)*/"
 NUMBER = r"/-?(0|[1-9][0-9]{0,15})(\.[0-9]{1,15})?([eE][+-]?[0-9]{1,2})?/"
@@ -33,6 +34,7 @@ def call_grammar(tools: Sequence[Mapping[str, Any]], token_id: Callable[[str], i
     calls = []
     for tool in tools:
         parameters = tool.get("parameters") or {"type": "object", "properties": {}}
+        check_schema(parameters)
         arguments = rules.value(parameters, parameters)
         calls.append(f"{begin} {_literal('call:' + tool['name'])} {arguments} {end}")
     start = " | ".join(calls)
@@ -53,7 +55,8 @@ class _Rules:
 
     def value(self, schema: Any, root: Mapping[str, Any]) -> str:
         """The name of the rule for a value; `root` is where its references point into."""
-        key = json.dumps([schema, root is not schema and schema is not True and "$ref" in json.dumps(schema) and root])
+        text = json.dumps(schema)
+        key = f"{id(root) if '$ref' in text else ''} {text}"  # references mean what their root says
         if key not in self._names:
             self._names[key] = name = f"v{len(self._names)}"
             body = self._body(schema, root)  # may come back to this name: schemas can be recursive
@@ -66,15 +69,16 @@ class _Rules:
         if not isinstance(schema, Mapping):
             raise SettingsError(f"a schema of function parameters holds {schema!r}; give an object")
         if "$ref" in schema:
-            return self.value(_resolve(str(schema["$ref"]), root), root)
+            return self.value(_resolve(schema["$ref"], root), root)
         if "const" in schema or "enum" in schema:
-            return " | ".join(self._constant(item) for item in schema.get("enum", [schema.get("const")]))
+            constants = _some(schema, "enum") if "enum" in schema else [schema["const"]]
+            return " | ".join(self._constant(item) for item in constants)
         for word in ("anyOf", "oneOf"):
             if word in schema:
-                return " | ".join(self.value(choice, root) for choice in schema[word])
+                return " | ".join(self.value(choice, root) for choice in _some(schema, word))
         kind = schema.get("type", "object" if "properties" in schema else None)
         if isinstance(kind, list):
-            return " | ".join(self.value({**schema, "type": one}, root) for one in kind)
+            return " | ".join(self.value({**schema, "type": one}, root) for one in _some(schema, "type"))
         return self._typed(kind, schema, root)
 
     def _typed(self, kind: object, schema: Mapping[str, Any], root: Mapping[str, Any]) -> str:
@@ -104,7 +108,7 @@ class _Rules:
         if not isinstance(properties, Mapping) or (not properties and "properties" not in schema):
             anything = self.value(True, root)
             return f'"{{" ({KEY} ":" {anything} ("," {KEY} ":" {anything})*)? "}}"'
-        required = schema.get("required", ())
+        required = _some(schema, "required") if schema.get("required") else []
         number = len(self.lines)
         prefix = f"o{number}n{len(self._names)}"
         after = '"}"'
@@ -129,10 +133,20 @@ class _Rules:
         return " | ".join(self.value({"type": kind}, {}) for kind in kinds)
 
 
-def _resolve(reference: str, root: Mapping[str, Any]) -> Any:
+def _some(schema: Mapping[str, Any], word: str) -> list[Any]:
+    """A list that a schema must have something in."""
+    value = schema[word]
+    if not isinstance(value, list) or not value:
+        raise SettingsError(f"{word} of a schema of function parameters is {json.dumps(value)}; give a list")
+    return value
+
+
+def _resolve(reference: Any, root: Mapping[str, Any]) -> Any:
     """What a JSON pointer within the schema, such as `#/$defs/place`, points to."""
     found: Any = root
-    for step in reference.removeprefix("#").split("/")[1:]:
+    if not isinstance(reference, str) or not reference.startswith("#"):
+        raise SettingsError(f"a schema of function parameters points to {reference!r}; point into the schema itself")
+    for step in reference.split("/")[1:]:
         if not isinstance(found, Mapping) or step not in found:
             raise SettingsError(f"a schema of function parameters points to {reference}, which is not there")
         found = found[step]

@@ -6,12 +6,14 @@ The masks come from llguidance (https://github.com/guidance-ai/llguidance), an e
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from paceline.errors import SettingsError
+from paceline.text.schema import check_schema
 from paceline.types import Bool
 
 if TYPE_CHECKING:
@@ -26,12 +28,14 @@ class Constraint:
 
     def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int, stop_ids: frozenset[int]) -> None:
         self._matcher, self._vocab_size, self._stop_ids = matcher, vocab_size, stop_ids
+        self.failed = False
 
     def allowed(self) -> Bool:
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         mask = np.unpackbits(bits, count=min(self._vocab_size, 8 * len(bits)), bitorder="little").astype(np.bool_)
         mask = np.pad(mask, (0, self._vocab_size - len(mask)))
         if self._matcher.is_error() or not mask.any():  # a limit of the matcher: nothing but an end is left
+            self.failed = True
             mask[:] = False
             mask[list(self._stop_ids)] = True
         return mask
@@ -68,6 +72,7 @@ class Grammars:
         Raises:
             SettingsError: not a valid schema, or one that cannot be followed.
         """
+        check_schema(schema)
         return self._compile(f"start: {json_rule(schema)}", "the JSON schema")
 
     def regex(self, pattern: str) -> Constraint:
@@ -104,7 +109,8 @@ def json_rule(schema: dict[str, Any]) -> str:
 
 def regex_rule(pattern: str) -> str:
     """A regular expression as part of a grammar."""
-    return "/" + pattern.replace("/", "\\/").replace("\n", "\\n") + "/"
+    escaped = re.sub(r"\\.|/", lambda found: r"\/" if found[0] == "/" else found[0], pattern, flags=re.DOTALL)
+    return "/" + escaped.replace("\n", "\\n") + "/"
 
 
 def _first_line(message: str) -> str:
