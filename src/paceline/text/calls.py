@@ -29,12 +29,12 @@ def call_grammar(tools: Sequence[Mapping[str, Any]], token_id: Callable[[str], i
     ids = [token_id(name) for name in ("<|tool_call>", "<tool_call|>", '<|"|>')]
     if None in ids:
         raise SettingsError("this model has no tokens for calls of functions; leave tool_choice on auto or none")
+    check_schema([tool.get("parameters") for tool in tools])
     begin, end, quote = (f"<[{token}]>" for token in ids)
     rules = _Rules(quote)
     calls = []
     for tool in tools:
         parameters = tool.get("parameters") or {"type": "object", "properties": {}}
-        check_schema(parameters)
         arguments = rules.value(parameters, parameters)
         calls.append(f"{begin} {_literal('call:' + tool['name'])} {arguments} {end}")
     start = " | ".join(calls)

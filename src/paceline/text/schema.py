@@ -7,7 +7,7 @@ from typing import Any
 
 from paceline.errors import SettingsError
 
-MOST_NODES, MOST_PROPERTIES, MOST_REFERENCES, MOST_DEPTH = 20_000, 512, 256, 64
+MOST_NODES, MOST_PROPERTIES, MOST_REFERENCES, MOST_DEPTH = 5_000, 512, 256, 64
 
 
 def check_schema(schema: Any) -> None:
