@@ -5,31 +5,57 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from paceline.backends.cpu.backend import DRAFTER_FORMAT, CpuBackend, default_threads
 from paceline.backends.cpu.pack_cache import cache_folder
 from paceline.backends.cpu.sources import check_quant, open_source
 from paceline.checkpoint import Checkpoint, locate, locate_drafter
-from paceline.config import TargetConfig, check_pair, token_ids
+from paceline.config import DrafterConfig, TargetConfig, check_pair, token_ids
 from paceline.decode.sampling import check_sampling
 from paceline.engine.engine import DraftTokens, Engine, Experience, check_draft_tokens
 from paceline.engine.prefix import PrefixCache
 from paceline.engine.pricing import load_costs
 from paceline.engine.scheduler import Scheduler
-from paceline.errors import SettingsError
+from paceline.errors import BackendError, CheckpointError, SettingsError
 from paceline.text.chat import ChatTemplate
 from paceline.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from paceline.backends.cuda.backend import TorchBackend
 
 MAX_SLOTS = 64
 MAX_THREADS = 255  # what the native team can count
 DEFAULT_CONTEXT = 32768  # positions; memory is taken as they are used
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """How much a backend holds."""
+
+    context: int  # positions of a slot
+    slots: int
+    max_rows: int  # of one slot in one batch
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A backend, and what is to be said of it."""
+
+    backend: CpuBackend | TorchBackend
+    quant: str
+    threads: int
+    weight_bytes: int
+    machine: str  # instruction set or device
+
+
 def load(
     model: str,
     *,
     drafter: str = "auto",
+    device: str = "cpu",
     quant: str = "auto",
     threads: int | None = None,
     context: int | None = None,
@@ -41,11 +67,13 @@ def load(
     notify: Callable[[str], None] = lambda _: None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Engine:
-    """Load a Gemma 4 model and its drafter on the CPU.
+    """Load a Gemma 4 model and its drafter.
 
     Args:
         model: a folder, a hub id (downloaded when it is not in the cache), or `tiny-python` for the bundled pair.
         drafter: "auto" (the folder or hub id with "-assistant" behind its name), "none", or a folder or hub id.
+        device: "cpu" for the native kernels; "cuda", "mps" or another device of PyTorch ("torch:cpu" for its own work
+            on the processor), which needs the extra `cuda` and is not tuned yet.
         quant: weight format: f32, bf16, q8, q4, or auto for the most precise one that fits the memory at hand.
         threads: worker threads; None for the physical cores.
         context: tokens a sequence may hold, prompt included; None for the model's own limit, at most 32768.
@@ -83,26 +111,16 @@ def load(
     template = ChatTemplate.open(checkpoint.chat_template_path, checkpoint.tokenizer_config)
     stop_ids = frozenset(_stop_ids(checkpoint, config))
     sampling = check_sampling(checkpoint.sampling(), config.vocab_size)
-    threads = threads or min(default_threads(), MAX_THREADS)
-    target = open_source(checkpoint, config, quant, threads, notify=notify, progress=progress)
-    sources = [target]
-    pair = None
-    if draft_checkpoint and draft_config:
-        draft_quant = DRAFTER_FORMAT[target.weights.quant]
-        sources += [open_source(draft_checkpoint, draft_config, draft_quant, threads, notify=notify, progress=progress)]
-        pair = (draft_config, sources[-1].weights)
-    backend = CpuBackend(
-        (config, target.weights),
-        pair,
-        threads=threads,
-        context=min(context or DEFAULT_CONTEXT, config.max_positions),
-        slots=slots,
-        max_rows=max(prompt_chunk, 16),
-        isa=os.environ.get("PACELINE_ISA", ""),
+    drafting = (draft_checkpoint, draft_config) if draft_checkpoint and draft_config else None
+    sizes = Sizes(
+        context=min(context or DEFAULT_CONTEXT, config.max_positions), slots=slots, max_rows=max(prompt_chunk, 16)
     )
-    for source in sources:
-        source.keep(notify)
-    about = json.dumps([repr(config), repr(draft_config), target.weights.quant, backend.threads, backend.isa, slots])
+    if device == "cpu":
+        loaded = _on_cpu((checkpoint, config), drafting, quant, threads, sizes, notify, progress)
+    else:
+        loaded = _on_torch((checkpoint, config), drafting, device, quant, threads, sizes, notify, progress)
+    backend = loaded.backend
+    about = json.dumps([repr(config), repr(draft_config), loaded.quant, loaded.threads, loaded.machine, slots])
     experience = Experience(lambda: load_costs(backend, sampling, about, cache_folder(), notify))
     if backend.can_draft and draft_tokens == "auto":
         experience.priced()
@@ -114,9 +132,9 @@ def load(
         drafter_config=draft_config,
         stop_ids=stop_ids,
         sampling=sampling,
-        quant=target.weights.quant,
-        threads=backend.threads,
-        weight_bytes=target.weights.nbytes,
+        quant=loaded.quant,
+        threads=loaded.threads,
+        weight_bytes=loaded.weight_bytes,
         draft_tokens=draft_tokens,
         scheduler=Scheduler(
             backend, prompt_chunk, most_waiting, PrefixCache(backend, cache_memory) if cache_memory else None
@@ -124,6 +142,56 @@ def load(
         experience=experience,
         notify=notify,
     )
+
+
+def _on_cpu(
+    target: tuple[Checkpoint, TargetConfig],
+    drafter: tuple[Checkpoint, DrafterConfig] | None,
+    quant: str,
+    threads: int | None,
+    sizes: Sizes,
+    notify: Callable[[str], None],
+    progress: Callable[[int], None],
+) -> Loaded:
+    threads = threads or min(default_threads(), MAX_THREADS)
+    source = open_source(*target, quant, threads, notify=notify, progress=progress)
+    sources, pair = [source], None
+    if drafter:
+        draft_quant = DRAFTER_FORMAT[source.weights.quant]
+        sources += [open_source(*drafter, draft_quant, threads, notify=notify, progress=progress)]
+        pair = (drafter[1], sources[-1].weights)
+    backend = CpuBackend(
+        (target[1], source.weights), pair, threads=threads, isa=os.environ.get("PACELINE_ISA", ""), **asdict(sizes)
+    )
+    for one in sources:
+        one.keep(notify)
+    return Loaded(backend, source.weights.quant, backend.threads, source.weights.nbytes, backend.isa)
+
+
+def _on_torch(
+    target: tuple[Checkpoint, TargetConfig],
+    drafter: tuple[Checkpoint, DrafterConfig] | None,
+    device: str,
+    quant: str,
+    threads: int | None,
+    sizes: Sizes,
+    notify: Callable[[str], None],
+    progress: Callable[[int], None],
+) -> Loaded:
+    try:
+        from paceline.backends.cuda.load import load_backend
+    except ImportError as error:
+        raise BackendError(f"--device {device} needs {error.name}; pip install 'paceline[cuda]'") from error
+    if target[0].packed:
+        raise CheckpointError(
+            f"{target[0].folder}: converted folders are for --device cpu; give the model as published"
+        )
+    name = device.removeprefix("torch:")
+    backend, quant = load_backend(
+        target, drafter, device=name, quant=quant, threads=threads, progress=progress, **asdict(sizes)
+    )
+    notify(f"device: {name} through PyTorch, a backend that is not tuned yet and was never run on a GPU")
+    return Loaded(backend, quant, backend.threads, backend.weight_bytes, name)
 
 
 def _stop_ids(checkpoint: Checkpoint, config: TargetConfig) -> tuple[int, ...]:

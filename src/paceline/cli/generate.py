@@ -11,6 +11,7 @@ import typer
 
 from paceline.cli.options import (
     DEFAULT_MODEL,
+    DeviceOption,
     DrafterOption,
     DraftTokensOption,
     MaxTokensOption,
@@ -50,6 +51,7 @@ def generate(
     max_tokens: MaxTokensOption = 256,
     draft_tokens: DraftTokensOption = "auto",
     acceptance_rule: RuleOption = "coupled",
+    device: DeviceOption = "cpu",
     quant: QuantOption = "auto",
     threads: ThreadsOption = None,
     raw: Annotated[
@@ -88,7 +90,7 @@ def generate(
     text = _read_stdin() if prompt == "-" else prompt
     if logprobs is not None and not as_json:
         raise SettingsError("--logprobs goes with --json; add it")
-    engine = load(model, drafter, quant, threads, draft_tokens_of(draft_tokens))
+    engine = load(model, drafter, quant, threads, draft_tokens_of(draft_tokens), device)
     sampling = sampling_of(
         engine.sampling,
         temperature=temperature,

@@ -47,6 +47,13 @@ QuantOption = Annotated[
         metavar="auto|f32|bf16|q8|q4",
     ),
 ]
+DeviceOption = Annotated[
+    str,
+    typer.Option(
+        help="cpu for paceline's own kernels; cuda or another device through PyTorch (not tuned yet).",
+        metavar="cpu|cuda|torch:DEVICE",
+    ),
+]
 ThreadsOption = Annotated[
     int | None, typer.Option(help="Processor threads; one per core if not given.", min=1, show_default=False)
 ]
@@ -66,11 +73,21 @@ def draft_tokens_of(text: str) -> DraftTokens:
         raise SettingsError(f"--draft-tokens is {text!r}; give a number, or auto") from None
 
 
-def load(model: str, drafter: str, quant: str, threads: int | None, draft_tokens: DraftTokens) -> Engine:
+def load(
+    model: str, drafter: str, quant: str, threads: int | None, draft_tokens: DraftTokens, device: str = "cpu"
+) -> Engine:
     """Load a pair; notices go to stderr."""
     import paceline  # here, so that `paceline --help` starts at once
 
-    return paceline.load(model, drafter=drafter, quant=quant, threads=threads, draft_tokens=draft_tokens, notify=note)
+    return paceline.load(
+        model,
+        drafter=drafter,
+        device=device,
+        quant=quant,
+        threads=threads,
+        draft_tokens=draft_tokens,
+        notify=note,
+    )
 
 
 def note(line: str) -> None:

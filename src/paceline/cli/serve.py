@@ -17,6 +17,7 @@ import typer
 from paceline.cli.options import (
     DEFAULT_MODEL,
     MODEL_HELP,
+    DeviceOption,
     DrafterOption,
     DraftTokensOption,
     QuantOption,
@@ -54,6 +55,7 @@ def serve(
     ] = "1G",
     drafter: DrafterOption = "auto",
     draft_tokens: DraftTokensOption = "auto",
+    device: DeviceOption = "cpu",
     quant: QuantOption = "auto",
     threads: ThreadsOption = None,
     timeout: Annotated[float, typer.Option(help="Seconds a request may take.", min=1)] = 3600,
@@ -81,6 +83,7 @@ def serve(
     engine = paceline.load(
         model,
         drafter=drafter,
+        device=device,
         quant=quant,
         threads=threads,
         context=context,

@@ -2,12 +2,13 @@
 
 Exact by fixed shapes: every pass runs in tiles of TILE rows, the last one padded, so each matrix product has one shape
 whatever is in the batch, and a row's attention is computed for that row alone, over a number of keys that its position
-determines. What a row computes so depends on nothing but itself; the tests compare bits. This is the eager form, for
-any device of PyTorch; it is not fast yet.
+determines. What a row computes so depends on nothing but itself; the tests compare bits, on a processor. This is the
+eager form, for any device of PyTorch; it is not fast, and no GPU has run it yet.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 import numpy as np
@@ -62,6 +63,9 @@ class TorchBackend:
     ) -> None:
         if drafter:
             check_pair(target[0], drafter[0])
+        # Products of one shape are then one order of summation on CUDA devices, too:
+        # https://docs.nvidia.com/cuda/cublas/#results-reproducibility
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         try:
             self.device = torch.device(device)
             torch.zeros(1, device=self.device)
@@ -77,6 +81,8 @@ class TorchBackend:
         if self._drafter and drafter:
             fill(self._drafter, drafter[1], dtype, self.device)
         self._dtype = dtype
+        self.threads = torch.get_num_threads()
+        self.weight_bytes = sum(parameter.nbytes for parameter in self._target.parameters())
         self._memory = SlotMemory(target[0], slots, context, max_rows, dtype, self.device)
         self._last_kv = max(index for index, layer in enumerate(target[0].layers) if layer.kv_source == index)
         self._free = list(range(slots))[::-1]

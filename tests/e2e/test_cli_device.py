@@ -1,0 +1,56 @@
+"""`--device`: the PyTorch backend from the command line, and one line for each device that is none."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from paceline.cli.main import run
+
+ARGUMENTS = (
+    "generate",
+    "--raw",
+    "--json",
+    "--quant",
+    "f32",
+    "--temperature",
+    "0",
+    "--max-tokens",
+    "30",
+    "class Stack:",
+)
+
+
+def test_the_text_is_that_of_the_cpu_backend(capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for device in ("cpu", "torch:cpu"):
+        assert run([*ARGUMENTS, "--device", device]) == 0
+        texts.append(json.loads(capsys.readouterr().out)["text"])
+    assert texts[0] == texts[1]
+    assert len(texts[0]) > 30
+
+
+@pytest.mark.parametrize(
+    ("device", "more", "message"),
+    [
+        ("nowhere", (), "PyTorch cannot use the device 'nowhere'"),
+        ("cuda:77", (), "PyTorch cannot use the device 'cuda:77'"),
+        ("torch:cpu", ("--quant", "q4"), "--quant q4 is not there yet on --device cpu"),
+    ],
+)
+def test_what_cannot_be_is_said_in_a_line(
+    device: str, more: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([*ARGUMENTS, *more, "--device", device]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"paceline: error: {message}")
+
+
+def test_without_pytorch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in [name for name in sys.modules if name.startswith("paceline.backends.cuda.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert run([*ARGUMENTS, "--device", "cuda"]) == 2
+    assert "pip install 'paceline[cuda]'" in capsys.readouterr().err
