@@ -105,11 +105,12 @@ class Drafts:
 
 @dataclass(frozen=True)
 class Line:
-    """What was drafted for one sequence: K tokens."""
+    """What was drafted for one sequence: K tokens, by the drafter or because a grammar leaves nothing else."""
 
     tokens: tuple[int, ...] = ()
     confidence: tuple[float, ...] = ()
     logits: Float32 | None = None  # [K, vocabulary]
+    forced: bool = False  # by a grammar: says nothing of the drafter
 
 
 @dataclass(frozen=True)

@@ -109,6 +109,9 @@ class Only:
     def advance(self, token: int) -> None:
         self.written.append(token)
 
+    def forced(self) -> tuple[int, ...]:
+        return ()
+
 
 def test_a_grammar_masks_each_row_of_a_line_at_its_own_place() -> None:
     rule, grammar = Coupled(), Only({1, 2}, {0, 3}, {4})

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paceline.backends.fake import FakeBackend
+from paceline.decode.control import Costs
 from paceline.decode.rules import Coupled
 from paceline.engine.scheduler import Scheduler
 from paceline.engine.sequence import Sequence
@@ -145,3 +147,42 @@ def test_a_cancelled_sequence_leaves_before_the_next_round() -> None:
     drain(scheduler)
     assert stays.finish == "length"
     assert waits.generated == []
+
+
+class Litany:
+    """A grammar that allows two tokens at each place, and claims that one of them is forced: now and then wrongly."""
+
+    failed = False
+
+    def __init__(self, honest: int) -> None:
+        self.place, self.honest = 0, honest
+
+    def allowed(self) -> np.ndarray:
+        return np.isin(np.arange(64), self._choice(self.place))
+
+    def _choice(self, place: int) -> list[int]:
+        return [place % 50] if place % 10 < self.honest else [place % 50, 60]
+
+    def advance(self, token: int) -> None:
+        assert token in self._choice(self.place)
+        self.place += 1
+
+    def forced(self) -> tuple[int, ...]:
+        return tuple(range(self.place % 50, min(50, self.place % 50 + 30)))
+
+
+@pytest.mark.parametrize("depth", [None, 0, 3])
+@pytest.mark.parametrize("can_draft", [True, False])
+@pytest.mark.parametrize("honest", [0, 7, 10])
+def test_what_a_grammar_forces_is_drafted_and_changes_nothing(depth: int | None, can_draft: bool, honest: int) -> None:
+    backend = Watched(slots=1, can_draft=can_draft)
+    scheduler = Scheduler(backend, chunk=8)
+    costs = Costs((1.0, 1.2, 1.4))
+    sequence = request(backend, [1, 2], max_tokens=100, draft_tokens=depth, grammar=Litany(honest), costs=costs)
+    scheduler.submit(sequence, lambda _: None)
+    drain(scheduler)
+    assert sequence.generated == alone([1, 2], max_tokens=100, draft_tokens=0, grammar=Litany(honest))
+    assert max(rows for one in backend.passes for rows in one.values()) <= 16
+    if honest == 10 and depth != 0:
+        assert len(backend.passes) <= 1 + 10  # rounds of sixteen tokens, less where fifty of them end
+    assert sequence.control.drafted == (0 if honest == 10 else sequence.control.drafted)  # no credit to the drafter

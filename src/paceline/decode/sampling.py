@@ -63,6 +63,9 @@ class Grammar(Protocol):
     def advance(self, token: int) -> None:
         """Commit an allowed token."""
 
+    def forced(self) -> tuple[int, ...]:
+        """Tokens that are likely to come next because no other text may, in the usual spelling; often none."""
+
     @property
     def failed(self) -> bool:
         """Whether the text had to end before it was what it must be."""

@@ -115,7 +115,7 @@ class Scheduler:
         drafted = [event.drafted for event in events if event]
         costs = chosen[0].costs
         telling = len(chosen) > 1 and (any(drafted) or self._rounds_left % REPLAN == 0)  # plain ones are all alike
-        if telling and costs and costs.shared and all(s.draft_tokens is None for s in chosen):
+        if telling and costs and costs.shared and all(s.draft_tokens is None and not s.grammar for s in chosen):
             accepted = sum(event.accepted for event in events if event)
             self._drift = observe_shared(self._drift, costs, drafted, accepted, milliseconds)
         return events

@@ -11,6 +11,8 @@ from paceline.decode.sampling import Grammar, History
 from paceline.text.stops import StoppedText, TokenDecoder
 from paceline.types import Commit, Event, FinishReason, Float32, Line, Piece, Plan, Statistics
 
+MOST_FORCED = 15  # with the round's own token a verification of sixteen rows
+
 
 @dataclass(eq=False)  # each is itself: what is in flight is found by identity
 class Sequence:
@@ -70,6 +72,19 @@ class Sequence:
         end = min([self.cached + most, *(b for b in self.branches if b > self.cached)])
         return self.tokens[self.cached : end]
 
+    @property
+    def room(self) -> int:
+        """Drafts that can be of use in the next round; its own token is never drafted."""
+        left = min(self.max_tokens - len(self.tokens) + self.prompt_length, self.limit - len(self.tokens))
+        return max(0, left - 1)
+
+    def forced_line(self) -> Line | None:
+        """What the grammar leaves no choice about, as a draft that needs no drafter."""
+        if self.grammar is None or self.reading or self.draft_tokens == 0 or self.rule.with_logits:
+            return None
+        tokens = self.grammar.forced()[: min(self.room, MOST_FORCED)]
+        return Line(tokens, forced=True) if tokens else None
+
     def plan(self, early_stop: bool) -> Plan:
         """How far to draft in the next round; never further than drafts can be of use.
 
@@ -78,8 +93,7 @@ class Sequence:
         """
         if self.reading:
             return Plan(0)
-        left = min(self.max_tokens - len(self.tokens) + self.prompt_length, self.limit - len(self.tokens))
-        room = max(0, left - 1)  # the round's own token is never drafted
+        room = self.room
         if self.draft_tokens is not None:
             return Plan(min(self.draft_tokens, room))
         if self.costs is None:
@@ -100,7 +114,7 @@ class Sequence:
             seconds: what the round took; None if it was shared with other sequences.
         """
         first = self.reading
-        if self.costs and not first and (line.tokens or seconds):  # else there is nothing to learn
+        if self.costs and not first and not line.forced and (line.tokens or seconds):  # else there is nothing to learn
             self.control = observe(self.control, self.costs, line, commit.accepted, seconds and seconds * 1e3)
         self.cached += 1 + commit.accepted
         self.hidden = hidden

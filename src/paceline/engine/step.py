@@ -14,7 +14,7 @@ import numpy as np
 from paceline.backends.base import Backend
 from paceline.decode.verify import verify
 from paceline.engine.sequence import Sequence
-from paceline.types import Anchors, Batch, Event, Line, Output
+from paceline.types import Anchors, Batch, Event, Line, Output, Plan
 
 
 def step(backend: Backend, sequences: Items[Sequence], chunk: int) -> list[Event | None]:
@@ -48,10 +48,14 @@ def step(backend: Backend, sequences: Items[Sequence], chunk: int) -> list[Event
 
 def draft(backend: Backend, sequences: Items[Sequence]) -> list[Line]:
     """What is drafted for each sequence, nothing where it wants nothing; all draft in one call."""
-    lines = [Line()] * len(sequences)
+    forced = [sequence.forced_line() for sequence in sequences]
+    lines = [line or Line() for line in forced]
     if not backend.can_draft:
         return lines
-    plans = [sequence.plan(backend.stops_early) for sequence in sequences]
+    plans = [
+        Plan(0) if line else sequence.plan(backend.stops_early)
+        for sequence, line in zip(sequences, forced, strict=True)
+    ]
     drafting = [index for index, plan in enumerate(plans) if plan.depth > 0]
     if not drafting:
         return lines

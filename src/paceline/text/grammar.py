@@ -44,6 +44,9 @@ class Constraint:
         if not self._matcher.is_stopped():
             self._matcher.consume_token(token)
 
+    def forced(self) -> tuple[int, ...]:
+        return tuple(self._matcher.compute_ff_tokens())
+
     def copy(self) -> Constraint:
         """The same place, to go on from independently."""
         return Constraint(self._matcher.deep_copy(), self._vocab_size, self._stop_ids)
