@@ -249,6 +249,8 @@ def _sampling(model: Sampling, body: Generating) -> Sampling:
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
     given = {name: getattr(body, name, None) for name in names}
     changed: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if body.top_k is not None:
+        changed["top_k"] = max(0, body.top_k)  # others write -1 for all
     if body.seed is not None:
         changed["seed"] = body.seed % (1 << 64)
     if bias := getattr(body, "logit_bias", None):
