@@ -111,6 +111,8 @@ def load(
     template = ChatTemplate.open(checkpoint.chat_template_path, checkpoint.tokenizer_config)
     stop_ids = frozenset(_stop_ids(checkpoint, config))
     sampling = check_sampling(checkpoint.sampling(), config.vocab_size)
+    if context and context > config.max_positions:
+        notify(f"context: {config.max_positions} tokens, which is all the model can take")
     drafting = (draft_checkpoint, draft_config) if draft_checkpoint and draft_config else None
     sizes = Sizes(
         context=min(context or DEFAULT_CONTEXT, config.max_positions), slots=slots, max_rows=max(prompt_chunk, 16)

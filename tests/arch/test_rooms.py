@@ -1,6 +1,9 @@
 """The rooms of the package: who may import whom, where PyTorch may be, and how long a file may be."""
 
 import ast
+import re
+import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -93,6 +96,21 @@ def test_torch_stays_in_its_rooms(path: Path) -> None:
         return
     heavy = [name for name in imports_of_file(path) if name.split(".")[0] in ("torch", "transformers")]
     assert heavy == []
+
+
+def test_what_is_imported_is_declared() -> None:
+    """A package that another one brings along today may be gone with its next version."""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    declared = [
+        *project["dependencies"],
+        *(name for extra in project["optional-dependencies"].values() for name in extra),
+    ]
+    names = {re.split(r"[^A-Za-z0-9_-]", name)[0].replace("-", "_") for name in declared}
+    ours = [*FILES, *Path(__file__).parents[1].rglob("*.py")]
+    roots = {module.split(".")[0] for path in ours for module in imports_of(ast.parse(path.read_text()), "paceline")}
+    assert (
+        roots - names - sys.stdlib_module_names - {"paceline", "tests", "random_checkpoint"} == set()
+    )  # the last lies in bench/
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))

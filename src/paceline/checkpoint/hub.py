@@ -107,7 +107,6 @@ def _cached(repository: str) -> Path | None:
 
 def _download(repository: str) -> Path:
     """Fetch the needed files into the hub's cache, with progress bars on stderr."""
-    from httpx import ProxyError
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
@@ -122,12 +121,12 @@ def _download(repository: str) -> Path:
             f"{repository}: no such folder here and no such repository on the hub; check the name, "
             "or run `hf auth login` if it is private"
         ) from error
-    except (LocalEntryNotFoundError, ProxyError) as error:
-        raise HubUnreachable(
-            f"{repository}: no such folder here, not in the hub's cache, and the hub cannot be reached; "
-            "check the network, or give a local folder"
-        ) from error
-    except Exception as error:  # the hub client raises many kinds, of three libraries
+    except Exception as error:  # the hub client raises many kinds, of libraries that change with its version
+        if isinstance(error, LocalEntryNotFoundError) or type(error).__name__ == "ProxyError":
+            raise HubUnreachable(
+                f"{repository}: no such folder here, not in the hub's cache, and the hub cannot be reached; "
+                "check the network, or give a local folder"
+            ) from error
         first_line = (str(error).splitlines() or [""])[0]
         raise CheckpointError(
             f"{repository}: the download failed ({type(error).__name__}: {first_line}); run the command again to resume"

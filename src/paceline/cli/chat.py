@@ -17,6 +17,7 @@ from paceline.errors import PacelineError, PromptError
 if TYPE_CHECKING:
     from paceline import Engine
 
+FAILED = 1  # what a pipe's last command returns when a line of it failed
 CACHE_MEMORY = 1 << 30  # bytes for what was read of the conversation
 
 
@@ -86,11 +87,13 @@ def chat(
     check_sampling(sampling, engine.backend.vocab_size)
     conversation = Conversation(engine, sampling, max_tokens, check_stops(stop or ()), system=system)
     interactive = all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
-    converse(conversation, Terminal(_title(model, engine)) if interactive else Pipe())
+    if not converse(conversation, Terminal(_title(model, engine)) if interactive else Pipe()) and not interactive:
+        raise typer.Exit(FAILED)
 
 
-def converse(conversation: Conversation, screen: Pipe | Terminal) -> None:
-    """Take lines until they end. An error costs a turn, not the conversation."""
+def converse(conversation: Conversation, screen: Pipe | Terminal) -> bool:
+    """Take lines until they end. An error costs a turn, not the conversation; says whether there was none."""
+    well = True
     for line in screen.lines():
         try:
             reply = conversation.take(line)
@@ -99,14 +102,17 @@ def converse(conversation: Conversation, screen: Pipe | Terminal) -> None:
             if reply.turn:
                 screen.show(reply.turn)
             if reply.end:
-                return
+                break
         except PacelineError as error:
+            well = False
             screen.complain(" ".join(str(error).split()))
         except KeyboardInterrupt:
             if isinstance(screen, Pipe):
                 raise
         except MemoryError:
+            well = False
             screen.complain("not enough memory for this; /clear, or start again with --quant q4")
+    return well
 
 
 class Pipe:
@@ -135,7 +141,7 @@ class Pipe:
             finally:
                 if not turn.text.endswith("\n"):
                     print(flush=True)
-        self.say(figures(turn.stream.statistics))
+        self.say(figures(turn.stream.statistics) + (", cut off" if turn.finish == "length" else ""))
 
 
 def _title(model: str, engine: Engine) -> str:

@@ -46,6 +46,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:  # stdin or stdout: everything else has its own error
         return _fail(f"cannot read or write ({error.strerror}); check where input and output go")
     except typer.TyperException as error:  # a wrong option or argument
+        if not error.format_message():  # a verb without its own: the help has been shown
+            return USER_ERROR
         return _fail(f"{error.format_message()} (see paceline --help)")
     return code if isinstance(code, int) else 0
 

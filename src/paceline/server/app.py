@@ -208,6 +208,9 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
     @app.post("/detokenize", responses=ERRORS)
     async def detokenize(body: DetokenizeRequest) -> Response:
         service.check_model(body.model)
+        beyond = next((token for token in body.tokens if token >= engine.backend.vocab_size), None)
+        if beyond is not None:
+            raise SettingsError(f"token {beyond} is outside the model's vocabulary of {engine.backend.vocab_size}")
         return Json({"prompt": await run_in_threadpool(engine.tokenizer.decode, body.tokens)}, headers=_headers(body))
 
 
@@ -271,14 +274,20 @@ def _handle_errors(app: FastAPI) -> None:
     async def refuse(_: Request, error: Exception) -> Response:
         return failure(error)
 
-    async def invalid(_: Request, error: Exception) -> Response:
+    async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         first = max(error.errors(), key=lambda one: len(one["loc"]))  # of a union's members that which fits furthest
-        place = ".".join(str(step) for step in first["loc"] if step != "body" and "[" not in str(step))
+        if first["type"] == "json_invalid":
+            return error_response(400, "the body is not valid JSON")
+        if "application/json" not in request.headers.get("content-type", "").lower() and first["loc"] == ("body",):
+            return error_response(400, "send JSON, with the header Content-Type: application/json")
+        place = ".".join(str(step) for step in first["loc"] if step != "body" and not set("[-") & set(str(step)))
         return error_response(400, f"{place or 'the body'}: {first['msg']}", param=place or None)
 
-    async def http(_: Request, error: Exception) -> Response:
+    async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
+        if error.detail == "Not Found":
+            return error_response(404, f"there is nothing at {request.url.path}; the API is under /v1 (docs/server.md)")
         code = "model_not_found" if error.status_code == 404 and "model" in error.detail else None
         return error_response(error.status_code, str(error.detail), code=code, headers=error.headers)
 
