@@ -2,7 +2,7 @@
 
     python bench/streams.py --model tiny-python --streams 8
 
-Each stream continues another stretch of Python source, sampled with a seed of its own (and once greedily). Ways take
+Each stream continues another stretch of Python source, sampled by the model's own settings with a seed of its own, then greedily. Ways take
 turns, several times over, in one process; medians are quoted. Prints a table on stderr and one JSON line on stdout.
 """
 
@@ -14,6 +14,7 @@ import random
 import statistics
 import sys
 import time
+from dataclasses import replace
 
 import paceline
 from paceline.bench.machine import ReadBandwidth
@@ -36,9 +37,7 @@ def tokens_per_second(engine: paceline.Engine, streams: int, tokens: int, sampli
     """Speed of all streams together, from their start to the last one's end."""
     sequences = []
     for i in range(streams):
-        seeded = sampling if sampling.temperature == 0 else Sampling(sampling.temperature, seed=i)
-        never = tuple(engine.stop_ids)
-        sampled = Sampling(seeded.temperature, seeded.top_k, seeded.top_p, seed=seeded.seed, suppressed=never)
+        sampled = replace(sampling, seed=i, suppressed=tuple(engine.stop_ids))
         request = Request(sampling=sampled, max_tokens=tokens, draft_tokens=depth)
         sequences.append(engine.sequence(engine.encode(PROMPTS[i % len(PROMPTS)], raw=True), request))
     started = time.perf_counter()
@@ -78,7 +77,7 @@ def main() -> None:
     for _ in range(5):
         bandwidth.measure()
     report["bandwidth_gb_per_s"] = round(bandwidth.median, 1)
-    for name, sampling in (("temperature 1", Sampling(1.0)), ("greedy", Sampling())):
+    for name, sampling in (("the model's own sampling", engine.sampling), ("greedy", Sampling())):
         seen: dict[str, list[float]] = {way: [] for way in ways}
         for repeat in range(arguments.rounds + 1):
             for way in dice.sample(list(ways), len(ways)):  # none always follows the same other
