@@ -2,8 +2,9 @@
 
     python bench/streams.py --model tiny-python --streams 8
 
-Each stream continues another stretch of Python source, sampled by the model's own settings with a seed of its own, then greedily. Ways take
-turns, several times over, in one process; medians are quoted. Prints a table on stderr and one JSON line on stdout.
+Each stream continues another stretch of Python source, sampled by the model's own settings with a seed of its own, then
+greedily. Ways take turns, several times over, in one process; medians are quoted. Prints a table on stderr and one JSON
+line on stdout.
 """
 
 from __future__ import annotations
