@@ -25,8 +25,16 @@ class PromptError(PacelineError):
     """A prompt cannot be used: too long for the context, empty, or not valid text."""
 
 
+class ContextError(PromptError):
+    """A prompt is too long for the context."""
+
+
 class BusyError(PacelineError):
     """Too many requests wait already; trying again later helps."""
+
+
+class StoppingError(BusyError):
+    """A server is being stopped and takes nothing new."""
 
 
 class BackendError(PacelineError):

@@ -110,9 +110,9 @@ def adjusted(logits: Float32, sampling: Sampling, history: History) -> Float32:
         logits[list(s.suppressed)] = -np.inf
     if history.grammar:
         allowed = history.grammar.allowed()
-        if (logits[allowed] == -np.inf).all():  # what the grammar needs is suppressed: the grammar wins
+        if s.suppressed and np.isneginf(logits[allowed]).all():  # what the grammar needs is suppressed: it wins
             logits[allowed] = 0
-        logits[~allowed] = -np.inf
+        logits = np.where(allowed, logits, np.float32(-np.inf))
     return logits
 
 

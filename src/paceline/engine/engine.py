@@ -18,7 +18,7 @@ from paceline.decode.rules import RULES, Rule
 from paceline.decode.sampling import MOST_LOGPROBS, Grammar, check_sampling
 from paceline.engine.scheduler import Scheduler
 from paceline.engine.sequence import Sequence
-from paceline.errors import PromptError, SettingsError
+from paceline.errors import ContextError, PromptError, SettingsError
 from paceline.text.chat import ChatTemplate
 from paceline.text.stops import check_stops
 from paceline.text.tokenizer import Tokenizer
@@ -171,9 +171,9 @@ class Engine:
         )
 
     def check_length(self, tokens: list[int]) -> None:
-        """Raise `PromptError` if a prompt does not fit the context."""
+        """Raise `ContextError` if a prompt does not fit the context."""
         if len(tokens) >= self.backend.context:
-            raise PromptError(
+            raise ContextError(
                 f"the prompt has {len(tokens)} tokens and the context holds {self.backend.context}; "
                 "shorten it, or load with a longer context if the model allows one"
             )

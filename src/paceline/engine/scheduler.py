@@ -122,11 +122,9 @@ class Scheduler:
 
     def _step_reading(self, chosen: list[Sequence], reader: Sequence) -> list[Event | None]:
         """Run a step in which a chunk of a prompt is read, which takes no longer than others are to wait."""
-        chunk = (
-            self.chunk
-            if len(chosen) == 1
-            else int(min(self.chunk, max(LEAST_CHUNK, self.most_pause / self._row_seconds)))
-        )
+        chunk = self.chunk
+        if len(chosen) > 1:
+            chunk = int(min(chunk, max(LEAST_CHUNK, self.most_pause / self._row_seconds)))
         before, started = reader.cached, time.perf_counter()
         events = step(self.backend, chosen, chunk)
         self._row_seconds = (time.perf_counter() - started) / max(1, min(reader.cached, reader.prompt_length) - before)
@@ -165,13 +163,12 @@ class Scheduler:
 
     def _follow(self, sequence: Sequence) -> None:
         """Let a sequence wait for another that is reading the same beginning, if nothing kept is as long."""
-        if not self.prefixes:
+        readers = [other for other in self.running if other.reading]
+        if not self.prefixes or not readers:
             return
         length = self.prefixes.find(sequence.tokens).length
         mine = np.array(sequence.tokens, np.int32)
-        for other in self.running:
-            if not other.reading:
-                continue
+        for other in readers:
             common = common_length(mine, np.array(other.tokens, np.int32))
             if common >= length + LEAST_TOKENS and other.cached <= common:
                 self._leaders[id(sequence)] = other, common

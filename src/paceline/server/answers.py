@@ -28,7 +28,6 @@ class Choice:
         self._reader = None if plain else AnswerReader(in_thought)
         self.content = self.thought = ""
         self.calls: list[dict[str, Any]] = []
-        self.logprobs: list[tuple[Piece, str]] = []  # pieces of the content, and the text of each
         self.tokens = self.thought_tokens = 0
         self.finish: str | None = None
 

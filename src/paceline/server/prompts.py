@@ -25,7 +25,6 @@ from paceline.server.schemas import (
 from paceline.text.answer import begins_in_thought, marks_of
 from paceline.text.calls import call_grammar
 from paceline.text.grammar import ANY_OBJECT, Constraint, Grammars, json_rule, regex_rule
-from paceline.text.schema import check_schema
 from paceline.types import Sampling
 
 UNBOUNDED = 1 << 30  # tokens: as many as the context holds
@@ -70,12 +69,9 @@ class Preparer:
         self.engine.check_length(tokens)  # before more work is done
         demanded = _demanded(body.tool_choice, tools)
         in_thought = begins_in_thought(text)
-        request = Request(
-            sampling=_sampling(self.engine.sampling, body),
+        request = replace(
+            self._request(body),
             max_tokens=body.max_completion_tokens or body.max_tokens or UNBOUNDED,
-            stop=_stops(body),
-            draft_tokens=body.draft_tokens,
-            acceptance_rule=body.acceptance_rule or "coupled",
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             grammar=self._grammar(body, demanded, thinks or in_thought, in_thought),
             marks=self._marks,
@@ -92,17 +88,11 @@ class Preparer:
         """
         prompt: Any = body.prompt
         several = isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], int)
+        grammar = self._format_grammar(body.response_format, "", "")
+        request = replace(self._request(body), max_tokens=body.max_tokens or UNBOUNDED, logprobs=body.logprobs)
         prepared = []
         for one in prompt if several else [prompt]:
-            request = Request(
-                sampling=_sampling(self.engine.sampling, body),
-                max_tokens=body.max_tokens or UNBOUNDED,
-                stop=_stops(body),
-                draft_tokens=body.draft_tokens,
-                acceptance_rule=body.acceptance_rule or "coupled",
-                logprobs=body.logprobs,
-                grammar=self._format_grammar(body.response_format, "", ""),
-            )
+            request = replace(request, grammar=grammar.copy() if grammar else None)
             tokens = self.engine.encode(one, raw=True)
             self.engine.check_length(tokens)
             echo = self.engine.tokenizer.decode(tokens) if body.echo else ""
@@ -123,6 +113,15 @@ class Preparer:
         safe = {name: value for name, value in variables.items() if name not in taken and not name.endswith("_token")}
         text = template.render(template_messages(messages), tools=declared, **safe)
         return text, self.engine.encode_text(text)
+
+    def _request(self, body: Penalised) -> Request:
+        """What both kinds of requests say alike."""
+        return Request(
+            sampling=_sampling(self.engine.sampling, body),
+            stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
+            draft_tokens=body.draft_tokens,
+            acceptance_rule=body.acceptance_rule or "coupled",
+        )
 
     def _grammar(
         self, body: ChatRequest, demanded: list[dict[str, Any]], thinks: bool, in_thought: bool
@@ -155,7 +154,6 @@ class Preparer:
             case _:
                 raise SettingsError(f"response_format of type {wanted.type} needs {wanted.type}; add it")
         if before:
-            check_schema(schema)
             return self._compiler().lark(f"start: {before}body{rules}\nbody: {json_rule(schema)}")
         return self._compiler().json_schema(schema)
 
@@ -238,10 +236,6 @@ def _demanded(choice: object, tools: Sequence[Tool]) -> list[dict[str, Any]]:
     if choice == "required" and not declared:
         raise SettingsError("tool_choice is required, and there are no tools; add them")
     return declared if choice == "required" else []
-
-
-def _stops(body: Penalised) -> tuple[str, ...]:
-    return (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
 
 
 def _sampling(model: Sampling, body: Generating) -> Sampling:

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from paceline.engine.engine import Engine
 from paceline.engine.sequence import Sequence
-from paceline.errors import BusyError, SettingsError
+from paceline.errors import BusyError, SettingsError, StoppingError
 from paceline.types import Event
 
 logger = logging.getLogger("paceline")
@@ -127,7 +127,7 @@ class Runner:
             SettingsError: more sequences than can ever run and wait.
         """
         if self._stopping:
-            raise BusyError("the server is being stopped; try another one, or later")
+            raise StoppingError("the server is being stopped; try another one, or later")
         assert self._loop is not None
         scheduler = self.engine.scheduler
         if len(sequences) > scheduler.backend.slots + scheduler.most_waiting:

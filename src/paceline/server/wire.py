@@ -12,13 +12,21 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from paceline.errors import BusyError, PacelineError, PromptError
+from paceline.errors import BusyError, ContextError, PacelineError, StoppingError
 from paceline.server.runner import EngineFault, Job
 
 logger = logging.getLogger("paceline")
 
 KEEP_ALIVE_SECONDS = 15.0
 CLIENT_GONE = 499  # never sent: nobody is there
+
+
+REFUSALS: tuple[tuple[type[PacelineError], int, str | None], ...] = (  # the first that fits
+    (StoppingError, 503, "stopping"),
+    (BusyError, 429, "queue_full"),
+    (ContextError, 400, "context_length_exceeded"),
+    (PacelineError, 400, None),
+)
 
 
 class Json(JSONResponse):
@@ -48,18 +56,9 @@ def error_response(
 
 def describe(error: BaseException) -> tuple[int, dict[str, Any]]:
     """Status and body for what went wrong with a request."""
-    if isinstance(error, BusyError):
-        stopping = "stopped" in str(error)
-        return (
-            (503, error_body(503, str(error), code="stopping"))
-            if stopping
-            else (429, error_body(429, str(error), code="queue_full"))
-        )
-    if isinstance(error, PromptError):
-        code = "context_length_exceeded" if "context" in str(error) else None
-        return 400, error_body(400, str(error), code=code)
-    if isinstance(error, PacelineError):
-        return 400, error_body(400, str(error))
+    for kind, status, code in REFUSALS:
+        if isinstance(error, kind):
+            return status, error_body(status, str(error), code=code)
     if isinstance(error, TimeoutError):
         return 408, error_body(408, "the request took longer than the server allows; ask for less", code="timeout")
     if not isinstance(error, EngineFault):

@@ -32,8 +32,7 @@ class Constraint:
 
     def allowed(self) -> Bool:
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        mask = np.unpackbits(bits, count=min(self._vocab_size, 8 * len(bits)), bitorder="little").astype(np.bool_)
-        mask = np.pad(mask, (0, self._vocab_size - len(mask)))
+        mask = np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(np.bool_)  # beyond the bits: none
         if self._matcher.is_error() or not mask.any():  # a limit of the matcher: nothing but an end is left
             self.failed = True
             mask[:] = False
@@ -75,7 +74,6 @@ class Grammars:
         Raises:
             SettingsError: not a valid schema, or one that cannot be followed.
         """
-        check_schema(schema)
         return self._compile(f"start: {json_rule(schema)}", "the JSON schema")
 
     def regex(self, pattern: str) -> Constraint:
@@ -106,7 +104,12 @@ class Grammars:
 
 
 def json_rule(schema: dict[str, Any]) -> str:
-    """A JSON schema as part of a grammar. White space is bounded: small models get lost in it."""
+    """A JSON schema as part of a grammar. White space is bounded: small models get lost in it.
+
+    Raises:
+        SettingsError: it is too large to be compiled.
+    """
+    check_schema(schema)
     return f"%json {json.dumps({'x-guidance': {'whitespace_pattern': WHITE_SPACE}} | schema)}"
 
 
