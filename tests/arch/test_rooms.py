@@ -15,6 +15,7 @@ PACKAGE = Path(paceline.errors.__file__).parent
 ROOMS = {
     "types": 0,
     "errors": 0,
+    "files": 0,
     "config": 0,
     "text": 1,
     "checkpoint": 1,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
@@ -14,6 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from paceline.errors import PromptError, SettingsError
+from paceline.files import atomic_file
 
 if TYPE_CHECKING:
     from paceline import Engine, Stream
@@ -239,16 +238,11 @@ def totals(measured: list[Statistics]) -> list[str]:
 def write_whole(path: Path, text: str) -> None:
     """Write a file that appears under its name only when it is whole."""
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".", suffix=".part")
-        try:
-            with open(handle, "wb") as file:
-                file.write(text.encode("utf-8", "replace"))
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        with atomic_file(path) as file:
+            file.write(text.encode("utf-8", "replace"))
     except (OSError, ValueError) as error:
-        raise PromptError(f"{path}: cannot be written ({error}); name another file") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise PromptError(f"{path}: cannot be written ({reason}); name another file") from error
 
 
 def read_messages(path: Path) -> list[Message]:

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import platform
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from paceline.decode.rules import Coupled
 from paceline.decode.sampling import History
 from paceline.engine.sequence import Sequence
 from paceline.engine.step import step
+from paceline.files import atomic_file
 from paceline.types import Float32, Line, Sampling
 
 CONTEXT = 64  # tokens before the rounds that are measured
@@ -84,10 +84,9 @@ def load_costs(backend: Backend, sampling: Sampling, about: str, folder: Path, n
     costs = measure_costs(backend, sampling, notify)
     with contextlib.suppress(OSError):  # a cache that cannot be written costs the next start's time only
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".part", delete=False) as file:
-            rounds_ms = {1: costs.rounds, **dict(costs.shared)}
-            json.dump({"about": about, "rounds_ms": rounds_ms, "token_ms": costs.token}, file)
-        Path(file.name).replace(path)
+        rounds_ms = {1: costs.rounds, **dict(costs.shared)}
+        with atomic_file(path) as file:
+            file.write(json.dumps({"about": about, "rounds_ms": rounds_ms, "token_ms": costs.token}).encode())
     return costs
 
 

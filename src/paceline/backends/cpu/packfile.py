@@ -15,15 +15,12 @@ brings the pages in. A file is written beside its final name and renamed when it
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +28,7 @@ from numpy.typing import NDArray
 from paceline import _cpu
 from paceline.backends.cpu.weights import CheckpointWeights
 from paceline.checkpoint import Tensors
+from paceline.files import atomic_file
 
 MAGIC = b"PACELINE"
 VERSION = 1
@@ -120,6 +118,7 @@ def write_pack(
         }
     ).encode()
     prefix = MAGIC + np.array([VERSION, len(header), zlib.crc32(header)], "<u4").tobytes()
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
         file.write(prefix + header)
         file.write(bytes(-(PREFIX + len(header)) % ALIGN))
@@ -163,20 +162,6 @@ def open_pack(
     if _checksum(checked, threads) != header["checksum"]:
         raise StalePack("damaged data")
     return weights
-
-
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears under its name only when it is whole; nothing is left behind if it fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".", suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def _contents(
