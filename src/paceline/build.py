@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from paceline.backends.cpu.backend import DRAFTER_FORMAT, CpuBackend, default_threads
 from paceline.backends.cpu.pack_cache import cache_folder
-from paceline.backends.cpu.sources import check_quant, open_source
+from paceline.backends.cpu.sources import Source, check_quant, open_source
 from paceline.checkpoint import Checkpoint, locate, locate_drafter
 from paceline.config import DrafterConfig, TargetConfig, check_pair, token_ids
 from paceline.decode.sampling import check_sampling
@@ -32,12 +32,16 @@ DEFAULT_CONTEXT = 32768  # positions; memory is taken as they are used
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """How much a backend holds."""
+class Wanted:
+    """What a backend is to be made of."""
 
-    context: int  # positions of a slot
-    slots: int
-    max_rows: int  # of one slot in one batch
+    target: tuple[Checkpoint, TargetConfig]
+    drafter: tuple[Checkpoint, DrafterConfig] | None
+    quant: str
+    threads: int | None
+    sizes: dict[str, int]  # context: positions of a slot; slots; max_rows: of one slot in one batch
+    notify: Callable[[str], None]
+    progress: Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -113,14 +117,20 @@ def load(
     sampling = check_sampling(checkpoint.sampling(), config.vocab_size)
     if context and context > config.max_positions:
         notify(f"context: {config.max_positions} tokens, which is all the model can take")
-    drafting = (draft_checkpoint, draft_config) if draft_checkpoint and draft_config else None
-    sizes = Sizes(
-        context=min(context or DEFAULT_CONTEXT, config.max_positions), slots=slots, max_rows=max(prompt_chunk, 16)
+    wanted = Wanted(
+        target=(checkpoint, config),
+        drafter=(draft_checkpoint, draft_config) if draft_checkpoint and draft_config else None,
+        quant=quant,
+        threads=threads,
+        sizes={
+            "context": min(context or DEFAULT_CONTEXT, config.max_positions),
+            "slots": slots,
+            "max_rows": max(prompt_chunk, 16),
+        },
+        notify=notify,
+        progress=progress,
     )
-    if device == "cpu":
-        loaded = _on_cpu((checkpoint, config), drafting, quant, threads, sizes, notify, progress)
-    else:
-        loaded = _on_torch((checkpoint, config), drafting, device, quant, threads, sizes, notify, progress)
+    loaded = _on_cpu(wanted) if device == "cpu" else _on_torch(wanted, device)
     backend = loaded.backend
     about = json.dumps([repr(config), repr(draft_config), loaded.quant, loaded.threads, loaded.machine, slots])
     experience = Experience(lambda: load_costs(backend, sampling, about, cache_folder(), notify))
@@ -146,53 +156,43 @@ def load(
     )
 
 
-def _on_cpu(
-    target: tuple[Checkpoint, TargetConfig],
-    drafter: tuple[Checkpoint, DrafterConfig] | None,
-    quant: str,
-    threads: int | None,
-    sizes: Sizes,
-    notify: Callable[[str], None],
-    progress: Callable[[int], None],
-) -> Loaded:
-    threads = threads or min(default_threads(), MAX_THREADS)
-    source = open_source(*target, quant, threads, notify=notify, progress=progress)
-    sources, pair = [source], None
-    if drafter:
-        draft_quant = DRAFTER_FORMAT[source.weights.quant]
-        sources += [open_source(*drafter, draft_quant, threads, notify=notify, progress=progress)]
-        pair = (drafter[1], sources[-1].weights)
-    backend = CpuBackend(
-        (target[1], source.weights), pair, threads=threads, isa=os.environ.get("PACELINE_ISA", ""), **asdict(sizes)
-    )
-    for one in sources:
-        one.keep(notify)
-    return Loaded(backend, source.weights.quant, backend.threads, source.weights.nbytes, backend.isa)
+def _on_cpu(wanted: Wanted) -> Loaded:
+    threads = wanted.threads or min(default_threads(), MAX_THREADS)
+
+    def opened(one: tuple[Checkpoint, TargetConfig | DrafterConfig], quant: str) -> Source:
+        return open_source(*one, quant, threads, notify=wanted.notify, progress=wanted.progress)
+
+    sources = [opened(wanted.target, wanted.quant)]
+    weights, pair = sources[0].weights, None
+    if wanted.drafter:
+        sources.append(opened(wanted.drafter, DRAFTER_FORMAT[weights.quant]))
+        pair = (wanted.drafter[1], sources[1].weights)
+    isa = os.environ.get("PACELINE_ISA", "")
+    backend = CpuBackend((wanted.target[1], weights), pair, threads=threads, isa=isa, **wanted.sizes)
+    for source in sources:
+        source.keep(wanted.notify)
+    return Loaded(backend, weights.quant, backend.threads, weights.nbytes, backend.isa)
 
 
-def _on_torch(
-    target: tuple[Checkpoint, TargetConfig],
-    drafter: tuple[Checkpoint, DrafterConfig] | None,
-    device: str,
-    quant: str,
-    threads: int | None,
-    sizes: Sizes,
-    notify: Callable[[str], None],
-    progress: Callable[[int], None],
-) -> Loaded:
+def _on_torch(wanted: Wanted, device: str) -> Loaded:
     try:
         from paceline.backends.cuda.load import load_backend
     except ImportError as error:
         raise BackendError(f"--device {device} needs {error.name}; pip install 'paceline[cuda]'") from error
-    if target[0].packed:
-        raise CheckpointError(
-            f"{target[0].folder}: converted folders are for --device cpu; give the model as published"
-        )
+    folder = wanted.target[0]
+    if folder.packed:
+        raise CheckpointError(f"{folder.folder}: converted folders are for --device cpu; give the model as published")
     name = device.removeprefix("torch:")
     backend, quant = load_backend(
-        target, drafter, device=name, quant=quant, threads=threads, progress=progress, **asdict(sizes)
+        wanted.target,
+        wanted.drafter,
+        device=name,
+        quant=wanted.quant,
+        threads=wanted.threads,
+        progress=wanted.progress,
+        **wanted.sizes,
     )
-    notify(f"device: {name} through PyTorch, a backend that is not tuned yet and was never run on a GPU")
+    wanted.notify(f"device: {name} through PyTorch, a backend that is not tuned yet and was never run on a GPU")
     return Loaded(backend, quant, backend.threads, backend.weight_bytes, name)
 
 

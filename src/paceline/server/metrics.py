@@ -65,11 +65,12 @@ class Metrics:
 
     def observe(self, sequence: Sequence, event: Event) -> None:
         """Count a round."""
-        now, statistics = time.monotonic(), sequence.statistics
+        now = time.monotonic()
         if last := self._last.get(id(sequence)):
             for _ in event.pieces:
                 self._between.observe((now - last) / len(event.pieces))
         else:
+            statistics = sequence.statistics
             self._prompt.inc(statistics.prompt_tokens)
             self._queries.inc(statistics.prompt_tokens)
             self._hits.inc(statistics.cached_tokens)
@@ -84,6 +85,7 @@ class Metrics:
             for position in range(event.accepted):
                 self._at_depth.labels(self._model, str(position)).inc()
         if event.finish:
+            statistics = sequence.statistics
             self._whole.observe(statistics.prompt_seconds + statistics.seconds)
             self._lengths.observe(statistics.tokens)
             self._finished.labels(self._model, event.finish).inc()
