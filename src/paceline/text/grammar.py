@@ -95,11 +95,11 @@ class Grammars:
     def _compile(self, grammar: str, what: str) -> Constraint:
         matcher = self._matcher(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():
-            raise SettingsError(f"{what} cannot be used: {_first_line(matcher.get_error())}")
+            raise SettingsError(f"{what} cannot be used: {_reason(matcher.get_error())}")
         constraint = Constraint(matcher, self._vocab_size, self._stop_ids)
         constraint.allowed()
         if matcher.is_error():
-            raise SettingsError(f"{what} cannot be used: {_first_line(matcher.get_error())}")
+            raise SettingsError(f"{what} cannot be used: {_reason(matcher.get_error())}")
         return constraint
 
 
@@ -119,5 +119,8 @@ def regex_rule(pattern: str) -> str:
     return "/" + escaped.replace("\n", "\\n") + "/"
 
 
-def _first_line(message: str) -> str:
-    return next((line for line in message.splitlines() if line.strip()), "it is not valid")[:300]
+def _reason(message: str) -> str:
+    """The compiler's complaint in a line: the one that is marked as the error, else the first."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()] or ["it is not valid"]
+    marked = (line.removeprefix("error: ") for line in lines if line.startswith("error: "))
+    return next(marked, lines[0])[:300]

@@ -70,7 +70,8 @@ class TorchBackend:
             self.device = torch.device(device)
             torch.zeros(1, device=self.device)
         except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
+            first = str(error).splitlines()[0]
+            reason = "it knows no such kind" if first.startswith("Expected one of") else first
             raise BackendError(f"PyTorch cannot use the device {device!r} ({reason}); choose another") from error
         self._config = target[0]
         self.vocab_size, self.context, self.max_rows, self.slots = target[0].vocab_size, context, max_rows, slots
