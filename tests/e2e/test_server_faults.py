@@ -57,7 +57,7 @@ CHAT_ERRORS = [
         {"messages": CHAT, "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "thing"}}}},
         "schema cannot be used",
     ),
-    ({"messages": CHAT, "response_format": {"type": "regex", "regex": "(a"}}, "expression cannot be used: unclosed group"),
+    ({"messages": CHAT, "response_format": {"type": "regex", "regex": "(a"}}, "cannot be used: unclosed group"),
     ({"messages": CHAT, "tool_choice": "required"}, "there are no tools"),
     ({"messages": CHAT, "model": 3}, "model"),
     ({"messages": [{"role": "assistant", "tool_calls": [BAD_CALL]}]}, "not a JSON object"),
