@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from paceline.backends.base import Backend
-from paceline.backends.cpu.backend import DRAFTER_FORMAT, CpuBackend
+from paceline.backends.cpu.backend import CpuBackend
 from paceline.backends.cpu.weights import CheckpointWeights
 from paceline.backends.cuda.backend import TorchBackend
-from paceline.backends.cuda.weights import drafter_weights, target_weights
+from paceline.backends.cuda.load import open_device
+from paceline.backends.cuda.weights import CheckpointSource
+from paceline.backends.formats import DRAFTER_FORMAT
 from paceline.checkpoint import Checkpoint, resolve
 from paceline.decode.rules import Coupled, Rule
 from paceline.decode.sampling import History
@@ -133,20 +137,45 @@ def cpu_backend(
 
 
 def torch_backend(
-    target: Path, drafter: Path | None, dtype: torch.dtype = torch.float32, *, max_rows: int = 32, **other: object
+    target: Path,
+    drafter: Path | None,
+    quant: str = "f32",
+    *,
+    max_rows: int = 32,
+    device: torch.device | None = None,
+    **other: object,
 ) -> TorchBackend:
-    """A PyTorch backend over checkpoint folders, on the processor."""
+    """A PyTorch backend over checkpoint folders, on the processor unless told otherwise."""
 
-    def opened(folder: Path, settings: str, read: object) -> tuple:
+    def opened(folder: Path, fmt: str, settings: str) -> tuple:
         checkpoint = Checkpoint.open(folder)
         config = getattr(checkpoint, settings)()
-        return config, read(resolve(checkpoint, config))
+        return config, CheckpointSource(resolve(checkpoint, config), fmt, device or torch.device("cpu"))
 
     return TorchBackend(
-        opened(target, "target_config", target_weights),
-        opened(drafter, "drafter_config", drafter_weights) if drafter else None,
-        dtype=dtype,
+        opened(target, quant, "target_config"),
+        opened(drafter, DRAFTER_FORMAT[quant], "drafter_config") if drafter else None,
+        quant=quant,
         context=other.pop("context", 128),
         max_rows=max_rows,
         **other,
     )
+
+
+DEVICE = os.environ.get("PACELINE_TEST_DEVICE", "cpu")  # what the tests of exactness and parity run on
+NATIVE = DEVICE == "cpu"
+only_native = pytest.mark.skipif(not NATIVE, reason="of the native kernels")
+
+
+def any_backend(target: Path, drafter: Path | None, quant: str = "f32", **other: object) -> Backend:
+    """The backend that PACELINE_TEST_DEVICE names, over checkpoint folders."""
+    if NATIVE:
+        return cpu_backend(target, drafter, quant, **other)
+    for name in ("threads", "isa"):
+        other.pop(name, None)
+    return torch_backend(target, drafter, quant, device=open_device(DEVICE.removeprefix("torch:")), **other)
+
+
+def examples(count: int) -> int:
+    """Examples of a property: PyTorch's small operations take twenty times as long as the native kernels."""
+    return count if NATIVE else max(3, count // 20)

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from paceline.backends.cpu.backend import DRAFTER_FORMAT, CpuBackend, default_threads
+from paceline.backends.cpu.backend import CpuBackend, default_threads
 from paceline.backends.cpu.pack_cache import cache_folder
-from paceline.backends.cpu.sources import Source, check_quant, open_source
+from paceline.backends.cpu.sources import Source, open_source
+from paceline.backends.formats import DRAFTER_FORMAT, check_quant
 from paceline.checkpoint import Checkpoint, locate, locate_drafter
 from paceline.config import DrafterConfig, TargetConfig, check_pair, token_ids
 from paceline.decode.sampling import check_sampling
@@ -192,7 +193,7 @@ def _on_torch(wanted: Wanted, device: str) -> Loaded:
         progress=wanted.progress,
         **wanted.sizes,
     )
-    wanted.notify(f"device: {name} through PyTorch, a backend that is not tuned yet and was never run on a GPU")
+    wanted.notify(f"device: {name} through PyTorch; weights: {quant}")
     return Loaded(backend, quant, backend.threads, backend.weight_bytes, name)
 
 

@@ -6,8 +6,9 @@ model exists once. This module knows nothing of models, files or processors.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,18 +30,37 @@ class Batch:
 
     slots: Int32  # [R] which cache each row belongs to
     positions: Int32  # [R] absolute position in the sequence, from 0
-    tokens: Int32  # [R] token ids
+    tokens: Int32  # [R] token ids; negative for one of the last drafts that is not known yet, see `Drafts`
     wanted: Bool  # [R] rows whose logits and hidden state are needed
+    samplings: tuple[Sampling, ...] = ()  # [W] how the token behind each wanted row is likely to be drawn
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+
+class Row(Protocol):
+    """Logits [vocabulary] of one row: an array, or what `numpy.asarray` fetches from a device."""
+
+    def __len__(self) -> int: ...
+    def copy(self) -> Float32: ...
+
+
+class Rows(Protocol):
+    """Logits [W, vocabulary] of W rows."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[Row]: ...
+    @overload
+    def __getitem__(self, rows: int) -> Row: ...
+    @overload
+    def __getitem__(self, rows: slice) -> Rows: ...
 
 
 @dataclass(frozen=True)
 class Output:
     """What a forward pass gives for the W wanted rows of its batch, in batch order."""
 
-    logits: Float32  # [W, vocabulary] after the soft cap
+    logits: Rows  # [W, vocabulary] after the soft cap
     hidden: Float32  # [W, hidden] after the final norm: what the drafter continues from
 
 
@@ -95,12 +115,21 @@ class Anchors:
 
 @dataclass(frozen=True)
 class Drafts:
-    """Up to K guesses for each of A anchors, K being the depth of the deepest plan."""
+    """Up to K guesses for each of A anchors, K being the depth of the deepest plan.
+
+    A device need not wait for its guesses: it may return negative stand-ins, which the next batch takes in the place of
+    tokens. What they stood for is then said by `settled`.
+    """
 
     tokens: Int32  # [A, K]
     confidence: Float32  # [A, K] the drafter's probability of its guess among those it could have drawn, in 0..1
     lengths: Int32  # [A] guesses made; what stands behind them is void
     logits: Float32 | None = None  # [A, K, vocabulary], -3e38 where the drafter did not look; only if asked for
+    later: Callable[[], Drafts] | None = None  # waits for the guesses that stand-ins stand for
+
+    def settled(self) -> Drafts:
+        """The guesses themselves."""
+        return self.later() if self.later else self
 
 
 @dataclass(frozen=True)

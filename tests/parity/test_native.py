@@ -11,13 +11,13 @@ import torch
 import transformers as hf
 
 from paceline import _cpu
-from paceline.backends.cpu.backend import CpuBackend
+from paceline.backends.base import Backend
 from paceline.checkpoint import Checkpoint, resolve
 from paceline.quant import blocks
-from paceline.types import Anchors, Batch, Plan, Sampling
+from paceline.types import Anchors, Batch, Output, Plan, Sampling
 from tests.parity.fixtures import SHAPES, VOCABULARY, WINDOW, _randomise, write_pair
 from tests.parity.test_torch_truth import head_of, read_pair
-from tests.support import cpu_backend, run, sequence
+from tests.support import any_backend, only_native, run, sequence
 
 ROWS = 5 * WINDOW
 DEPTH = 5
@@ -42,10 +42,11 @@ def prompt(rows: int = ROWS, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(3, VOCABULARY, rows).astype(np.int32)
 
 
-def feed(backend: CpuBackend, slot: int, tokens: np.ndarray, start: int = 0, wanted: bool = True):
+def feed(backend: Backend, slot: int, tokens: np.ndarray, start: int = 0, wanted: bool = True):
     count = len(tokens)
     positions = np.arange(start, start + count, dtype=np.int32)
-    return backend.forward(Batch(np.full(count, slot, np.int32), positions, tokens, np.full(count, wanted)))
+    output = backend.forward(Batch(np.full(count, slot, np.int32), positions, tokens, np.full(count, wanted)))
+    return Output(np.array(output.logits), output.hidden)
 
 
 def anchors(at: tuple[np.ndarray, np.ndarray], token: int, hidden: np.ndarray, depth: int) -> Anchors:
@@ -60,7 +61,7 @@ def assert_close(ours: np.ndarray, theirs: torch.Tensor) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("chunk", [1, 7, ROWS])
 def test_logits(case: Case, chunk: int) -> None:
-    backend = cpu_backend(case.target, None, max_rows=ROWS)
+    backend = any_backend(case.target, None, max_rows=ROWS)
     slot = backend.open_slot()
     tokens = prompt()
     parts = [feed(backend, slot, tokens[i : i + chunk], i).logits.copy() for i in range(0, ROWS, chunk)]
@@ -72,7 +73,7 @@ def test_logits(case: Case, chunk: int) -> None:
 @torch.no_grad()
 def test_rows_without_logits_fill_the_cache_alike(case: Case) -> None:
     """Rows that nobody wants stop early in the stack; what they leave in the cache must be the same."""
-    backend = cpu_backend(case.target, None, max_rows=ROWS)
+    backend = any_backend(case.target, None, max_rows=ROWS)
     slot = backend.open_slot()
     tokens = prompt()
     feed(backend, slot, tokens[:-1], wanted=False)
@@ -82,7 +83,7 @@ def test_rows_without_logits_fill_the_cache_alike(case: Case) -> None:
 
 @torch.no_grad()
 def test_rollback_leaves_no_trace(case: Case) -> None:
-    backend = cpu_backend(case.target, None, max_rows=12)
+    backend = any_backend(case.target, None, max_rows=12)
     slot = backend.open_slot()
     tokens = prompt()
     for start in range(0, ROWS, 4):
@@ -92,6 +93,7 @@ def test_rollback_leaves_no_trace(case: Case) -> None:
     assert_close(output.logits, case.hf_target(input_ids=torch.from_numpy(tokens).long()[None]).logits[0, -4:])
 
 
+@only_native  # PyTorch's drafts are compared with these
 @torch.no_grad()
 @pytest.mark.parametrize("position", [WINDOW // 2, ROWS])
 def test_draft_steps(case: Case, position: int) -> None:
@@ -104,7 +106,7 @@ def test_draft_steps(case: Case, position: int) -> None:
     hidden = theirs.hidden_states[-1][:, -1:]
     embed = case.hf_target.get_input_embeddings()
 
-    backend = cpu_backend(case.target, case.drafter, max_rows=ROWS)
+    backend = any_backend(case.target, case.drafter, max_rows=ROWS)
     slot = backend.open_slot()
     output = feed(backend, slot, tokens)
     assert_close(output.hidden[-1:], hidden[0])
@@ -139,7 +141,7 @@ def test_greedy_text(case: Case, draft_tokens: int) -> None:
     case.hf_target.generation_config = hf.GenerationConfig(do_sample=False, pad_token_id=0)  # and no end token
     ids = torch.from_numpy(tokens).long()[None]
     theirs = case.hf_target.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=count)
-    backend = cpu_backend(case.target, case.drafter, max_rows=16)
+    backend = any_backend(case.target, case.drafter, max_rows=16)
     settings = {"draft_tokens": draft_tokens, "max_tokens": count}
     (ours,) = run(backend, [sequence(backend, tokens.tolist(), **settings)], chunk=3)
     assert ours.tokens == theirs[0, len(tokens) :].tolist()
@@ -154,7 +156,7 @@ def test_bfloat16_checkpoints(tmp_path: Path, shape: str) -> None:
     tokens = prompt()
     with torch.no_grad():
         theirs = exact(input_ids=torch.from_numpy(tokens).long()[None]).logits[0]
-    backend = cpu_backend(target, None, max_rows=ROWS)
+    backend = any_backend(target, None, max_rows=ROWS)
     ours = feed(backend, backend.open_slot(), tokens).logits
     assert np.abs(ours - theirs.numpy()).max() <= 2e-3 * np.abs(theirs.numpy()).max()
 
@@ -192,12 +194,13 @@ def test_odd_shapes(tmp_path: Path, odd: dict) -> None:
     tokens = prompt() % 497
     theirs = model(input_ids=torch.from_numpy(tokens).long()[None]).logits[0]
     for chunk in (1, 7, ROWS):
-        backend = cpu_backend(tmp_path, None, max_rows=ROWS, threads=2)
+        backend = any_backend(tmp_path, None, max_rows=ROWS, threads=2)
         slot = backend.open_slot()
         parts = [feed(backend, slot, tokens[i : i + chunk], i).logits.copy() for i in range(0, ROWS, chunk)]
         assert_close(np.concatenate(parts), theirs)
 
 
+@only_native
 @pytest.mark.parametrize("isa", _cpu.usable_isas())
 @pytest.mark.parametrize("quant", blocks.FORMATS)
 def test_logits_are_the_oracles_product(tmp_path: Path, quant: str, isa: str) -> None:
@@ -206,7 +209,7 @@ def test_logits_are_the_oracles_product(tmp_path: Path, quant: str, isa: str) ->
     checkpoint = Checkpoint.open(target)
     config = checkpoint.target_config()
     table = resolve(checkpoint, config)["embed_tokens.weight"].read()
-    backend = cpu_backend(target, None, quant, max_rows=ROWS, isa=isa)
+    backend = any_backend(target, None, quant, max_rows=ROWS, isa=isa)
     output = feed(backend, backend.open_slot(), prompt())
     product = blocks.matmul(table, output.hidden, quant)
     expected = config.softcap * np.tanh(product / config.softcap) if config.softcap else product

@@ -12,6 +12,7 @@ import transformers as hf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from paceline.backends.cuda.load import open_device
 from paceline.checkpoint.hub import ASSETS
 from paceline.decode.rules import Coupled
 from paceline.engine.prefix import PrefixCache
@@ -24,7 +25,7 @@ from tests.property.test_exactness import assert_same, queued
 from tests.support import Oracle, Recorder, Run, cpu_backend, run, sequence, torch_backend
 
 TOKENS = 2 * WINDOW
-DTYPES = (torch.float32, torch.bfloat16)
+FORMATS = ("f32", "bf16", "q8", "q4")
 prompts = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=4 * WINDOW)
 anything = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -75,14 +76,14 @@ def test_drafts_are_the_cpu_backends(case: Case, position: int, temperature: flo
         slot = backend.open_slot()
         output = feed(backend, slot, tokens)
         at = np.array([slot], np.int32), np.array([position], np.int32)
-        anchor = anchors(at, int(output.logits[-1].argmax()), output.hidden[-1:].copy(), DEPTH)
+        anchor = anchors(at, int(np.asarray(output.logits[-1]).argmax()), output.hidden[-1:].copy(), DEPTH)
         sampling = Sampling(temperature=temperature, top_k=64, top_p=0.95, seed=3)
-        drafts.append(backend.draft(type(anchor)(**{**vars(anchor), "samplings": (sampling,)})))
+        drafts.append(backend.draft(type(anchor)(**{**vars(anchor), "samplings": (sampling,)})).settled())
     assert drafts[0].tokens.tolist() == drafts[1].tokens.tolist()
     np.testing.assert_allclose(drafts[0].confidence, drafts[1].confidence, rtol=1e-3)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("quant", FORMATS)
 @anything
 @given(
     shape=st.sampled_from(SHAPES),
@@ -92,24 +93,24 @@ def test_drafts_are_the_cpu_backends(case: Case, position: int, temperature: flo
     honesty=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
 )
 def test_drafts_and_chunks_change_nothing(
-    folders, dtype: torch.dtype, shape: str, prompt: list[int], depth: int, chunk: int, honesty: float
+    folders, quant: str, shape: str, prompt: list[int], depth: int, chunk: int, honesty: float
 ) -> None:
-    backend = torch_backend(*folders(shape), dtype)
+    backend = torch_backend(*folders(shape), quant)
     (plain,) = run(backend, [sequence(backend, prompt, max_tokens=TOKENS)], chunk=32)
     oracle = Oracle(backend, [*prompt, *plain.tokens], honesty, seed=depth) if honesty else backend
     (drafted,) = run(oracle, [sequence(oracle, prompt, max_tokens=TOKENS, draft_tokens=depth)], chunk)
     assert_same(plain, drafted)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("quant", FORMATS)
 @anything
 @given(
     shape=st.sampled_from(SHAPES),
     requests=st.lists(st.tuples(prompts, st.integers(0, 8)), min_size=2, max_size=4),
     chunk=st.integers(1, 32),
 )
-def test_company_changes_nothing(folders, dtype: torch.dtype, shape: str, requests: list[tuple], chunk: int) -> None:
-    backend = torch_backend(*folders(shape), dtype, slots=4)
+def test_company_changes_nothing(folders, quant: str, shape: str, requests: list[tuple], chunk: int) -> None:
+    backend = torch_backend(*folders(shape), quant, slots=4)
     together = run(
         backend, [sequence(backend, prompt, draft_tokens=depth, max_tokens=8) for prompt, depth in requests], chunk
     )
@@ -161,6 +162,6 @@ def test_what_cannot_be_done_is_refused(folders) -> None:
     with pytest.raises(BackendError, match="more than 16 rows"):
         feed(backend, slot, prompt(17), 96)
     with pytest.raises(BackendError, match="cannot use the device 'nowhere'"):
-        torch_backend(*folders("e2b"), device="nowhere")
+        open_device("nowhere")
     with pytest.raises(PairError):
         torch_backend(folders("e2b")[0], folders("31b")[1])

@@ -15,14 +15,14 @@ import numpy as np
 
 from paceline import _cpu
 from paceline.backends.base import Backend
-from paceline.backends.cpu.backend import native_draw
+from paceline.backends.draws import native_draw
 from paceline.decode import rules
 from paceline.decode.draw import draw, gumbel, uniform_bits
 from paceline.decode.rules import TARGET_STREAM, Coupled, Rejection, Rule
 from paceline.engine.sequence import Sequence
 from paceline.engine.step import step
 from paceline.types import Anchors, Batch, Drafts, Float32, Output, Sampling
-from tests.support import cpu_backend, sequence
+from tests.support import any_backend, sequence
 
 LENGTH = 3  # tokens of a continuation that are looked at
 SLOTS = 128
@@ -168,7 +168,7 @@ class Count:
 
 def open_backend(folders: tuple[Path, Path]) -> tuple[Backend, list[int]]:
     """A backend and its slots, PROMPT in each of them but for the last token."""
-    backend = cpu_backend(*folders, slots=SLOTS)
+    backend = any_backend(*folders, slots=SLOTS)
     sequences = [sequence(backend, list(PROMPT), max_tokens=1) for _ in range(SLOTS)]
     step(backend, sequences, len(PROMPT))
     slots = [s.slot for s in sequences]
@@ -188,7 +188,7 @@ def contexts(folders: tuple[Path, Path]) -> list[Float32]:
             backend.truncate(slot, position)
         wanted = np.ones(len(slots), np.bool_)
         batch = Batch(np.array(slots, np.int32), np.full(len(slots), position, np.int32), tokens, wanted)
-        return backend.forward(batch).logits.copy()
+        return np.array(backend.forward(batch).logits)
 
     none = logits(np.full(len(slots), PROMPT[-1], np.int32), len(PROMPT) - 1)[0]
     one = logits(vocabulary, len(PROMPT))

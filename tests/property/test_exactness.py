@@ -21,13 +21,13 @@ from paceline.engine.step import step
 from paceline.errors import BackendError
 from paceline.quant.blocks import FORMATS
 from tests.parity.fixtures import SHAPES, VOCABULARY, WINDOW, write_pair
-from tests.support import Oracle, Run, cpu_backend, run, sequence, unplaced
+from tests.support import NATIVE, Oracle, Run, any_backend, examples, run, sequence, unplaced
 
 TOKENS = 3 * WINDOW
 SEEDS = (0, 1)
 
 prompts = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=5 * WINDOW)
-anything = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+anything = settings(max_examples=examples(20), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +43,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory):
 
 
 def generate(folders: tuple[Path, Path], quant: str, prompt: list[int], *, depth: int, chunk: int, **other) -> Run:
-    backend = cpu_backend(*folders, quant, **other)
+    backend = any_backend(*folders, quant, **other)
     return run(backend, [sequence(backend, prompt, draft_tokens=depth, max_tokens=TOKENS)], chunk)[0]
 
 
@@ -84,7 +84,7 @@ def test_any_pattern_of_acceptance_changes_nothing(
     pairs, quant: str, shape: str, prompt: list[int], depth: int, honesty: float, seed: int
 ) -> None:
     """Random drafters are never right; one that knows the text and lies now and then makes every kind of round."""
-    backend = cpu_backend(*pairs(shape, 0, "dense"), quant, threads=2)
+    backend = any_backend(*pairs(shape, 0, "dense"), quant, threads=2)
     (plain,) = run(backend, [sequence(backend, prompt, max_tokens=TOKENS)])
     oracle = Oracle(backend, [*prompt, *plain.tokens], honesty, seed)
     (drafted,) = run(oracle, [sequence(oracle, prompt, max_tokens=TOKENS, draft_tokens=depth)])
@@ -104,13 +104,13 @@ def test_company_changes_nothing(
     pairs, quant: str, shape: str, requests: list[tuple[list[int], int]], chunk: int
 ) -> None:
     folders = pairs(shape, 0, "dense")
-    backend = cpu_backend(*folders, quant, slots=4, threads=2)
+    backend = any_backend(*folders, quant, slots=4, threads=2)
     together = run(backend, [sequence(backend, prompt, draft_tokens=depth) for prompt, depth in requests], chunk)
     for (prompt, _), mine in zip(requests, together, strict=True):
         assert_same(run(backend, [sequence(backend, prompt)], chunk=32)[0], mine)
 
 
-@pytest.mark.parametrize("isa", _cpu.usable_isas())
+@pytest.mark.parametrize("isa", _cpu.usable_isas() if NATIVE else [""])
 @pytest.mark.parametrize("quant", FORMATS)
 def test_every_depth_on_every_instruction_set(pairs, quant: str, isa: str) -> None:
     prompt = list(range(3, 3 + 2 * WINDOW))
@@ -120,7 +120,7 @@ def test_every_depth_on_every_instruction_set(pairs, quant: str, isa: str) -> No
 
 
 def test_what_cannot_be_undone_is_refused(pairs) -> None:
-    backend = cpu_backend(*pairs("e2b", 0, "dense"), max_rows=16)
+    backend = any_backend(*pairs("e2b", 0, "dense"), max_rows=16)
     s = sequence(backend, list(range(3, 103)))
     while s.reading:
         step(backend, [s], 16)
@@ -136,7 +136,7 @@ def test_what_cannot_be_undone_is_refused(pairs) -> None:
 def test_the_bundled_pair_at_every_depth(quant: str, threads: int) -> None:
     """A trained pair accepts long lines, on a prompt longer than the sliding window, in chunks of any size."""
     folders = ASSETS / "tiny-python", ASSETS / "tiny-python-assistant"
-    backend = cpu_backend(*folders, quant, threads=threads, context=512, max_rows=64)
+    backend = any_backend(*folders, quant, threads=threads, context=512, max_rows=64)
     prompt = [*list(np.random.default_rng(0).integers(6, 4096, 150)), 10, 20, 30, 40]
     runs = [
         run(backend, [sequence(backend, prompt, draft_tokens=depth, max_tokens=40)], chunk=64 - 7 * depth)[0]
@@ -174,7 +174,7 @@ def test_rows_taken_over_from_another_prompt_change_nothing(
     pairs, quant: str, shape: str, first: list[int], common: int, own: list[int], depth: int, chunk: int
 ) -> None:
     folders = pairs(shape, 0, "centroid")
-    backend = cpu_backend(*folders, quant, slots=2)
+    backend = any_backend(*folders, quant, slots=2)
     scheduler = Scheduler(backend, chunk, prefixes=PrefixCache(backend, 1 << 30))
     before = queued(scheduler, first * 3, depth)
     prompt = [*before.tokens[:common], *own]  # a branch anywhere: in the prompt, in its text, or right behind it

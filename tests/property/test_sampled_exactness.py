@@ -17,7 +17,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from paceline.backends.base import Backend
-from paceline.backends.cpu.backend import CpuBackend
 from paceline.decode import draw as twin
 from paceline.decode.control import MAX_DEPTH, Costs, State
 from paceline.decode.rules import DRAFTER_STREAM, TARGET_STREAM, Coupled
@@ -28,11 +27,11 @@ from paceline.quant.blocks import FORMATS
 from paceline.types import Anchors, Logprobs, Plan, Sampling
 from tests.parity.fixtures import SHAPES, VOCABULARY, WINDOW, write_pair
 from tests.property.sampled import Informed
-from tests.support import Recorder, Run, cpu_backend, sequence
+from tests.support import Recorder, Run, any_backend, examples, sequence
 
 TOKENS = 14
 HEADS = ("centroid", "dense")
-EXAMPLES = 200  # of each shape and head, for either kind of drafter: 4,800 in all
+EXAMPLES = examples(200)  # of each shape and head, for either kind of drafter: 4,800 in all
 
 anything = partial(settings, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 tokens = st.integers(0, VOCABULARY - 1)
@@ -49,8 +48,8 @@ def backends(tmp_path_factory: pytest.TempPathFactory):
         return write_pair(root / head, shape, seed=3, head=head)
 
     @cache
-    def get(shape: str, quant: str, head: str) -> CpuBackend:
-        return cpu_backend(*pair(shape, head), quant, slots=4)
+    def get(shape: str, quant: str, head: str) -> Backend:
+        return any_backend(*pair(shape, head), quant, slots=4)
 
     return get
 
@@ -234,7 +233,7 @@ def test_any_pattern_of_acceptance_changes_nothing(backends, shape: str, head: s
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@anything(max_examples=40)
+@anything(max_examples=examples(40))
 @given(
     quant=st.sampled_from(FORMATS),
     requests=st.lists(st.tuples(prompts, samplings(), draftings()), min_size=2, max_size=4),
@@ -284,7 +283,7 @@ def test_log_probabilities_are_those_of_plain_decoding(backends, shape: str) -> 
 
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("stream", [TARGET_STREAM, DRAFTER_STREAM])
-@anything(max_examples=60)
+@anything(max_examples=examples(60))
 @given(shape=st.sampled_from(SHAPES), sampling=samplings(), depth=st.integers(1, MAX_DEPTH), newest=tokens)
 def test_drafts_are_drawn_as_the_target_draws(
     backends, head: str, stream: int, shape: str, sampling: Sampling, depth: int, newest: int

@@ -14,8 +14,9 @@ from paceline.engine.engine import Engine, Request
 from paceline.engine.sequence import Sequence
 from paceline.text.grammar import Grammars
 from paceline.types import Sampling
+from tests.support import DEVICE, examples
 
-REQUESTS = 1000
+REQUESTS = examples(1000)
 SOURCE = (ASSETS.parent / "errors.py").read_text() + (ASSETS.parent / "types.py").read_text()
 PATTERNS = (
     "[a-z_]+ = [0-9]{1,4}\n",
@@ -66,8 +67,9 @@ def drain(engine: Engine) -> None:
 @pytest.mark.parametrize("chunk", [16, 100])
 def test_each_text_is_what_it_is_alone(chunk: int) -> None:
     dice = random.Random(chunk)
-    busy = paceline.load("tiny-python", slots=6, prompt_chunk=chunk, cache_memory=16 << 20, most_waiting=REQUESTS)
-    quiet = paceline.load("tiny-python", drafter="none", threads=1)
+    on = {"device": DEVICE}
+    busy = paceline.load("tiny-python", slots=6, prompt_chunk=chunk, cache_memory=16 << 20, most_waiting=REQUESTS, **on)
+    quiet = paceline.load("tiny-python", drafter="none", threads=1, **on)
     grammars = Grammars(busy.tokenizer.dumps(), busy.backend.vocab_size, busy.stop_ids)
     asks, sequences, heard = [], [], []
     for _ in range(REQUESTS // 2):

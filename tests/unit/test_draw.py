@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paceline import _cpu
-from paceline.backends.cpu.backend import native_draw
+from paceline.backends.draws import native_draw
 from paceline.decode import draw as twin
 from paceline.decode.rules import DRAFTER_STREAM, TARGET_STREAM, TEST_STREAM, Coupled, Rejection, probabilities
 from paceline.decode.sampling import History
@@ -149,7 +149,7 @@ def test_an_infinite_logit_wins(how: str, truncation: str) -> None:
     code = f"""
 import numpy as np
 from paceline import _cpu
-from paceline.backends.cpu.backend import native_draw
+from paceline.backends.draws import native_draw
 from paceline.decode.draw import draw
 from paceline.types import Sampling
 x = np.arange(100, dtype=np.float32)

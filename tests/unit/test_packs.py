@@ -15,8 +15,8 @@ from paceline.backends.cpu import pack_cache
 from paceline.backends.cpu.load import load_drafter, load_target
 from paceline.backends.cpu.pack_cache import fingerprint, pack_path
 from paceline.backends.cpu.packfile import StalePack, _checksum, open_pack, write_pack
-from paceline.backends.cpu.sources import choose_quant
 from paceline.backends.cpu.weights import CheckpointWeights
+from paceline.backends.formats import choose_quant
 from paceline.bench.shapes import official_target
 from paceline.checkpoint import Checkpoint, resolve
 from paceline.errors import CheckpointError, SettingsError

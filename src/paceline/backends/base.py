@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from paceline.types import Anchors, Batch, Drafts, Float32, Output, Sampling
+from paceline.types import Anchors, Batch, Drafts, Output, Row, Sampling
 
 
 class Snapshot(Protocol):
@@ -70,10 +70,10 @@ class Backend(Protocol):
     def draft(self, anchors: Anchors) -> Drafts:
         """Guess the next tokens of each anchor from the target's cache below the anchor's position."""
 
-    def draw(self, logits: Float32, sampling: Sampling, position: int) -> int:
+    def draw(self, logits: Row, sampling: Sampling, position: int) -> int:
         """The same token as `decode.draw.draw`, faster."""
 
-    def allowed(self, logits: Float32, sampling: Sampling) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    def allowed(self, logits: Row, sampling: Sampling) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """The same tokens and weights as `decode.draw.allowed` in any order, faster; temperature above 0."""
 
     def truncate(self, slot: int, length: int) -> None:

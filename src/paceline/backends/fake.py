@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from paceline.decode.draw import allowed, draw
 from paceline.errors import BackendError
-from paceline.types import Anchors, Batch, Drafts, Float32, Output, Sampling
+from paceline.types import Anchors, Batch, Drafts, Float32, Output, Row, Sampling
 
 HIDDEN = 4
 
@@ -99,10 +99,10 @@ class FakeBackend:
 
     stops_early = False
 
-    def draw(self, logits: Float32, sampling: Sampling, position: int) -> int:
+    def draw(self, logits: Row, sampling: Sampling, position: int) -> int:
         return draw(logits, sampling, position)
 
-    def allowed(self, logits: Float32, sampling: Sampling) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    def allowed(self, logits: Row, sampling: Sampling) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         return allowed(logits, sampling)
 
     def draft(self, anchors: Anchors) -> Drafts:

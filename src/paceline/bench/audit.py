@@ -23,7 +23,7 @@ from paceline.decode.sampling import History
 from paceline.engine.engine import DraftTokens, Engine, Experience
 from paceline.engine.scheduler import Scheduler
 from paceline.errors import PromptError
-from paceline.types import GREEDY, FinishReason, Float32, Line, Sampling, Statistics
+from paceline.types import GREEDY, FinishReason, Float32, Line, Row, Sampling, Statistics
 
 PROMPTS = (  # raw text, so that every checkpoint can continue them
     "def fibonacci(n):\n",
@@ -248,9 +248,9 @@ class _Watcher:
     def with_logits(self) -> bool:
         return self.rule.with_logits
 
-    def settle(self, logits: Float32, position: int, history: History, line: Line, depth: int) -> int:
+    def settle(self, logits: Row, position: int, history: History, line: Line, depth: int) -> int:
         token = self.rule.settle(logits, position, history, line, depth)
-        self.see(logits, token, position)
+        self.see(np.asarray(logits, np.float32), token, position)
         return token
 
     def see(self, logits: Float32, token: int, position: int) -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from paceline.backends.base import Backend
 from paceline.decode.sampling import History
-from paceline.types import Anchors, Batch, Drafts, Float32, Line, Output, Sampling
+from paceline.types import Anchors, Batch, Drafts, Line, Output, Row, Sampling
 
 GOLDEN = 0.6180339887498949
 
@@ -33,17 +33,17 @@ class Script:
     with_logits: bool = False
     _round: int = 0
 
-    def settle(self, logits: Float32, position: int, history: History, line: Line, depth: int) -> int:
+    def settle(self, logits: Row, position: int, history: History, line: Line, depth: int) -> int:
         token = self.backend.draw(logits, self.sampling, position)  # the real cost of drawing
         if depth == len(line.tokens):
             return token
         accepted = sum((self._round * GOLDEN) % 1.0 < share for share in self.shares)
         return line.tokens[depth] if depth < accepted else (line.tokens[depth] + 1) % self.vocab_size
 
-    def draw(self, logits: Float32, sampling: Sampling, position: int) -> int:
+    def draw(self, logits: Row, sampling: Sampling, position: int) -> int:
         return self.backend.draw(logits, sampling, position)
 
-    def allowed(self, logits: Float32, sampling: Sampling) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    def allowed(self, logits: Row, sampling: Sampling) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         return self.backend.allowed(logits, sampling)
 
     def draft(self, anchors: Anchors) -> Drafts:

@@ -222,7 +222,8 @@ def _load(model: str | None, shape: str | None, quant: str, threads: int | None,
 
 
 def _random_pair(shape: str, quant: str, threads: int, room: int) -> tuple[CpuBackend, TargetConfig, int]:
-    from paceline.backends.cpu.backend import DRAFTER_FORMAT, CpuBackend
+    from paceline.backends.cpu.backend import CpuBackend
+    from paceline.backends.formats import DRAFTER_FORMAT
     from paceline.bench.random_weights import RandomWeights
     from paceline.bench.shapes import official_drafter, official_target
 

@@ -16,7 +16,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from paceline.types import Float32, Sampling
+from paceline.types import Float32, Row, Sampling
 
 LOWEST = np.float32(-3e38)  # stands for NaN and minus infinity too; -LOWEST stands for infinity
 UNIT = 1 << 30  # weight of the most likely token
@@ -42,7 +42,7 @@ EXP_COEFFICIENTS = (  # Cephes' expf
 )
 
 
-def draw(logits: Float32, sampling: Sampling, position: int, stream: int = 0) -> int:
+def draw(logits: Row, sampling: Sampling, position: int, stream: int = 0) -> int:
     """The token at absolute `position`.
 
     Args:
@@ -52,8 +52,8 @@ def draw(logits: Float32, sampling: Sampling, position: int, stream: int = 0) ->
         stream: a number for each use of randomness.
     """
     if sampling.temperature == 0:
-        return int(logits.argmax())
-    x = clean(logits)
+        return int(np.asarray(logits, np.float32).argmax())
+    x = clean(np.asarray(logits, np.float32))
     ids = allowed(x, sampling)[0]
     depth = depths(x, sampling)[ids]
     score = depth + gumbel(sampling.seed or 0, stream, position, ids)
@@ -61,12 +61,12 @@ def draw(logits: Float32, sampling: Sampling, position: int, stream: int = 0) ->
     return int(ids[best].min())
 
 
-def allowed(logits: Float32, sampling: Sampling) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+def allowed(logits: Row, sampling: Sampling) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
     """Tokens [n] that can be drawn at a temperature above 0, and their weights [n] in units of 2^-30 of the largest.
 
     Tokens rank by logit, of equals the lowest id first; the allowed ones are a prefix of that ranking.
     """
-    x = clean(logits)
+    x = clean(np.asarray(logits, np.float32))
     ids = np.argsort(-x, kind="stable").astype(np.int32)
     if 0 < sampling.top_k < len(ids):
         ids = ids[: sampling.top_k]

@@ -20,14 +20,14 @@ from numpy.typing import NDArray
 
 from paceline.decode.draw import allowed, draw, gumbel, uniform_bits
 from paceline.decode.sampling import History, adjusted
-from paceline.types import GREEDY, Float32, Line, Sampling
+from paceline.types import GREEDY, Line, Row, Sampling
 
 TARGET_STREAM, DRAFTER_STREAM, TEST_STREAM = range(3)  # of the noise
 
-Lister = Callable[[Float32, Sampling], tuple[NDArray[np.int32], NDArray[np.int64]]]
+Lister = Callable[[Row, Sampling], tuple[NDArray[np.int32], NDArray[np.int64]]]
 """Lists the tokens that can be drawn, with their weights: `decode.draw.allowed`, or a backend's faster twin of it."""
 
-Drawer = Callable[[Float32, Sampling, int], int]
+Drawer = Callable[[Row, Sampling, int], int]
 """Draws the token at a position from logits [vocabulary]: `decode.draw.draw`, or a backend's faster twin of it."""
 
 
@@ -44,7 +44,7 @@ class Rule(Protocol):
     def with_logits(self) -> bool:
         """Whether the drafter's logits are needed."""
 
-    def settle(self, logits: Float32, position: int, history: History, line: Line, depth: int) -> int:
+    def settle(self, logits: Row, position: int, history: History, line: Line, depth: int) -> int:
         """The token at `position`.
 
         Args:
@@ -65,7 +65,7 @@ class Coupled:
     stream: ClassVar[int] = TARGET_STREAM
     with_logits: ClassVar[bool] = False
 
-    def settle(self, logits: Float32, position: int, history: History, line: Line, depth: int) -> int:
+    def settle(self, logits: Row, position: int, history: History, line: Line, depth: int) -> int:
         return self.drawer(adjusted(logits, self.sampling, history), self.sampling, position)
 
 
@@ -79,7 +79,7 @@ class Rejection:
     stream: ClassVar[int] = DRAFTER_STREAM
     with_logits: ClassVar[bool] = True
 
-    def settle(self, logits: Float32, position: int, history: History, line: Line, depth: int) -> int:
+    def settle(self, logits: Row, position: int, history: History, line: Line, depth: int) -> int:
         s = self.sampling
         logits = adjusted(logits, s, history)
         if depth == len(line.tokens) or s.temperature == 0:
@@ -98,7 +98,7 @@ class Rejection:
         return int(ids[(np.log(rest[ids]) + noise).argmax()])
 
 
-def probabilities(logits: Float32, sampling: Sampling, lister: Lister = allowed) -> NDArray[np.float64]:
+def probabilities(logits: Row, sampling: Sampling, lister: Lister = allowed) -> NDArray[np.float64]:
     """The distribution [vocabulary] that tokens are drawn from at a temperature above 0."""
     ids, weights = lister(logits, sampling)
     p = np.zeros(len(logits))
@@ -109,8 +109,8 @@ def probabilities(logits: Float32, sampling: Sampling, lister: Lister = allowed)
 class Draws(Protocol):
     """A backend, as far as rules need it."""
 
-    def draw(self, logits: Float32, sampling: Sampling, position: int) -> int: ...
-    def allowed(self, logits: Float32, sampling: Sampling) -> tuple[NDArray[np.int32], NDArray[np.int64]]: ...
+    def draw(self, logits: Row, sampling: Sampling, position: int) -> int: ...
+    def allowed(self, logits: Row, sampling: Sampling) -> tuple[NDArray[np.int32], NDArray[np.int64]]: ...
 
 
 RULES: dict[str, Callable[[Sampling, Draws], Rule]] = {

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from paceline.errors import SettingsError
-from paceline.types import Bool, Float32, Logprobs, Sampling
+from paceline.types import Bool, Logprobs, Row, Sampling
 
 MOST_LOGPROBS = 100
 MOST_SHIFT = 1e6  # of a logit, by bias or penalties
@@ -89,34 +89,34 @@ class History:
             self.grammar.advance(token)
 
 
-def adjusted(logits: Float32, sampling: Sampling, history: History) -> Float32:
+def adjusted(logits: Row, sampling: Sampling, history: History) -> Row:
     """Logits [vocabulary] after penalties, bias, suppressed tokens and grammar; the same array if there are none."""
     s = sampling
     penalised = s.repetition_penalty != 1 or s.presence_penalty != 0 or s.frequency_penalty != 0
     if not (penalised or s.bias or s.suppressed or history.grammar):
         return logits
-    logits = logits.copy()
+    changed = logits.copy()
     if s.repetition_penalty != 1:
         seen = np.array(sorted(history.prompt | history.text.keys()), np.int64)
-        values, penalty = logits[seen], np.float32(s.repetition_penalty)
-        logits[seen] = np.where(values > 0, values / penalty, values * penalty)
+        values, penalty = changed[seen], np.float32(s.repetition_penalty)
+        changed[seen] = np.where(values > 0, values / penalty, values * penalty)
     if history.text and (s.presence_penalty != 0 or s.frequency_penalty != 0):
         tokens = np.array(list(history.text), np.int64)
         counts = np.array(list(history.text.values()), np.float32)
-        logits[tokens] -= np.float32(s.presence_penalty) + np.float32(s.frequency_penalty) * counts
+        changed[tokens] -= np.float32(s.presence_penalty) + np.float32(s.frequency_penalty) * counts
     for token, value in s.bias:
-        logits[token] += np.float32(value)
+        changed[token] += np.float32(value)
     if s.suppressed:
-        logits[list(s.suppressed)] = -np.inf
+        changed[list(s.suppressed)] = -np.inf
     if history.grammar:
         allowed = history.grammar.allowed()
-        if s.suppressed and np.isneginf(logits[allowed]).all():  # what the grammar needs is suppressed: it wins
-            logits[allowed] = 0
-        logits = np.where(allowed, logits, np.float32(-np.inf))
-    return logits
+        if s.suppressed and np.isneginf(changed[allowed]).all():  # what the grammar needs is suppressed: it wins
+            changed[allowed] = 0
+        changed = np.where(allowed, changed, np.float32(-np.inf))
+    return changed
 
 
-def logprobs_of(logits: Float32, token: int, count: int, temperature: float) -> Logprobs:
+def logprobs_of(logits: Row, token: int, count: int, temperature: float) -> Logprobs:
     """Logarithms of the probabilities of a token and of the `count` most likely ones.
 
     Args:
@@ -125,7 +125,7 @@ def logprobs_of(logits: Float32, token: int, count: int, temperature: float) -> 
         count: how many alternatives to name.
         temperature: of the sampling; probabilities of greedy decoding are those at 1.
     """
-    scaled = logits.astype(np.float64) / (temperature or 1.0)
+    scaled = np.asarray(logits, np.float64) / (temperature or 1.0)
     scaled -= scaled.max()
     scaled -= math.log(np.exp(scaled).sum())
     if not count:

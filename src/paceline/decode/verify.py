@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from paceline.decode.rules import Rule
 from paceline.decode.sampling import History, logprobs_of
-from paceline.types import Commit, Float32, Line
+from paceline.types import Commit, Line, Rows
 
 
 def verify(
-    logits: Float32, line: Line, rule: Rule, history: History, position: int, logprobs: int | None = None
+    logits: Rows, line: Line, rule: Rule, history: History, position: int, logprobs: int | None = None
 ) -> Commit:
     """Settle the tokens along a drafted line, up to and including the first that was not drafted.
 

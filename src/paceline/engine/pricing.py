@@ -22,7 +22,7 @@ from paceline.decode.sampling import History
 from paceline.engine.sequence import Sequence
 from paceline.engine.step import step
 from paceline.files import atomic_file
-from paceline.types import Float32, Line, Sampling
+from paceline.types import Line, Row, Sampling
 
 CONTEXT = 64  # tokens before the rounds that are measured
 LEAST_REPEATS, MOST_REPEATS = 2, 9
@@ -55,7 +55,7 @@ class _Outcome:
     def sampling(self) -> Sampling:
         return self.base.sampling
 
-    def settle(self, logits: Float32, position: int, history: History, line: Line, depth: int) -> int:
+    def settle(self, logits: Row, position: int, history: History, line: Line, depth: int) -> int:
         token = self.base.settle(logits, position, history, line, depth)
         if depth == len(line.tokens):
             return token

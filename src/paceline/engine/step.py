@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence as Items
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from paceline.backends.base import Backend
 from paceline.decode.verify import verify
 from paceline.engine.sequence import Sequence
-from paceline.types import Anchors, Batch, Event, Line, Output, Plan
+from paceline.types import Anchors, Batch, Drafts, Event, Line, Output, Plan, Sampling
 
 
 def step(backend: Backend, sequences: Items[Sequence], chunk: int) -> list[Event | None]:
@@ -29,9 +30,12 @@ def step(backend: Backend, sequences: Items[Sequence], chunk: int) -> list[Event
         What each sequence gained, None for one whose prompt is not read to the end yet.
     """
     started = time.perf_counter()
-    lines = draft(backend, sequences)
+    drafting = draft(backend, sequences)
+    lines = drafting.lines()
     runs = [run_of(sequence, line, chunk) for sequence, line in zip(sequences, lines, strict=True)]
     output = backend.forward(batch_of(sequences, runs))
+    if drafting.drafts and drafting.drafts.later:
+        lines = drafting.settled().lines()
     events: list[Event | None] = []
     row = 0
     for sequence, tokens, line in zip(sequences, runs, lines, strict=True):
@@ -46,19 +50,46 @@ def step(backend: Backend, sequences: Items[Sequence], chunk: int) -> list[Event
     return events
 
 
-def draft(backend: Backend, sequences: Items[Sequence]) -> list[Line]:
-    """What is drafted for each sequence, nothing where it wants nothing; all draft in one call."""
-    forced = [sequence.forced_line() for sequence in sequences]
-    lines = [line or Line() for line in forced]
-    if not backend.can_draft:
+@dataclass(frozen=True)
+class Drafting:
+    """What is drafted for each sequence: by its grammar, by the drafter, or nothing."""
+
+    forced: list[Line | None]
+    plans: Items[Plan] = ()  # of the sequences that draft
+    drafting: Items[int] = ()  # their numbers
+    drafts: Drafts | None = None
+
+    def settled(self) -> Drafting:
+        """The same with no stand-ins for tokens."""
+        return self if self.drafts is None else replace(self, drafts=self.drafts.settled())
+
+    def lines(self) -> list[Line]:
+        lines = [line or Line() for line in self.forced]
+        if self.drafts is None:
+            return lines
+        tokens, confidence, logits = self.drafts.tokens, self.drafts.confidence, self.drafts.logits
+        for row, (index, plan) in enumerate(zip(self.drafting, self.plans, strict=True)):
+            length = min(int(self.drafts.lengths[row]), plan.depth)
+            lines[index] = Line(
+                tuple(tokens[row, :length].tolist()),
+                tuple(confidence[row, :length].tolist()),
+                None if logits is None else logits[row, :length],
+            )
         return lines
+
+
+def draft(backend: Backend, sequences: Items[Sequence]) -> Drafting:
+    """What is drafted for each sequence; all draft in one call."""
+    forced = [sequence.forced_line() for sequence in sequences]
+    if not backend.can_draft:
+        return Drafting(forced)
     plans = [
         Plan(0) if line else sequence.plan(backend.stops_early)
         for sequence, line in zip(sequences, forced, strict=True)
     ]
     drafting = [index for index, plan in enumerate(plans) if plan.depth > 0]
     if not drafting:
-        return lines
+        return Drafting(forced)
     mine = [sequences[index] for index in drafting]
     drafts = backend.draft(
         Anchors(
@@ -72,14 +103,7 @@ def draft(backend: Backend, sequences: Items[Sequence]) -> list[Line]:
             with_logits=any(s.rule.with_logits for s in mine),
         )
     )
-    for row, index in enumerate(drafting):
-        length = min(int(drafts.lengths[row]), plans[index].depth)
-        lines[index] = Line(
-            tuple(drafts.tokens[row, :length].tolist()),
-            tuple(drafts.confidence[row, :length].tolist()),
-            None if drafts.logits is None else drafts.logits[row, :length],
-        )
-    return lines
+    return Drafting(forced, tuple(plans[index] for index in drafting), drafting, drafts)
 
 
 def run_of(sequence: Sequence, line: Line, chunk: int) -> list[int]:
@@ -96,11 +120,14 @@ def wants_logits(sequence: Sequence, tokens: list[int]) -> bool:
 
 def batch_of(sequences: Items[Sequence], runs: Items[list[int]]) -> Batch:
     """The rows of all runs. Wanted are every row of a round and the last row of a prompt."""
-    wanted = []
+    wanted: list[bool] = []
+    samplings: list[Sampling] = []
     for sequence, tokens in zip(sequences, runs, strict=True):
         first = len(tokens) - 1 if sequence.reading else 0
         wants = wants_logits(sequence, tokens)
-        wanted += [wants and row >= first for row in range(len(tokens))]
+        mine = [wants and row >= first for row in range(len(tokens))]
+        wanted += mine
+        samplings += [sequence.rule.sampling] * sum(mine)
     return Batch(
         slots=np.repeat(np.array([s.slot for s in sequences], np.int32), [len(tokens) for tokens in runs]),
         positions=np.concatenate(
@@ -108,6 +135,7 @@ def batch_of(sequences: Items[Sequence], runs: Items[list[int]]) -> Batch:
         ).astype(np.int32),
         tokens=np.concatenate(runs).astype(np.int32),
         wanted=np.array(wanted, np.bool_),
+        samplings=tuple(samplings),
     )
 
 

@@ -212,25 +212,26 @@ class Attention(nn.Module):
 
     def forward(self, normed: Tensor, rotate: Rotation, visible: KeysValues, mask: Tensor) -> Tensor:
         """Queries of `normed` [B, T, H] over the visible rows, where `mask` [T, S] allows it."""
-        return self.o_proj(self.mix(self.queries(normed, rotate), visible, mask))  # type: ignore[no-any-return]
+        return self.o_proj(mix(self.queries(normed, rotate), visible, mask))  # type: ignore[no-any-return]
 
     def queries(self, normed: Tensor, rotate: Rotation) -> Tensor:
         """[B, T, H] -> [B, heads, T, head_dim]"""
         return rotate_heads(self.q_norm(self.split(self.q_proj(normed))), rotate)
 
-    def mix(self, queries: Tensor, visible: KeysValues, mask: Tensor) -> Tensor:
-        """Values mixed by how queries [B, heads, T, head_dim] meet the visible keys: [B, T, heads * head_dim]"""
-        keys, values = visible
-        shape = (queries.shape[0], self.layer.kv_heads, -1, *mask.shape)  # [B, kv_heads, group, T, S]
-        # The heads of a group share their K/V, so their queries stand together as rows of one product.
-        scores = (queries.reshape(*keys.shape[:2], -1, self.layer.head_dim) @ keys.mT).view(shape)
-        shares = scores.float().masked_fill(~mask, -torch.inf).softmax(-1).type_as(values)
-        mixed = (shares.flatten(2, 3) @ values).view_as(queries)
-        return mixed.transpose(1, 2).flatten(2)
-
     def split(self, x: Tensor) -> Tensor:
         """[B, T, n * head_dim] -> [B, n, T, head_dim]"""
         return x.view(*x.shape[:2], -1, self.layer.head_dim).transpose(1, 2)
+
+
+def mix(queries: Tensor, visible: KeysValues, mask: Tensor) -> Tensor:
+    """Values mixed by how queries [B, heads, T, head_dim] meet the visible keys: [B, T, heads * head_dim]"""
+    keys, values = visible
+    shape = (*keys.shape[:2], -1, *mask.shape)  # [B, kv_heads, group, T, S]
+    # The heads of a group share their K/V, so their queries stand together as rows of one product.
+    scores = (queries.reshape(*keys.shape[:2], -1, keys.shape[3]) @ keys.mT).view(shape)
+    shares = scores.float().masked_fill(~mask, -torch.inf).softmax(-1).type_as(values)
+    mixed = (shares.flatten(2, 3) @ values).view_as(queries)
+    return mixed.transpose(1, 2).flatten(2)
 
 
 class MLP(nn.Module):

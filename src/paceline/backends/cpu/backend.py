@@ -7,21 +7,17 @@ that the format to compare with a reference.
 from __future__ import annotations
 
 import os
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from paceline import _cpu
+from paceline.backends import draws
 from paceline.backends.cpu.load import load_drafter, load_target
 from paceline.backends.cpu.weights import Weights
 from paceline.config import DrafterConfig, TargetConfig, check_pair
-from paceline.decode.draw import draw, gap
 from paceline.errors import BackendError
-from paceline.types import CONFIDENCE_BINS, Anchors, Batch, Drafts, Float32, Output, Sampling
-
-# A drafter's format follows its target's, but not below q8: it is small, and its mistakes cost rounds.
-DRAFTER_FORMAT = {"f32": "f32", "bf16": "bf16", "q8": "q8", "q4": "q8"}
+from paceline.types import CONFIDENCE_BINS, Anchors, Batch, Drafts, Output, Row, Sampling
 
 
 class CpuBackend:
@@ -126,7 +122,7 @@ class CpuBackend:
                     floors[row, : plan.depth] = plan.floors
                     acceptance[row] = plan.acceptance
                 floors[row, plan.depth - 1 :] = 2  # no chance is that good: the end
-        draws = [native_draw(s, stream) for s, stream in zip(anchors.samplings, anchors.streams, strict=True)]
+        settings = [draws.native_draw(s, stream) for s, stream in zip(anchors.samplings, anchors.streams, strict=True)]
         try:
             tokens, confidence, lengths, logits = self._drafter.draft(
                 anchors.slots,
@@ -134,7 +130,7 @@ class CpuBackend:
                 anchors.tokens,
                 np.ascontiguousarray(anchors.hidden),
                 depth,
-                draws,
+                settings,
                 floors,
                 acceptance,
                 anchors.with_logits,
@@ -143,13 +139,11 @@ class CpuBackend:
             raise BackendError(f"anchors the caches cannot take: {error}") from error
         return Drafts(tokens, confidence, lengths, logits if anchors.with_logits else None)
 
-    def draw(self, logits: Float32, sampling: Sampling, position: int) -> int:
-        if sampling.temperature == 0:
-            return draw(logits, sampling, position)
-        return _cpu.draw(logits, native_draw(sampling, 0), position)
+    def draw(self, logits: Row, sampling: Sampling, position: int) -> int:
+        return draws.draw(logits, sampling, position)
 
-    def allowed(self, logits: Float32, sampling: Sampling) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        return _cpu.allowed(logits, native_draw(sampling, 0))
+    def allowed(self, logits: Row, sampling: Sampling) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        return draws.allowed(logits, sampling)
 
     def save(self, slot: int) -> _cpu.Snapshot:
         return self._target.save(slot)
@@ -162,19 +156,6 @@ class CpuBackend:
             self._target.truncate(slot, length)
         except ValueError as error:
             raise BackendError(str(error)) from error
-
-
-@lru_cache(maxsize=64)
-def native_draw(sampling: Sampling, stream: int) -> _cpu.Draw:
-    """Settings of a draw as the native code takes them."""
-    return _cpu.Draw(
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
-        gap=float(gap(sampling)),
-        seed=sampling.seed or 0,
-        stream=stream,
-    )
 
 
 def default_threads() -> int:

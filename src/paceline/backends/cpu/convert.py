@@ -11,10 +11,10 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from paceline.backends.cpu.backend import DRAFTER_FORMAT
 from paceline.backends.cpu.load import load_drafter, load_target
 from paceline.backends.cpu.packfile import write_pack
 from paceline.backends.cpu.weights import CheckpointWeights
+from paceline.backends.formats import DRAFTER_FORMAT
 from paceline.checkpoint import Checkpoint, resolve
 from paceline.checkpoint.checkpoint import PACKED_NAME
 from paceline.checkpoint.hub import DRAFTER_FOLDER

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +9,10 @@ from pathlib import Path
 from paceline.backends.cpu.pack_cache import LEAST_BYTES, fingerprint, pack_path
 from paceline.backends.cpu.packfile import PackedWeights, StalePack, open_pack, write_pack
 from paceline.backends.cpu.weights import CheckpointWeights
+from paceline.backends.formats import available_memory, choose_quant
 from paceline.checkpoint import Checkpoint, resolve
-from paceline.checkpoint.sizes import weight_bytes
 from paceline.config import DrafterConfig, TargetConfig
 from paceline.errors import CheckpointError, SettingsError
-from paceline.quant.blocks import FORMATS
-
-AUTO_SHARE = 0.7  # of the memory at hand that `auto` lets the weights take
 
 
 @dataclass(frozen=True)
@@ -75,32 +71,6 @@ def open_source(
     except StalePack:
         weights = CheckpointWeights(tensors, quant, progress)
     return Source(weights, checkpoint, threads)
-
-
-def check_quant(quant: str) -> None:
-    """Raise `SettingsError` unless this is a weight format or auto."""
-    if quant not in (*FORMATS, "auto"):
-        raise SettingsError(f"unknown quantisation {quant!r}; use one of {', '.join(FORMATS)} or auto")
-
-
-def choose_quant(config: TargetConfig | DrafterConfig, dtype: str, memory: int) -> str:
-    """The most precise format whose weights take at most 70 % of `memory` bytes; q4 if none does.
-
-    A checkpoint in bf16 has nothing to gain from f32, which is chosen only where the files hold it.
-    """
-    for quant in ("f32", "bf16", "q8") if dtype == "F32" else ("bf16", "q8"):
-        if weight_bytes(config, quant) <= AUTO_SHARE * memory:
-            return quant
-    return "q4"
-
-
-def available_memory() -> int:
-    """Bytes that can be used without swapping."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):  # not Linux: all there is
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _open_converted(path: Path, quant: str, threads: int) -> PackedWeights:

@@ -1,34 +1,39 @@
-"""A model pair in PyTorch: the three verbs over the readable models' own modules and static K/V memory.
+"""A model pair in PyTorch: the three verbs over programs of fixed shape and static K/V memory.
 
-Exact by fixed shapes: every pass runs in tiles of TILE rows, the last one padded, so each matrix product has one shape
-whatever is in the batch, and a row's attention is computed for that row alone, over a number of keys that its position
-determines. What a row computes so depends on nothing but itself; the tests compare bits, on a processor. This is the
-eager form, for any device of PyTorch; it is not fast, and no GPU has run it yet.
+A pass has 16 rows, or a power of two more on CUDA devices, whatever of it is padding, and a row of it is computed in an
+order that depends on that row alone. So a row's bits do not depend on its company, and one recording of a pass serves
+all batches of up to that many rows.
+
+A round waits for the device once: guesses stay there, with stand-ins for them here (see `types.Drafts`), until the pass
+that checks them is done, and come back with the tokens drawn from it.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from paceline.backends import draws
+from paceline.backends.cuda import ops
+from paceline.backends.cuda.draws import COLUMNS, DeviceRow, DeviceRows, on_device, pack_settings
+from paceline.backends.cuda.layers import Source, nbytes, place_drafter, place_target
+from paceline.backends.cuda.matrix import FORMATS
 from paceline.backends.cuda.memory import SlotMemory, TorchSnapshot
+from paceline.backends.cuda.program import DrafterProgram, Rows, TargetProgram
+from paceline.backends.cuda.recorder import Program, Recorder
 from paceline.config import DrafterConfig, TargetConfig, check_pair
-from paceline.decode.draw import allowed, draw
 from paceline.errors import BackendError
-from paceline.models.drafter import Drafter, View
-from paceline.models.gemma4 import Attention, DecoderLayer, Gemma4, Rotation, rotation
-from paceline.types import Anchors, Batch, Drafts, Float32, Output, Sampling
+from paceline.types import GREEDY, Anchors, Batch, Drafts, Float32, Int32, Output, Row, Sampling
 
-TILE = 16  # rows of every pass
-UNSEEN = -3e38  # logit of a token that a drafter's head did not look at
-
-Weights = Mapping[str, Tensor]
-"""Tensors by their canonical names; see `checkpoint.names`."""
+TILE = 16  # rows of the smallest pass
+LEAST_SPAN = 256  # positions that the smallest recording can look back on
+MOST_DRAFTS = 15  # of an anchor
 
 
 class TorchBackend:
@@ -37,55 +42,50 @@ class TorchBackend:
     Args:
         target: settings and weights.
         drafter: the same of the drafter, or None for plain decoding.
-        dtype: of weights and arithmetic, float32 or bfloat16.
-        device: of PyTorch.
+        quant: format of the target's weights.
         context: positions a slot can hold.
         slots: sequences held at once.
         max_rows: most rows of one slot in one batch.
 
     Raises:
         PairError: the drafter is another target's.
-        BackendError: no such device here.
     """
 
     stops_early = False  # every stop would wait for the device
 
     def __init__(
         self,
-        target: tuple[TargetConfig, Weights],
-        drafter: tuple[DrafterConfig, Weights] | None = None,
+        target: tuple[TargetConfig, Source],
+        drafter: tuple[DrafterConfig, Source] | None = None,
         *,
-        dtype: torch.dtype,
-        device: str = "cpu",
+        quant: str,
         context: int,
         slots: int = 1,
         max_rows: int = 256,
     ) -> None:
+        config, source = target
         if drafter:
-            check_pair(target[0], drafter[0])
-        # Products of one shape are then one order of summation on CUDA devices, too:
-        # https://docs.nvidia.com/cuda/cublas/#results-reproducibility
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        try:
-            self.device = torch.device(device)
-            torch.zeros(1, device=self.device)
-        except (RuntimeError, AssertionError) as error:
-            first = str(error).splitlines()[0]
-            reason = "it knows no such kind" if first.startswith("Expected one of") else first
-            raise BackendError(f"PyTorch cannot use the device {device!r} ({reason}); choose another") from error
-        self._config = target[0]
-        self.vocab_size, self.context, self.max_rows, self.slots = target[0].vocab_size, context, max_rows, slots
-        with torch.device("meta"):
-            self._target = Gemma4(target[0])
-            self._drafter = Drafter(drafter[0]) if drafter else None
-        fill(self._target, target[1], dtype, self.device)
-        if self._drafter and drafter:
-            fill(self._drafter, drafter[1], dtype, self.device)
-        self._dtype = dtype
+            check_pair(config, drafter[0])
+        self.device = source.device
+        self.vocab_size, self.context, self.max_rows, self.slots = config.vocab_size, context, max_rows, slots
         self.threads = torch.get_num_threads()
-        self.weight_bytes = sum(parameter.nbytes for parameter in self._target.parameters())
-        self._memory = SlotMemory(target[0], slots, context, max_rows, dtype, self.device)
-        self._last_kv = max(index for index, layer in enumerate(target[0].layers) if layer.kv_source == index)
+        self._hidden_size = config.hidden_size
+        self._dtype = FORMATS["f32" if quant == "f32" else "bf16"]
+        layers = place_target(config, source)
+        self.weight_bytes = nbytes(layers)
+        self._memory = SlotMemory(config, slots, context, max_rows, self._dtype, self.device)
+        self._target = TargetProgram(layers, self._memory, self._dtype)
+        self._drafter = None
+        if drafter:
+            sources = {sliding: config.last_layer(sliding=sliding) for sliding in (True, False)}
+            known = {sliding: index for sliding, index in sources.items() if index is not None}
+            self._drafter = DrafterProgram(place_drafter(*drafter), self._target, self._memory, known)
+        self._recorder = Recorder(self.device)
+        self._tallest = height(max_rows) if self.device.type == "cuda" else TILE
+        # Guesses of the last call of `draft`: stand-in -1 - n is number n of them.
+        self._guesses = torch.zeros(height(slots) * MOST_DRAFTS, dtype=torch.int64, device=self.device)
+        self._sure = torch.zeros(len(self._guesses), dtype=torch.float32, device=self.device)
+        self._round, self._known = 0, Known(0, np.zeros(0, np.int32), np.zeros(0, np.float32))
         self._free = list(range(slots))[::-1]
 
     @property
@@ -103,109 +103,152 @@ class TorchBackend:
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Output:
+        """See `Backend.forward`. Logits that stay on the device are overwritten by the next call."""
         self._check(batch)
-        logits, hidden = [], []
-        for start in range(0, len(batch), TILE):
-            rows = slice(start, start + TILE)
-            wanted = np.flatnonzero(batch.wanted[rows])
-            state = self._run(batch.slots[rows], batch.positions[rows], batch.tokens[rows], len(wanted) > 0)
-            if state is not None:
-                picked = torch.from_numpy(wanted).to(self.device)
-                logits.append(self._target.logits(state)[0, picked].float().cpu().numpy())
-                hidden.append(state[0, picked].float().cpu().numpy())
+        samplings = iter(batch.samplings)
+        found: list[DeviceRow] = []
+        hidden = [np.zeros((0, self._hidden_size), np.float32)]
+        for start in range(0, len(batch), self._tallest):
+            part = slice(start, start + self._tallest)
+            wanted = np.flatnonzero(batch.wanted[part])
+            drawing = [next(samplings, None) for _ in wanted]
+            rows = self._pass(batch.slots[part], batch.positions[part], batch.tokens[part], wanted, drawing)
+            found += rows[0]
+            hidden.append(rows[1])
         for slot, position in zip(batch.slots.tolist(), batch.positions.tolist(), strict=True):
             self._memory.extend(slot, position + 1)
-        none = np.zeros((0, self.vocab_size), np.float32), np.zeros((0, self._config.hidden_size), np.float32)
-        return Output(np.concatenate([none[0], *logits]), np.concatenate([none[1], *hidden]))
+        return Output(DeviceRows(tuple(found)), np.concatenate(hidden))
 
-    def _run(
-        self, slots: NDArray[np.int32], positions: NDArray[np.int32], tokens: NDArray[np.int32], to_end: bool
-    ) -> Tensor | None:
-        """Run up to TILE rows through the layers: [1, TILE, H] after the final norm, None if nobody wants it."""
-        model, count = self._target, len(tokens)
-        places = self._padded(positions)  # [TILE]
-        x = model.embed_tokens(self._padded(tokens)[None])  # [1, TILE, H]
-        per_layer = model.per_layer_inputs(self._padded(tokens)[None], x)
-        at = torch.from_numpy(slots.astype(np.int64)).to(self.device), places[:count]
-        rotations: dict[bool, Rotation] = {}
-        for index, layer in enumerate(model.layers):
-            assert isinstance(layer, DecoderLayer)
-            settings = self._config.layers[index]
-            if settings.sliding not in rotations:
-                rope = self._config.rope(settings)
-                rotations[settings.sliding] = rotation(rope, settings.head_dim, places[None], x.dtype)
-            rotate = rotations[settings.sliding]
-            normed = layer.input_layernorm(x)
-            if settings.kv_source == index:
-                keys, values = layer.self_attn.keys_values(normed, rotate)
-                self._memory.write(index, *at, (keys[:, :, :count], values[:, :, :count]))
-                if index == self._last_kv and not to_end:
-                    return None
-            mixed = self._attend(layer.self_attn, layer.self_attn.queries(normed, rotate), index, slots, positions)
-            ple = per_layer[:, :, index] if per_layer is not None else None
-            x = layer.behind_attention(x, layer.self_attn.o_proj(mixed), ple)
-        return model.norm(x)  # type: ignore[no-any-return]
+    def _pass(
+        self,
+        slots: Int32,
+        positions: Int32,
+        tokens: Int32,
+        wanted: NDArray[np.int64],
+        drawing: list[Sampling | None],
+    ) -> tuple[list[DeviceRow], Float32]:
+        """Run the rows of one pass: the wanted ones, and their hidden states [W, hidden]."""
+        count, width = height(len(tokens)), height(len(wanted)) if len(wanted) else 0
+        settings = [s if s and on_device(s) else None for s in drawing]
+        drawn_at = np.where([s is not None for s in settings], positions[wanted] + 1, -1)
+        ranked = any(s and s.temperature > 0 and s.top_k for s in settings)
+        span = power_of_two(max(LEAST_SPAN, int(positions.max()) + 1))
+        words = np.concatenate(
+            [
+                padded(tokens, count, 0),
+                padded(slots, count, 0),
+                padded(positions, count, -1),
+                padded(wanted, width, -1),
+                padded(drawn_at, width, -1),
+                pack_settings([s or GREEDY for s in settings], [0] * len(settings), width).ravel(),
+            ]
+        )
 
-    def _attend(
-        self, attention: Attention, queries: Tensor, index: int, slots: NDArray[np.int32], positions: NDArray[np.int32]
-    ) -> Tensor:
-        """Each row over what it sees, one at a time: [1, TILE, heads * head_dim], zeros for padding."""
-        settings = self._config.layers[index]
-        mixed = torch.zeros(1, TILE, settings.head_dim * self._config.heads, dtype=queries.dtype, device=self.device)
-        for row, (slot, position) in enumerate(zip(slots.tolist(), positions.tolist(), strict=True)):
-            start = max(0, position + 1 - self._config.sliding_window) if settings.sliding else 0
-            visible = self._memory.visible(settings.kv_source, slot, start, position + 1)
-            mask = torch.ones(1, position + 1 - start, dtype=torch.bool, device=self.device)
-            mixed[:, row] = attention.mix(queries[:, :, row : row + 1].contiguous(), visible, mask)[:, 0]
-        return mixed
+        program = self._checks(count, width, span, ranked)
+        outputs = self._recorder.run(("pass", count, width, span, ranked), program, words)
+        (found,) = self._recorder.fetch(outputs[0])
+        if not width:
+            return [], np.zeros((0, self._hidden_size), np.float32)
+        drawn, guesses, sure, states = np.split(found, np.cumsum([width, len(self._guesses), len(self._guesses)]))
+        self._known = Known(self._round, guesses, sure.view(np.float32))
+        logits = outputs[1]
+        rows = [
+            DeviceRow(logits[row], int(drawn[row]) if s else -1, s, int(drawn_at[row]))
+            for row, s in enumerate(settings)
+        ]
+        return rows, states.view(np.float32).reshape(width, -1)[: len(wanted)]
 
-    def _padded(self, numbers: NDArray[np.int32]) -> Tensor:
-        padded = np.zeros(TILE, np.int64)
-        padded[: len(numbers)] = numbers
-        return torch.from_numpy(padded).to(self.device)
+    def _checks(self, count: int, width: int, span: int, ranked: bool) -> Program:
+        """A pass of `count` rows of which `width` are wanted, as words to words and logits."""
+
+        def program(words: Tensor) -> tuple[Tensor, ...]:
+            tokens, slots, positions = words[: 3 * count].long().view(3, -1)
+            wanted, drawn_at = words[3 * count : 3 * count + 2 * width].long().view(2, -1)
+            known = torch.where(tokens < 0, self._guesses[(-1 - tokens).clamp(min=0)], tokens)
+            states = self._target.run(Rows(known, slots, positions), wanted if width else None, span)
+            if states is None:
+                return (self._sure,)
+            logits = self._target.logits(states)
+            settings = words[3 * count + 2 * width :].view(-1, COLUMNS)
+            drawn, _ = ops.draw(logits, settings, drawn_at, ranked)
+            found = [drawn.int(), self._guesses.int(), self._sure.view(torch.int32)]
+            return torch.cat([*found, states.float().view(torch.int32).flatten()]), logits
+
+        return program
 
     @torch.inference_mode()
     def draft(self, anchors: Anchors) -> Drafts:
         if self._drafter is None:
             raise BackendError("no drafter is loaded")
         depths = [plan.depth for plan in anchors.plans]
-        shape = (len(depths), max(depths))
-        tokens, confidence = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
-        logits = np.full((*shape, self.vocab_size), UNSEEN, np.float32) if anchors.with_logits else None
-        for row, depth in enumerate(depths):
-            view = self._view(int(anchors.slots[row]), int(anchors.positions[row]))
-            token = int(anchors.tokens[row])
-            feedback = torch.from_numpy(anchors.hidden[row].copy()).to(self.device, self._dtype).view(1, 1, -1)
-            for step in range(depth):
-                embedding = self._target.embed_tokens(torch.tensor([[token]], device=self.device))
-                state, feedback = self._drafter(embedding, feedback, view)
-                scores = self._drafter.logits(state)[0, 0].float().cpu().numpy()
-                scores = np.where(np.isneginf(scores), np.float32(UNSEEN), scores)
-                position = int(anchors.positions[row]) + 1 + step
-                token, sure = guess(scores, anchors.samplings[row], position, anchors.streams[row])
-                tokens[row, step], confidence[row, step] = token, sure
-                if logits is not None:
-                    logits[row, step] = scores
-        return Drafts(tokens, confidence, np.array(depths, np.int32), logits)
+        count, depth = height(len(depths)), max(depths)
+        span = power_of_two(max(LEAST_SPAN, int(anchors.positions.max())))
+        ranked = any(s.temperature > 0 and s.top_k for s in anchors.samplings)
+        hidden = np.zeros((count, self._hidden_size), np.float32)
+        hidden[: len(depths)] = anchors.hidden
+        words = np.concatenate(
+            [
+                padded(anchors.tokens, count, 0),
+                padded(anchors.slots, count, 0),
+                padded(anchors.positions, count, -1),
+                pack_settings(anchors.samplings, anchors.streams, count).ravel(),
+                hidden.view(np.int32).ravel(),
+            ]
+        )
 
-    def _view(self, slot: int, position: int) -> View:
-        """What an anchor sees of the target's cache: all below it, in sliding layers the last `window` rows."""
-        assert self._drafter
-        keys_values, masks = {}, {}
-        for sliding in {layer.sliding for layer in self._drafter.config.layers}:
-            source = self._config.last_layer(sliding=sliding)
-            assert source is not None  # check_pair has refused such a pair
-            start = max(0, position - self._config.sliding_window) if sliding else 0
-            keys_values[sliding] = self._memory.visible(source, slot, start, position)
-            masks[sliding] = torch.ones(1, position - start, dtype=torch.bool, device=self.device)
-        at = torch.tensor([position], device=self.device)
-        return View(keys_values, masks, self._drafter.rotations(at, self._dtype))
+        program = self._guessing(count, depth, span, ranked, anchors.with_logits)
+        key = ("draft", count, depth, span, ranked, anchors.with_logits)
+        logits = self._recorder.run(key, program, words)
+        self._round += 1
+        shape = len(depths), depth
+        stand_ins = -1 - np.arange(shape[0] * depth, dtype=np.int32).reshape(shape)
+        later = partial(self._settled, self._round, shape, np.array(depths, np.int32), logits)
+        return Drafts(stand_ins, np.zeros(shape, np.float32), np.array(depths, np.int32), None, later)
 
-    def draw(self, logits: Float32, sampling: Sampling, position: int) -> int:
-        return draw(logits, sampling, position)
+    def _guessing(self, count: int, depth: int, span: int, ranked: bool, with_logits: bool) -> Program:
+        """The steps of a round for `count` anchors; guesses stay on the device."""
+        drafter = self._drafter
+        assert drafter is not None
 
-    def allowed(self, logits: Float32, sampling: Sampling) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        return allowed(logits, sampling)
+        def program(words: Tensor) -> tuple[Tensor, ...]:
+            tokens, slots, positions = words[: 3 * count].long().view(3, -1)
+            settings = words[3 * count : (3 + COLUMNS) * count].view(-1, COLUMNS)
+            hidden = words[(3 + COLUMNS) * count :].view(torch.float32).view(count, -1).to(self._dtype)
+            guesses = drafter.run(
+                Rows(tokens, slots, positions),
+                hidden,
+                settings,
+                depth=depth,
+                span=span,
+                ranked=ranked,
+                with_logits=with_logits,
+            )
+            self._guesses[: count * depth] = guesses.tokens.flatten()
+            self._sure[: count * depth] = guesses.confidence.flatten()
+            return () if guesses.logits is None else (guesses.logits,)
+
+        return program
+
+    def _settled(self, number: int, shape: tuple[int, int], lengths: Int32, logits: tuple[Tensor, ...]) -> Drafts:
+        """What the stand-ins of a call of `draft` stood for."""
+        if self._known.number != number:  # no pass has brought them yet
+            assert number == self._round
+            guesses, sure = self._recorder.fetch(self._guesses.int(), self._sure.view(torch.int32))
+            self._known = Known(number, guesses, sure.view(np.float32))
+        size = shape[0] * shape[1]
+        tokens, confidence = self._known.guesses[:size].reshape(shape), self._known.sure[:size].reshape(shape)
+        rows = logits[0][: shape[0]].cpu().numpy() if logits else None
+        return Drafts(tokens, confidence, lengths, rows)
+
+    def draw(self, logits: Row, sampling: Sampling, position: int) -> int:
+        if isinstance(logits, DeviceRow):
+            token = logits.drawn(sampling, position)
+            if token is not None:
+                return token
+        return draws.draw(logits, sampling, position)
+
+    def allowed(self, logits: Row, sampling: Sampling) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        return draws.allowed(logits, sampling)
 
     def truncate(self, slot: int, length: int) -> None:
         self._memory.truncate(slot, length)
@@ -231,21 +274,25 @@ class TorchBackend:
             expected[slot], previous = position + 1, slot
 
 
-def guess(logits: Float32, sampling: Sampling, position: int, stream: int) -> tuple[int, float]:
-    """The token drawn from a drafter's logits [vocabulary], and its probability among those it could have drawn."""
-    token = draw(logits, sampling, position, stream)
-    if sampling.temperature == 0:
-        shares = np.exp(logits - logits[token])
-        return token, float(1 / shares.sum())
-    ids, weights = allowed(logits, sampling)
-    return token, float(weights[ids == token].sum() / weights.sum())
+@dataclass(frozen=True)
+class Known:
+    """The guesses that a call of `draft` left, on the host."""
+
+    number: int  # of the call
+    guesses: Int32
+    sure: Float32
 
 
-def fill(model: torch.nn.Module, weights: Weights, dtype: torch.dtype, device: torch.device) -> None:
-    """Give a model without memory its weights."""
-    state = {
-        name: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
-        for name, tensor in weights.items()
-    }
-    model.load_state_dict(state, assign=True)
-    model.eval()
+def height(rows: int) -> int:
+    """Rows of the pass that so many are padded to."""
+    return max(TILE, power_of_two(rows))
+
+
+def power_of_two(least: int) -> int:
+    return 1 << (least - 1).bit_length()
+
+
+def padded(numbers: NDArray[Any], length: int, filling: int) -> Int32:
+    out = np.full(length, filling, np.int32)
+    out[: len(numbers)] = numbers
+    return out

@@ -7,12 +7,11 @@ from collections.abc import Callable
 import torch
 
 from paceline.backends.cuda.backend import TorchBackend
-from paceline.backends.cuda.weights import drafter_weights, target_weights
-from paceline.checkpoint import Checkpoint, Tensors, resolve
+from paceline.backends.cuda.weights import CheckpointSource, RandomSource
+from paceline.backends.formats import DRAFTER_FORMAT, available_memory, choose_quant
+from paceline.checkpoint import Checkpoint, resolve
 from paceline.config import DrafterConfig, TargetConfig
-from paceline.errors import SettingsError
-
-DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+from paceline.errors import BackendError
 
 
 def load_backend(
@@ -22,10 +21,10 @@ def load_backend(
     device: str,
     quant: str,
     threads: int | None,
+    progress: Callable[[int], None],
     context: int,
     slots: int,
     max_rows: int,
-    progress: Callable[[int], None],
 ) -> tuple[TorchBackend, str]:
     """Read a pair's weights onto a device.
 
@@ -33,46 +32,77 @@ def load_backend(
         target: its opened folder and settings.
         drafter: the same of the drafter, or None for plain decoding.
         device: of PyTorch, such as cuda, cuda:1, mps or cpu.
-        quant: f32, bf16, or auto for what the files hold.
+        quant: f32, bf16, q8, q4, or auto for the most precise one that fits the device's memory.
         threads: of PyTorch's work on the processor; None for its own choice.
+        progress: told the file bytes of every tensor as it is read.
         context: positions a slot can hold.
         slots: sequences held at once.
         max_rows: most rows of one slot in one batch.
-        progress: told the bytes of each file of weights read.
 
     Returns:
         The backend, and the format of its weights.
 
     Raises:
-        SettingsError: a format that this backend has not.
-        BackendError: no such device here.
+        BackendError: no such device here, or it has too little memory.
         CheckpointError: tensors are missing or wrong.
     """
+    where = open_device(device)
     tensors = resolve(*target)
     if quant == "auto":
-        quant = "f32" if tensors["embed_tokens.weight"].dtype == "F32" else "bf16"
-    if quant not in DTYPES:
-        raise SettingsError(f"--quant {quant} is not there yet on --device {device}; use bf16, f32 or auto")
+        quant = choose_quant(target[1], tensors["embed_tokens.weight"].dtype, free_memory(where))
     if threads:
         torch.set_num_threads(threads)
-    weights = target_weights(tensors)
-    progress(_bytes(tensors))
     pair = None
     if drafter:
         draft_tensors = resolve(*drafter)
-        pair = drafter[1], drafter_weights(draft_tensors)
-        progress(_bytes(draft_tensors))
-    backend = TorchBackend(
-        (target[1], weights),
-        pair,
-        dtype=DTYPES[quant],
-        device=device,
-        context=context,
-        slots=slots,
-        max_rows=max_rows,
-    )
+        pair = drafter[1], CheckpointSource(draft_tensors, DRAFTER_FORMAT[quant], where, progress)
+    source = CheckpointSource(tensors, quant, where, progress)
+    try:
+        backend = TorchBackend((target[1], source), pair, quant=quant, context=context, slots=slots, max_rows=max_rows)
+    except torch.OutOfMemoryError as error:
+        raise BackendError(
+            f"{device}: too little memory for these weights as {quant} and {slots} x {context} tokens; "
+            "use a smaller --quant or --context"
+        ) from error
     return backend, quant
 
 
-def _bytes(tensors: Tensors) -> int:
-    return sum(ref.bytes for ref in tensors.refs.values())
+def random_backend(
+    target: TargetConfig, drafter: DrafterConfig, *, device: str, quant: str, context: int, max_rows: int
+) -> TorchBackend:
+    """A pair of random weights, for measurements.
+
+    Raises:
+        BackendError: no such device here.
+    """
+    where = open_device(device)
+    pair = drafter, RandomSource(drafter, DRAFTER_FORMAT[quant], where)
+    source = RandomSource(target, quant, where)
+    return TorchBackend((target, source), pair, quant=quant, context=context, max_rows=max_rows)
+
+
+def open_device(name: str) -> torch.device:
+    """A device of PyTorch, with its kernels in place.
+
+    Raises:
+        BackendError: it cannot be used.
+    """
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        reason = "it knows no such kind" if first.startswith("Expected one of") else first
+        raise BackendError(f"PyTorch cannot use the device {name!r} ({reason}); choose another") from error
+    if device.type == "cuda":
+        try:
+            from paceline.backends.cuda.kernels import install
+        except ImportError as error:
+            raise BackendError("CUDA devices need Triton; install it with pip install triton") from error
+        install("cuda")
+    return device
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that weights and caches may take."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()

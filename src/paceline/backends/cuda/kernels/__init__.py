@@ -1,0 +1,25 @@
+"""The operations of `ops` as Triton kernels. Importing this needs Triton."""
+
+from __future__ import annotations
+
+from paceline.backends.cuda import ops
+from paceline.backends.cuda.kernels import attention, draw, head, matmul, rows
+
+KERNELS = (
+    (ops.norm, rows.norm),
+    (ops.join, rows.join),
+    (ops.gated, rows.gated),
+    (ops.choose, rows.choose),
+    (ops.matmul, matmul.matmul),
+    (ops.experts, matmul.experts),
+    (ops.heads, attention.heads),
+    (ops.attend, attention.attend),
+    (ops.centroid_scores, head.centroid_scores),
+    (ops.draw, draw.draw),
+)
+
+
+def install(device: str) -> None:
+    """Use the kernels on a kind of device."""
+    for operation, kernel in KERNELS:
+        operation.register_kernel(device)(kernel)

@@ -1,0 +1,198 @@
+"""Matrix products of a few rows with weights of any format: memory-bound, so every weight is read once.
+
+A program takes 16 rows and a strip of outputs and walks along the columns. A product of more rows is more programs over
+the same strips, next to each other in time, so that the weights come from the cache; each row is summed as if alone.
+Quantised weights enter the matrix units as small whole numbers, which bfloat16 holds exactly; their scales, one for
+each 32 columns, multiply the sums.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+import triton
+from paceline.backends.cuda.kernels.common import TILE, capped, gelu, product, whole
+
+PLAIN, Q8, Q4 = 0, 8, 4  # formats
+_TILE = tl.constexpr(TILE)
+
+
+@triton.jit
+def strip(
+    x, row, rows, weights, scales, n, total, K,
+    FMT: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Sums [16, N], float32, of rows `row`... of x [rows, K] with outputs n [N] of a matrix of `total` outputs."""
+    m = row + tl.arange(0, _TILE)
+    real = m < rows
+    acc = tl.zeros((_TILE, N), tl.float32)
+    safe = tl.minimum(n, total - 1).to(tl.int64)
+    if FMT == 0:
+        for start in tl.range(0, K, BLOCK, num_stages=STAGES):
+            k = start + tl.arange(0, BLOCK)
+            a = tl.load(x + m[:, None] * K + k[None], mask=real[:, None] & (k < K)[None], other=0.0)
+            b = tl.load(weights + safe[:, None] * K + k[None], mask=(k < K)[None], other=0.0)
+            acc = product(a, tl.trans(b), acc)
+    else:
+        for start in tl.range(0, K, BLOCK, num_stages=STAGES):
+            for part in tl.static_range(BLOCK // 64):
+                acc = add_block(x, m, real, weights, scales, safe, total, K, start + part * 64, acc, FMT, N)
+    return acc
+
+
+@triton.jit
+def add_block(x, m, real, weights, scales, n, total, K, start, acc, FMT: tl.constexpr, N: tl.constexpr):
+    """acc and the sums over 64 columns of a quantised matrix; columns from K on count as zeros."""
+    k = start + tl.arange(0, 32)
+    low = tl.load(x + m[:, None] * K + k[None], mask=real[:, None] & (k < K)[None], other=0.0)
+    high = tl.load(x + m[:, None] * K + k[None] + 32, mask=real[:, None] & (k + 32 < K)[None], other=0.0)
+    columns = tl.zeros_like(n) + start
+    at = columns // 64 * total + n
+    there = columns < K
+    g = tl.arange(0, 32)
+    if FMT == 4:
+        both = tl.load(weights + at[:, None] * 32 + g[None], mask=there[:, None], other=0)
+        first, second = (both & 15).to(tl.int8) - 8, (both >> 4).to(tl.int8) - 8
+    else:
+        first = tl.load(weights + at[:, None] * 64 + g[None], mask=there[:, None], other=0)
+        second = tl.load(weights + at[:, None] * 64 + 32 + g[None], mask=there[:, None], other=0)
+    pair = tl.load(scales + at, mask=there, other=0)  # two float16
+    scale = (pair & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    none = tl.zeros((_TILE, N), tl.float32)
+    acc += product(low, tl.trans(whole(first, low)), none) * scale[None]
+    scale = (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return acc + product(high, tl.trans(whole(second, high)), none) * scale[None]
+
+
+@triton.jit
+def matmul_kernel(
+    x, weights, scales, out, rows, outputs, K, cap, CAPPED: tl.constexpr, FMT: tl.constexpr, N: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """x [rows, K] times a matrix transposed; programs (16 rows, N outputs)."""
+    row = tl.program_id(0) * _TILE
+    n = tl.program_id(1) * N + tl.arange(0, N)
+    acc = strip(x, row, rows, weights, scales, n, outputs, K, FMT, N, BLOCK, STAGES)
+    if CAPPED:
+        acc = capped(acc, cap)
+    m = row + tl.arange(0, _TILE)
+    at = m.to(tl.int64)[:, None] * outputs + n[None]
+    tl.store(out + at, acc.to(out.dtype.element_ty), mask=(m < rows)[:, None] & (n < outputs)[None])
+
+
+@triton.jit
+def gate_kernel(
+    x, chosen, weights, scales, out, rows, width, K, EXPERTS: tl.constexpr, ACTIVE: tl.constexpr, CHOICES: tl.constexpr,
+    FMT: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """gelu(gate) * up of an expert that some row has chosen: out [experts, rows, width]; programs also by expert."""
+    row, expert = tl.program_id(0) * _TILE, tl.program_id(2)
+    if hit(chosen, row, rows, expert, ACTIVE, CHOICES):
+        n = tl.program_id(1) * N + tl.arange(0, N)
+        inside = tl.minimum(n, width - 1)
+        first, total = expert * 2 * width, EXPERTS * 2 * width
+        gate = strip(x, row, rows, weights, scales, first + inside, total, K, FMT, N, BLOCK, STAGES)
+        up = strip(x, row, rows, weights, scales, first + width + inside, total, K, FMT, N, BLOCK, STAGES)
+        kind = out.dtype.element_ty
+        value = gelu(gate.to(kind).to(tl.float32)).to(kind).to(tl.float32) * up.to(kind).to(tl.float32)
+        m = row + tl.arange(0, _TILE)
+        at = (expert.to(tl.int64) * rows + m)[:, None] * width + n[None]
+        tl.store(out + at, value.to(kind), mask=(m < rows)[:, None] & (n < width)[None])
+
+
+@triton.jit
+def down_kernel(
+    x, chosen, weights, scales, out, rows, width, K, EXPERTS: tl.constexpr, ACTIVE: tl.constexpr, CHOICES: tl.constexpr,
+    FMT: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """x [experts, rows, K] through each expert that some row has chosen: out [experts, rows, width]."""
+    row, expert = tl.program_id(0) * _TILE, tl.program_id(2)
+    if hit(chosen, row, rows, expert, ACTIVE, CHOICES):
+        n = tl.program_id(1) * N + tl.arange(0, N)
+        mine = x + expert.to(tl.int64) * rows * K
+        at = expert * width + tl.minimum(n, width - 1)
+        acc = strip(mine, row, rows, weights, scales, at, EXPERTS * width, K, FMT, N, BLOCK, STAGES)
+        m = row + tl.arange(0, _TILE)
+        place = (expert.to(tl.int64) * rows + m)[:, None] * width + n[None]
+        tl.store(out + place, acc.to(out.dtype.element_ty), mask=(m < rows)[:, None] & (n < width)[None])
+
+
+@triton.jit
+def hit(chosen, row, rows, expert, ACTIVE: tl.constexpr, CHOICES: tl.constexpr):
+    """Whether one of 16 rows has chosen an expert."""
+    m, k = row + tl.arange(0, _TILE), tl.arange(0, CHOICES)
+    inside = (m < rows)[:, None] & (k < ACTIVE)[None]
+    picks = tl.load(chosen + m[:, None] * ACTIVE + k[None], mask=inside, other=-1)
+    return tl.max(tl.max((picks == expert).to(tl.int32), 1), 0) > 0
+
+
+@triton.jit
+def mix_kernel(parts, weights, chosen, out, rows, width, ACTIVE: tl.constexpr, BLOCK: tl.constexpr):
+    """The chosen experts' parts [experts, rows, width] of each row, weighted and summed in the order of its choices."""
+    row, n = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for k in range(ACTIVE):
+        expert = tl.load(chosen + row * ACTIVE + k).to(tl.int64)
+        part = tl.load(parts + (expert * rows + row) * width + n, mask=n < width, other=0.0).to(tl.float32)
+        acc += part * tl.load(weights + row * ACTIVE + k)
+    tl.store(out + row * width + n, acc.to(out.dtype.element_ty), mask=n < width)
+
+
+def format_of(values: Tensor) -> int:
+    return {torch.int8: Q8, torch.uint8: Q4}.get(values.dtype, PLAIN)
+
+
+def shape_of(outputs: int, fmt: int, x: torch.dtype) -> dict[str, int]:
+    """Sizes of a program's work, by the matrix alone: narrow strips where there are few outputs."""
+    n = 16 if outputs <= 2048 else 32 if outputs <= 8192 else 64
+    if fmt:
+        return {"N": max(32, n), "BLOCK": 256 if fmt == Q4 else 128, "STAGES": 4, "num_warps": 4}
+    return {"N": n, "BLOCK": 8192 // n // (2 if x == torch.float32 else 1), "STAGES": 4, "num_warps": 4}
+
+
+def pairs(scales: Tensor | None) -> Tensor | None:
+    """Two scales in a word each, [K / 64, N], so that they can be fetched ahead."""
+    return None if scales is None else scales.view(torch.int32)
+
+
+def matmul(x: Tensor, values: Tensor, scales: Tensor | None, outputs: int, cap: float | None = None) -> Tensor:
+    x = x.contiguous()
+    out = torch.empty((len(x), outputs), dtype=x.dtype if cap is None else torch.float32, device=x.device)
+    fmt = format_of(values)
+    shape = shape_of(outputs, fmt, x.dtype)
+    matmul_kernel[(triton.cdiv(len(x), TILE), triton.cdiv(outputs, shape["N"]))](
+        x, values, pairs(scales), out, len(x), outputs, x.shape[1], cap or 1.0, CAPPED=bool(cap), FMT=fmt, **shape
+    )
+    return out
+
+
+def experts(
+    x: Tensor,
+    weights: Tensor,
+    chosen: Tensor,
+    gate_up: Tensor,
+    gate_up_scales: Tensor | None,
+    down: Tensor,
+    down_scales: Tensor | None,
+    count: int,
+) -> Tensor:
+    rows, hidden = x.shape
+    fmt, active = format_of(gate_up), chosen.shape[1]
+    width = (gate_up.shape[1] if fmt else gate_up.shape[0]) // count // 2
+    choice = {"EXPERTS": count, "ACTIVE": active, "CHOICES": triton.next_power_of_2(active), "FMT": fmt}
+    tiles = triton.cdiv(rows, TILE)
+    activations = torch.empty((count, rows, width), dtype=x.dtype, device=x.device)
+    shape = shape_of(width, fmt, x.dtype)
+    gate_kernel[(tiles, triton.cdiv(width, shape["N"]), count)](
+        x.contiguous(), chosen, gate_up, pairs(gate_up_scales), activations, rows, width, hidden, **choice, **shape
+    )
+    parts = torch.empty((count, rows, hidden), dtype=x.dtype, device=x.device)
+    shape = shape_of(hidden, fmt, x.dtype)
+    down_kernel[(tiles, triton.cdiv(hidden, shape["N"]), count)](
+        activations, chosen, down, pairs(down_scales), parts, rows, hidden, width, **choice, **shape
+    )
+    out = torch.empty_like(x)
+    mix_kernel[(rows, triton.cdiv(hidden, 1024))](parts, weights, chosen, out, rows, hidden, ACTIVE=active, BLOCK=1024)
+    return out

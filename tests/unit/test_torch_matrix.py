@@ -1,0 +1,73 @@
+"""Weights on a device lie on the grids of `quant.blocks`, bit for bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from paceline.backends.cuda import matrix, ops
+from paceline.backends.cuda.draws import on_device, pack_settings, unpack_settings
+from paceline.backends.cuda.matrix import pack, stack
+from paceline.quant.blocks import round_trip
+from paceline.types import Sampling
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    fmt=st.sampled_from(["f32", "bf16", "q8", "q4"]),
+    rows=st.integers(1, 40),
+    columns=st.sampled_from([16, 32, 64, 96, 200]),
+    seed=st.integers(0, 1 << 30),
+    scale=st.sampled_from([0.0, 1e-6, 1.0, 300.0]),
+)
+def test_values_are_those_of_the_oracle(fmt: str, rows: int, columns: int, seed: int, scale: float) -> None:
+    random = np.random.default_rng(seed)
+    weights = (random.standard_normal((rows, columns)) * scale).astype(np.float32)
+    weights[random.random(weights.shape) < 0.1] = 0
+    if fmt != "f32" and rows > 3:
+        weights[1] = np.round(weights[1])  # equals
+        weights[2] = 0
+    expected = round_trip(weights, fmt)
+    packed = pack(torch.from_numpy(weights), fmt)
+    picked = torch.from_numpy(random.integers(0, rows, 5))
+    np.testing.assert_array_equal(packed.rows(torch.arange(rows)).float().numpy(), expected)
+    np.testing.assert_array_equal(packed.rows(picked).float().numpy(), expected[picked.numpy()])
+
+
+def test_matrices_can_be_stacked_and_quantised_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [torch.randn(rows, 96) for rows in (7, 40, 16)]
+    for fmt in ("bf16", "q8", "q4"):
+        whole = pack(torch.cat(parts), fmt)
+        with monkeypatch.context() as patch:
+            patch.setattr(matrix, "SLICE", 16)
+            pieces = stack(pack(part, fmt) for part in parts)
+        assert pieces.outputs == 63
+        assert pieces.nbytes == whole.nbytes
+        assert torch.equal(pieces.values, whole.values)
+        x = torch.randn(16, 96).bfloat16()
+        assert torch.equal(ops.times(x, pieces), ops.times(x, whole))
+
+
+@given(
+    temperature=st.floats(0.125, 8, width=32),
+    top_k=st.integers(0, 1 << 31),
+    shares=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    seed=st.integers(0, 2**64 - 1),
+    stream=st.integers(0, 2),
+)
+def test_settings_survive_as_words(temperature: float, top_k: int, shares: tuple, seed: int, stream: int) -> None:
+    sampling = Sampling(temperature, min(top_k, 2**31 - 1), *shares, seed=seed)
+    words = pack_settings([Sampling(), sampling], [0, stream], 4)
+    assert unpack_settings(words[1]) == (sampling, stream)
+    assert unpack_settings(words[3]) == (Sampling(seed=0, top_p=0.0), 0)
+
+
+def test_what_devices_draw() -> None:
+    assert on_device(Sampling())
+    assert on_device(Sampling(1.0))
+    assert on_device(Sampling(1.0, top_k=64, top_p=0.9))
+    assert not on_device(Sampling(1.0, top_p=0.9))  # of the whole vocabulary
+    assert not on_device(Sampling(1.0, top_k=1000))

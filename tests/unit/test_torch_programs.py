@@ -1,0 +1,112 @@
+"""Passes are fixed sequences of operations: what a CUDA graph needs, shown without one.
+
+A pass is traced once, and the trace, in which everything that does not depend on a tensor's contents has become a
+constant, serves all later passes of that shape. On tensors without contents a pass that looked into them, or mixed
+devices, would fail.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from paceline.backends.cuda.backend import TorchBackend
+from paceline.backends.cuda.draws import COLUMNS
+from paceline.backends.cuda.recorder import Recorder
+from paceline.backends.cuda.weights import RandomSource
+from paceline.bench.shapes import official_drafter, official_target
+from paceline.decode.rules import Coupled
+from paceline.types import Int32, Sampling
+from tests.parity.fixtures import SHAPES, VOCABULARY, write_pair
+from tests.property.test_exactness import assert_same
+from tests.support import Recorder as RowRecorder
+from tests.support import run, sequence, torch_backend
+
+
+class Tracer(Recorder):
+    """Replays traces, as a CUDA device replays graphs."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+        self.traces: dict = {}
+        self.replays = 0
+
+    def run(self, key: object, program: object, words: Int32) -> tuple:
+        given = torch.from_numpy(words.copy())
+        if key not in self.traces:
+            with torch.inference_mode(False), torch.no_grad():
+                self.traces[key] = make_fx(program)(given)
+        else:
+            self.replays += 1
+        return self.traces[key](given)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory):
+    root = tmp_path_factory.mktemp("programs")
+
+    @cache
+    def get(shape: str) -> tuple[Path, Path]:
+        return write_pair(root / shape, shape, seed=0, head="centroid" if shape.startswith("e") else "dense")
+
+    return get
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("quant", ["bf16", "q4"])
+def test_a_pass_recorded_once_serves_all_others(folders, shape: str, quant: str) -> None:
+    backend = torch_backend(*folders(shape), quant, slots=2)
+    sampling = Sampling(temperature=0.8, top_k=50, seed=3)
+    rng = np.random.default_rng(0)
+
+    def texts() -> list:
+        jobs = [
+            sequence(
+                backend,
+                rng.integers(0, VOCABULARY, length).tolist(),
+                rule=RowRecorder(Coupled(sampling, backend.draw)),
+                draft_tokens=depth,
+                max_tokens=8,
+            )
+            for length, depth in ((5, 3), (30, 2))
+        ]
+        return run(backend, jobs, chunk=16)
+
+    expected = texts()
+    rng = np.random.default_rng(0)
+    backend._recorder = tracer = Tracer()
+    for ours, theirs in zip(texts(), expected, strict=True):
+        assert_same(ours, theirs)
+    assert len(tracer.traces) < tracer.replays
+
+
+@pytest.mark.parametrize("shape", ["e2b", "e4b", "12b", "26b", "31b"])
+@pytest.mark.parametrize("quant", ["bf16", "q8", "q4"])
+def test_a_pass_looks_into_no_tensor_and_stays_on_its_device(shape: str, quant: str) -> None:
+    """In the official shapes, whose weights would not fit here."""
+    target, drafter = official_target(shape), official_drafter(shape)
+    device = torch.device("meta")
+    with torch.inference_mode():
+        backend = TorchBackend(
+            (target, RandomSource(target, quant, device)),
+            (drafter, RandomSource(drafter, quant, device)),
+            quant=quant,
+            context=4096,
+            slots=2,
+        )
+        for count, width in ((16, 16), (64, 16), (256, 0)):
+            words = torch.zeros(3 * count + (2 + COLUMNS) * width, dtype=torch.int32, device=device)
+            found = backend._checks(count, width, 1024, ranked=True)(words)
+            assert all(part.device.type == "meta" for part in found)
+            if width:
+                sizes = width + 2 * len(backend._guesses) + width * target.hidden_size
+                assert [part.shape for part in found] == [(sizes,), (width, target.vocab_size)]
+        words = torch.zeros(16 * (3 + COLUMNS + target.hidden_size), dtype=torch.int32, device=device)
+        (logits,) = backend._guessing(16, 3, 1024, ranked=True, with_logits=True)(words)
+        assert logits.shape == (16, 3, drafter.vocab_size)
+        assert logits.device.type == "meta"
