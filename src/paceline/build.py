@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from paceline.backends.cpu.backend import CpuBackend, default_threads
@@ -77,8 +78,8 @@ def load(
     Args:
         model: a folder, a hub id (downloaded when it is not in the cache), or `tiny-python` for the bundled pair.
         drafter: "auto" (the folder or hub id with "-assistant" behind its name), "none", or a folder or hub id.
-        device: "cpu" for the native kernels; "cuda", "mps" or another device of PyTorch ("torch:cpu" for its own work
-            on the processor), which needs the extra `cuda` and is not tuned yet.
+        device: "cpu" for the native kernels; "cuda" for those of a GPU, which need the extra `cuda`; "mps" or another
+            device of PyTorch ("torch:cpu" for its own work on the processor), which is slow.
         quant: weight format: f32, bf16, q8, q4, or auto for the most precise one that fits the memory at hand.
         threads: worker threads; None for the physical cores.
         context: tokens a sequence may hold, prompt included; None for the model's own limit, at most 32768.
@@ -175,16 +176,26 @@ def _on_cpu(wanted: Wanted) -> Loaded:
     return Loaded(backend, weights.quant, backend.threads, weights.nbytes, backend.isa)
 
 
-def _on_torch(wanted: Wanted, device: str) -> Loaded:
+def torch_backends(device: str) -> ModuleType:
+    """What makes PyTorch's backends: `backends.cuda.load`.
+
+    Raises:
+        BackendError: PyTorch is not installed.
+    """
     try:
-        from paceline.backends.cuda.load import load_backend
+        import paceline.backends.cuda.load as made
     except ImportError as error:
         raise BackendError(f"--device {device} needs {error.name}; pip install 'paceline[cuda]'") from error
+    return made
+
+
+def _on_torch(wanted: Wanted, device: str) -> Loaded:
+    loader = torch_backends(device)
     folder = wanted.target[0]
     if folder.packed:
         raise CheckpointError(f"{folder.folder}: converted folders are for --device cpu; give the model as published")
     name = device.removeprefix("torch:")
-    backend, quant = load_backend(
+    backend, quant = loader.load_backend(
         wanted.target,
         wanted.drafter,
         device=name,
@@ -194,7 +205,7 @@ def _on_torch(wanted: Wanted, device: str) -> Loaded:
         **wanted.sizes,
     )
     wanted.notify(f"device: {name} through PyTorch; weights: {quant}")
-    return Loaded(backend, quant, backend.threads, backend.weight_bytes, name)
+    return Loaded(backend, quant, backend.threads, backend.weight_bytes, loader.device_name(backend.device))
 
 
 def _stop_ids(checkpoint: Checkpoint, config: TargetConfig) -> tuple[int, ...]:

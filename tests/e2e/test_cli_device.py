@@ -34,7 +34,7 @@ def test_the_text_is_that_of_the_cpu_backend(capsys: pytest.CaptureFixture[str])
 
 @pytest.mark.parametrize("quant", ["q8", "q4"])
 def test_quantised_weights(quant: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """The grids are those of the CPU backend, but not its quantised activations: the text may part ways, not at once."""
+    """The CPU backend has the same grids, but quantises activations too: texts may part ways, though not at once."""
     texts = []
     for device in ("cpu", "torch:cpu"):
         assert run([*ARGUMENTS, "--quant", quant, "--device", device]) == 0

@@ -232,7 +232,7 @@ def remembered(probabilities: Callable[..., np.ndarray]) -> Callable[..., np.nda
     known: dict[bytes, np.ndarray] = {}
 
     def get(logits: Float32, sampling: Sampling, lister: rules.Lister) -> np.ndarray:
-        key = logits.tobytes()  # of one job, so of the same settings but for the seed
+        key = np.asarray(logits).tobytes()  # of one job, so of the same settings but for the seed
         if key not in known:
             known[key] = probabilities(logits, sampling, lister)
         return known[key]

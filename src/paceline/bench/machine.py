@@ -6,10 +6,23 @@ import resource
 import statistics
 import sys
 import time
+from typing import Protocol
 
 import numpy as np
 
 from paceline import _cpu
+
+
+class Bandwidth(Protocol):
+    """What memory gives, measured now and then during a run."""
+
+    def measure(self) -> float:
+        """GB/s of one measurement."""
+
+    @property
+    def median(self) -> float:
+        """GB/s, the median of what was seen."""
+
 
 BUFFER = 1 << 30  # bytes; far more than any cache
 

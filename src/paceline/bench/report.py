@@ -29,6 +29,8 @@ def decode_table(report: Mapping[str, Any]) -> Table:
 def print_decode(out: Console, report: Mapping[str, Any]) -> None:
     """Everything `bench decode` measured."""
     out.print(decode_table(report))
+    same = "the same bits as" if report["same_bits"] else "OTHER BITS THAN"
+    out.print(f"16 rows in one pass: {same} one by one")
     print_prompt(out, report)
     if report["draft_step_ms"] is None:
         out.print("no drafter")
@@ -79,6 +81,7 @@ def plot_costs(report: Mapping[str, Any], path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise SettingsError("--plot needs matplotlib; install it with pip install 'paceline[plot]'") from error
+    place = report.get("device") or f"{report['threads']} threads"
     rows = [int(key) for key in report["forward_ms"]]
     times = list(report["forward_ms"].values())
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -87,9 +90,7 @@ def plot_costs(report: Mapping[str, Any], path: Path) -> None:
     limit = report["pass_bytes"] / report["read_bandwidth_gb_s"] / 1e6
     axes.axhline(limit, color="#b0552f", linestyle="--", label=f"reading the weights: {limit:.1f} ms")
     axes.set(xlabel="rows checked in one pass", ylabel="ms", ylim=(0, None), xticks=rows)
-    axes.set_title(
-        f"{report['model']} {report['quant']}, {report['context']} tokens of context, {report['threads']} threads"
-    )
+    axes.set_title(f"{report['model']} {report['quant']}, {report['context']} tokens of context, {place}")
     axes.legend(loc="lower right")
     axes.spines[["top", "right"]].set_visible(False)
     try:

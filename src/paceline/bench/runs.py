@@ -12,7 +12,7 @@ import numpy as np
 
 from paceline import _cpu
 from paceline.backends.base import Backend
-from paceline.bench.machine import ReadBandwidth
+from paceline.bench.machine import Bandwidth, ReadBandwidth
 from paceline.bench.simulated import Script
 from paceline.decode.control import Costs
 from paceline.decode.rules import Coupled, Rule
@@ -40,7 +40,7 @@ class Bench:
     backend: Backend
     context: int
     chunk: int
-    bandwidth: ReadBandwidth
+    bandwidth: Bandwidth
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -59,6 +59,20 @@ class Bench:
                 self.backend.truncate(self.slot, self.context)
         return {rows: statistics.median(seen) for rows, seen in times.items()}
 
+    def same_bits(self, rows: int = 16) -> bool:
+        """Whether rows of one pass have the logits that passes of one row give them, to the last bit."""
+        batch = self._batch(self.context, rows, wanted=rows)
+        together = np.array(self.backend.forward(batch).logits)
+        self.backend.truncate(self.slot, self.context)
+        same = True
+        for row in range(rows):
+            one = slice(row, row + 1)
+            part = Batch(batch.slots[one], batch.positions[one], batch.tokens[one], batch.wanted[one])
+            alone = np.array(self.backend.forward(part).logits)
+            same = same and np.array_equal(alone.view(np.uint32)[0], together.view(np.uint32)[row])
+        self.backend.truncate(self.slot, self.context)
+        return same
+
     def draft_step_ms(self, repeats: int, depth: int = 4) -> float:
         """Median milliseconds of one draft step."""
         anchor = Anchors(
@@ -70,7 +84,9 @@ class Bench:
             plans=(Plan(depth),),
             streams=(0,),
         )
-        return statistics.median(milliseconds(lambda: self.backend.draft(anchor)) / depth for _ in range(repeats))
+        return statistics.median(
+            milliseconds(lambda: self.backend.draft(anchor).settled()) / depth for _ in range(repeats)
+        )
 
     def prompt_tokens_per_s(self, repeats: int, tokens: int = 512) -> float:
         """Median speed of reading a prompt, until its last logits. Leaves the slot as it found it."""

@@ -83,6 +83,11 @@ def official_target(shape: str) -> TargetConfig:
 
 def official_drafter(shape: str) -> DrafterConfig:
     """Settings of that shape's drafter."""
+    return drafter_config(drafter_settings(shape))
+
+
+def drafter_settings(shape: str) -> dict[str, Any]:
+    """The same as `config.json` has them."""
     target = TARGETS[shape]
     hidden, intermediate, heads, ordered = DRAFTERS[shape]
     same = ("vocab_size", "num_key_value_heads", "head_dim", "global_head_dim", "sliding_window")
@@ -96,16 +101,14 @@ def official_drafter(shape: str) -> DrafterConfig:
         "num_hidden_layers": 4,
         "layer_types": _pattern(3, 4),
     }
-    return drafter_config(
-        {
-            "model_type": "gemma4_assistant",
-            "backbone_hidden_size": target["hidden_size"],
-            "use_ordered_embeddings": ordered,
-            "num_centroids": 2048,
-            "centroid_intermediate_top_k": 32,
-            "text_config": text,
-        }
-    )
+    return {
+        "model_type": "gemma4_assistant",
+        "backbone_hidden_size": target["hidden_size"],
+        "use_ordered_embeddings": ordered,
+        "num_centroids": 2048,
+        "centroid_intermediate_top_k": 32,
+        "text_config": text,
+    }
 
 
 def prompt_multiply_accumulates(config: TargetConfig) -> int:

@@ -5,28 +5,22 @@ from __future__ import annotations
 import json
 import os
 import statistics
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from paceline.cli.options import ThreadsOption
+from paceline.cli.options import DeviceOption, ThreadsOption
 from paceline.errors import SettingsError
-
-if TYPE_CHECKING:
-    from paceline.backends.cpu.backend import CpuBackend
-    from paceline.bench.runs import Bench
-    from paceline.config import TargetConfig
 
 bench = typer.Typer(
     help="Measure kernels, decoding and prompts. Ends in one JSON line on stdout.", no_args_is_help=True
 )
 
-SHAPES = ("e2b", "e4b", "12b", "26b", "31b")
 ModelOption = Annotated[str | None, typer.Option("--model", "-m", help="A model with its drafter.", metavar="MODEL")]
 ShapeOption = Annotated[
-    str | None, typer.Option(help="Random weights in an official shape.", metavar="|".join(SHAPES), show_default=False)
+    str | None,
+    typer.Option(help="Random weights in an official shape.", metavar="e2b|e4b|12b|26b|31b", show_default=False),
 ]
 QuantOption = Annotated[str, typer.Option(help="Weight format.", metavar="f32|bf16|q8|q4")]
 ContextOption = Annotated[int, typer.Option(help="Tokens in the cache before each measurement.", min=16)]
@@ -41,7 +35,6 @@ AcceptanceOption = Annotated[
     ),
 ]
 PROMPT = 512  # tokens of the prompt that is measured
-CHUNK = 256  # prompt rows read in one pass
 
 
 @bench.command()
@@ -55,7 +48,7 @@ def kernels(threads: ThreadsOption = None, repeats: RepeatsOption = 7) -> None:
     from paceline.quant.blocks import FORMATS
 
     count = threads or default_threads()
-    isa = _isa()
+    isa = os.environ.get("PACELINE_ISA", "")
     bandwidth = ReadBandwidth(count)
     speeds = {fmt: kernel_gb_per_s(fmt, count, isa, repeats, bandwidth) for fmt in FORMATS}
     report: dict[str, Any] = {
@@ -77,6 +70,7 @@ def decode(
     shape: ShapeOption = None,
     quant: QuantOption = "q4",
     threads: ThreadsOption = None,
+    device: DeviceOption = "cpu",
     context: ContextOption = 512,
     draft_tokens: DraftOption = 3,
     acceptance: AcceptanceOption = None,
@@ -93,13 +87,15 @@ def decode(
       paceline bench decode -m tiny-python --quant bf16
       paceline bench decode --shape e2b --acceptance 0.8,0.65,0.5 --plot costs.png
     """
+    from paceline.bench.loading import open_pair
     from paceline.bench.report import console, plot_costs, print_decode
 
     _check_choice(model, shape)
     shares = _shares(acceptance, draft_tokens, shape)
-    loaded = _load(model, shape, quant, threads, context, room=max(context + 2 * tokens, PROMPT) + 64)
+    loaded = open_pair(model, shape, quant, threads, device, context, room=max(context + 2 * tokens, PROMPT) + 64)
     run = loaded.bench
     forward = run.forward_ms(repeats)
+    exact = run.same_bits()
     step = run.draft_step_ms(repeats) if run.backend.can_draft else None
     costs = run.costs() if run.backend.can_draft else None
     modes: dict[str, tuple[int | None, tuple[float, ...] | None]] = {
@@ -118,6 +114,7 @@ def decode(
 
     report = loaded.report("decode") | {
         "forward_ms": {str(rows): ms for rows, ms in forward.items()},
+        "same_bits": exact,
         "bandwidth_fraction": loaded.pass_bytes / forward[1] / 1e6 / run.bandwidth.median,
         "draft_step_ms": step,
         "draft_tokens": draft_tokens,
@@ -142,106 +139,21 @@ def prompt(
     shape: ShapeOption = None,
     quant: QuantOption = "q4",
     threads: ThreadsOption = None,
+    device: DeviceOption = "cpu",
     length: Annotated[int, typer.Option(help="Tokens of the prompt.", min=16)] = PROMPT,
     repeats: RepeatsOption = 5,
 ) -> None:
     """How fast a prompt is read."""
+    from paceline.bench.loading import open_pair
     from paceline.bench.report import console, print_prompt
 
     _check_choice(model, shape)
-    loaded = _load(model, shape, quant, threads, context=16, room=length + 64)
+    loaded = open_pair(model, shape, quant, threads, device, context=16, room=length + 64)
     figures = loaded.prompt(repeats, length)
     loaded.bench.bandwidth.measure()
     report = loaded.report("prompt") | figures
     print_prompt(console(), report)
     print(json.dumps(report))
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    """A pair ready to be measured, and what reports say of it."""
-
-    bench: Bench
-    config: TargetConfig
-    weight_bytes: int  # of the target
-    about: dict[str, Any]
-
-    @property
-    def pass_bytes(self) -> int:
-        """Bytes of weights that a pass of one row reads: all but the experts it is not sent to."""
-        from paceline.checkpoint.sizes import count_parameters
-
-        parameters = count_parameters(self.config)
-        return self.weight_bytes * parameters.active // parameters.effective
-
-    def prompt(self, repeats: int, length: int) -> dict[str, Any]:
-        from paceline.bench.shapes import prompt_multiply_accumulates
-
-        speed = self.bench.prompt_tokens_per_s(repeats, length)
-        work = prompt_multiply_accumulates(self.config)
-        return {
-            "prompt_tokens": length,
-            "prompt_tokens_per_s": speed,
-            "prompt_multiply_accumulates_per_s": speed * work,
-        }
-
-    def report(self, benchmark: str) -> dict[str, Any]:
-        from paceline.bench.machine import peak_memory
-
-        return {
-            "benchmark": benchmark,
-            **self.about,
-            "context": self.bench.context,
-            "read_bandwidth_gb_s": self.bench.bandwidth.median,
-            "weight_bytes": self.weight_bytes,
-            "pass_bytes": self.pass_bytes,
-            "peak_memory_bytes": peak_memory(),
-        }
-
-
-def _load(model: str | None, shape: str | None, quant: str, threads: int | None, context: int, room: int) -> _Loaded:
-    from paceline.backends.cpu.backend import CpuBackend, default_threads
-    from paceline.bench.machine import ReadBandwidth
-    from paceline.bench.runs import Bench
-
-    count = threads or default_threads()
-    if shape is not None:
-        backend, config, weight_bytes = _random_pair(shape, quant, count, room)
-    else:
-        import paceline
-
-        assert model is not None
-        engine = paceline.load(model, quant=quant, threads=count, context=room, prompt_chunk=CHUNK)
-        assert isinstance(engine.backend, CpuBackend)
-        backend, config, weight_bytes = engine.backend, engine.target_config, engine.weight_bytes
-    if room > backend.context:
-        raise SettingsError(f"this takes {room} positions and the model has {backend.context}; measure fewer")
-    about = {"model": model or shape, "random_weights": model is None, "quant": quant, "threads": count}
-    run = Bench(backend, context, CHUNK, ReadBandwidth(count))
-    return _Loaded(run, config, weight_bytes, {**about, "isa": backend.isa})
-
-
-def _random_pair(shape: str, quant: str, threads: int, room: int) -> tuple[CpuBackend, TargetConfig, int]:
-    from paceline.backends.cpu.backend import CpuBackend
-    from paceline.backends.formats import DRAFTER_FORMAT
-    from paceline.bench.random_weights import RandomWeights
-    from paceline.bench.shapes import official_drafter, official_target
-
-    if shape not in SHAPES:
-        raise SettingsError(f"unknown shape {shape!r}; use one of {', '.join(SHAPES)}")
-    if quant not in DRAFTER_FORMAT:
-        raise SettingsError(f"unknown quantisation {quant!r}; use one of {', '.join(DRAFTER_FORMAT)}")
-    config, drafter = official_target(shape), official_drafter(shape)
-    weights = RandomWeights(config, quant)
-    backend = CpuBackend(
-        (config, weights),
-        (drafter, RandomWeights(drafter, DRAFTER_FORMAT[quant])),
-        threads=threads,
-        context=room,
-        max_rows=CHUNK,
-        isa=_isa(),
-    )
-    return backend, config, weights.nbytes
 
 
 def _check_choice(model: str | None, shape: str | None) -> None:
@@ -265,7 +177,3 @@ def _shares(acceptance: str | None, draft_tokens: int, shape: str | None) -> tup
             f"--acceptance has {len(shares)} shares for {draft_tokens} drafted tokens; give one for each"
         )
     return shares
-
-
-def _isa() -> str:
-    return os.environ.get("PACELINE_ISA", "")

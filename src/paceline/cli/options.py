@@ -50,7 +50,7 @@ QuantOption = Annotated[
 DeviceOption = Annotated[
     str,
     typer.Option(
-        help="cpu for paceline's own kernels; cuda or another device through PyTorch (not tuned yet).",
+        help="cpu for paceline's own kernels; cuda or another device through PyTorch.",
         metavar="cpu|cuda|torch:DEVICE",
     ),
 ]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from paceline import __version__
-from paceline.cli.options import MODEL_HELP, DrafterOption, QuantOption, ThreadsOption, load
+from paceline.cli.options import MODEL_HELP, DeviceOption, DrafterOption, QuantOption, ThreadsOption, load
 from paceline.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ def verify(
     drafter: DrafterOption = "auto",
     quant: QuantOption = "auto",
     threads: ThreadsOption = None,
+    device: DeviceOption = "cpu",
     prompts: Annotated[
         Path | None,
         typer.Option(help="Your own prompts, one a line (UTF-8).", metavar="FILE", show_default=False),
@@ -48,7 +49,7 @@ def verify(
       paceline verify ./my-model --drafter ./my-drafter --prompts mine.txt --json
     """
     own = _read_prompts(prompts) if prompts else None
-    engine = load(model, drafter, quant, threads, "auto")
+    engine = load(model, drafter, quant, threads, "auto", device)
     from paceline.bench.audit import PROMPTS, audit, measure_speeds
 
     texts = own or PROMPTS

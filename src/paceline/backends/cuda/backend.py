@@ -10,7 +10,7 @@ that checks them is done, and come back with the tokens drawn from it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -72,7 +72,7 @@ class TorchBackend:
         self._hidden_size = config.hidden_size
         self._dtype = FORMATS["f32" if quant == "f32" else "bf16"]
         layers = place_target(config, source)
-        self.weight_bytes = nbytes(layers)
+        self.weight_bytes = nbytes(replace(layers, ple_table=None))  # of that one, a row is read
         self._memory = SlotMemory(config, slots, context, max_rows, self._dtype, self.device)
         self._target = TargetProgram(layers, self._memory, self._dtype)
         self._drafter = None
@@ -143,7 +143,6 @@ class TorchBackend:
                 pack_settings([s or GREEDY for s in settings], [0] * len(settings), width).ravel(),
             ]
         )
-
         program = self._checks(count, width, span, ranked)
         outputs = self._recorder.run(("pass", count, width, span, ranked), program, words)
         (found,) = self._recorder.fetch(outputs[0])
@@ -195,15 +194,17 @@ class TorchBackend:
                 hidden.view(np.int32).ravel(),
             ]
         )
-
         program = self._guessing(count, depth, span, ranked, anchors.with_logits)
         key = ("draft", count, depth, span, ranked, anchors.with_logits)
         logits = self._recorder.run(key, program, words)
         self._round += 1
         shape = len(depths), depth
         stand_ins = -1 - np.arange(shape[0] * depth, dtype=np.int32).reshape(shape)
-        later = partial(self._settled, self._round, shape, np.array(depths, np.int32), logits)
-        return Drafts(stand_ins, np.zeros(shape, np.float32), np.array(depths, np.int32), None, later)
+        lengths = np.array(depths, np.int32)
+        if anchors.with_logits and self.device.type == "cuda":  # these must be drawn as they say, and some cannot be
+            lengths[[not on_device(s) for s in anchors.samplings]] = 0
+        later = partial(self._settled, self._round, shape, lengths, logits)
+        return Drafts(stand_ins, np.zeros(shape, np.float32), lengths, None, later)
 
     def _guessing(self, count: int, depth: int, span: int, ranked: bool, with_logits: bool) -> Program:
         """The steps of a round for `count` anchors; guesses stay on the device."""

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
 from paceline.backends.cuda.backend import TorchBackend
+from paceline.backends.cuda.measure import device_name
 from paceline.backends.cuda.weights import CheckpointSource, RandomSource
 from paceline.backends.formats import DRAFTER_FORMAT, available_memory, choose_quant
 from paceline.checkpoint import Checkpoint, resolve
 from paceline.config import DrafterConfig, TargetConfig
 from paceline.errors import BackendError
+
+__all__ = ["device_name", "load_backend", "open_device", "random_backend"]
 
 
 def load_backend(
@@ -57,13 +61,8 @@ def load_backend(
         draft_tensors = resolve(*drafter)
         pair = drafter[1], CheckpointSource(draft_tensors, DRAFTER_FORMAT[quant], where, progress)
     source = CheckpointSource(tensors, quant, where, progress)
-    try:
+    with enough_memory(device, quant, slots * context):
         backend = TorchBackend((target[1], source), pair, quant=quant, context=context, slots=slots, max_rows=max_rows)
-    except torch.OutOfMemoryError as error:
-        raise BackendError(
-            f"{device}: too little memory for these weights as {quant} and {slots} x {context} tokens; "
-            "use a smaller --quant or --context"
-        ) from error
     return backend, quant
 
 
@@ -73,12 +72,25 @@ def random_backend(
     """A pair of random weights, for measurements.
 
     Raises:
-        BackendError: no such device here.
+        BackendError: no such device here, or it has too little memory.
     """
     where = open_device(device)
     pair = drafter, RandomSource(drafter, DRAFTER_FORMAT[quant], where)
     source = RandomSource(target, quant, where)
-    return TorchBackend((target, source), pair, quant=quant, context=context, max_rows=max_rows)
+    with enough_memory(device, quant, context):
+        return TorchBackend((target, source), pair, quant=quant, context=context, max_rows=max_rows)
+
+
+@contextmanager
+def enough_memory(device: str, quant: str, tokens: int) -> Iterator[None]:
+    """Says what to do where a device's memory runs out."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise BackendError(
+            f"{device}: too little memory for these weights as {quant} and {tokens} tokens; "
+            "use a smaller --quant or --context"
+        ) from error
 
 
 def open_device(name: str) -> torch.device:

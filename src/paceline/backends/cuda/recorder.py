@@ -43,12 +43,13 @@ class Recorder:
         """Start a program; the words it is given must stay as they are until `fetch`."""
         if self._device.type != "cuda":
             return program(torch.from_numpy(words).to(self._device))
-        if key not in self._recordings:
-            self._recordings[key] = self._record(program, words)
-        recording = self._recordings[key]
-        recording.staged.numpy()[:] = words
-        recording.words.copy_(recording.staged, non_blocking=True)
-        recording.graph.replay()
+        with torch.cuda.device(self._device):
+            if key not in self._recordings:
+                self._recordings[key] = self._record(program, words)
+            recording = self._recordings[key]
+            recording.staged.numpy()[:] = words
+            recording.words.copy_(recording.staged, non_blocking=True)
+            recording.graph.replay()
         return recording.outputs
 
     def fetch(self, *words: Tensor) -> list[Int32]:

@@ -1,0 +1,61 @@
+"""What a device itself can do: the limits that figures are compared with."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+
+BYTES = 1 << 30  # far more than any cache
+
+
+class CopyBandwidth:
+    """Copies a gigabyte within a device's memory; call it now and then during a run and take the median of what it saw.
+
+    Args:
+        device: whose memory.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._from = torch.ones(BYTES, dtype=torch.uint8, device=device)
+        self._to = torch.empty_like(self._from)
+        self.seen: list[float] = []  # GB/s, read and written
+
+    def measure(self) -> float:
+        """Bandwidth of one copy, in GB/s of bytes read and written."""
+        self._wait()
+        start = time.perf_counter()
+        for _ in range(4):
+            self._to.copy_(self._from)
+        self._wait()
+        self.seen.append(4 * 2 * BYTES / (time.perf_counter() - start) / 1e9)
+        return self.seen[-1]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seen)
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+def device_name(device: torch.device) -> str:
+    """What the device calls itself."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes of the device's memory that were held at most; None where it has no count of its own."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def software() -> str:
+    """Versions that figures depend on."""
+    try:
+        from triton import __version__ as triton
+    except ImportError:
+        triton = "none"
+    return f"torch {torch.__version__}, CUDA {torch.version.cuda}, Triton {triton}"

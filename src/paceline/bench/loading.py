@@ -1,0 +1,136 @@
+"""A pair ready to be measured, on any device: a model that is there, or random weights in an official shape."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from paceline import build
+from paceline.backends.cpu.backend import CpuBackend, default_threads
+from paceline.backends.formats import DRAFTER_FORMAT
+from paceline.bench import machine
+from paceline.bench.machine import Bandwidth, ReadBandwidth
+from paceline.bench.random_weights import RandomWeights
+from paceline.bench.runs import Bench
+from paceline.bench.shapes import TARGETS, official_drafter, official_target, prompt_multiply_accumulates
+from paceline.checkpoint.sizes import count_parameters
+from paceline.config import TargetConfig
+from paceline.errors import SettingsError
+
+if TYPE_CHECKING:
+    from paceline.backends.cuda.backend import TorchBackend
+
+CHUNK = 256  # prompt rows read in one pass
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A pair and what reports say of it."""
+
+    bench: Bench
+    config: TargetConfig
+    weight_bytes: int  # of the target
+    about: dict[str, Any]
+    peak_memory: Callable[[], int]
+
+    @property
+    def pass_bytes(self) -> int:
+        """Bytes of weights that a pass of one row reads: all but the experts it is not sent to."""
+        parameters = count_parameters(self.config)
+        return self.weight_bytes * parameters.active // parameters.effective
+
+    def prompt(self, repeats: int, length: int) -> dict[str, Any]:
+        """How fast a prompt is read."""
+        speed = self.bench.prompt_tokens_per_s(repeats, length)
+        work = prompt_multiply_accumulates(self.config)
+        return {
+            "prompt_tokens": length,
+            "prompt_tokens_per_s": speed,
+            "prompt_multiply_accumulates_per_s": speed * work,
+        }
+
+    def report(self, benchmark: str) -> dict[str, Any]:
+        return {
+            "benchmark": benchmark,
+            **self.about,
+            "context": self.bench.context,
+            "read_bandwidth_gb_s": self.bench.bandwidth.median,
+            "weight_bytes": self.weight_bytes,
+            "pass_bytes": self.pass_bytes,
+            "peak_memory_bytes": self.peak_memory(),
+        }
+
+
+def open_pair(
+    model: str | None, shape: str | None, quant: str, threads: int | None, device: str, context: int, room: int
+) -> Pair:
+    """Load a model, or make a shape's weights.
+
+    Args:
+        model: a model's name, or None.
+        shape: an official shape, if there is no model.
+        quant: weight format.
+        threads: of the processor.
+        device: see `build.load`.
+        context: rows in the cache before each measurement.
+        room: positions that measurements need.
+
+    Raises:
+        SettingsError: an unknown shape or format, or too much room for the model.
+    """
+    if shape is not None and shape not in TARGETS:
+        raise SettingsError(f"unknown shape {shape!r}; use one of {', '.join(TARGETS)}")
+    if quant not in DRAFTER_FORMAT:
+        raise SettingsError(f"unknown quantisation {quant!r}; use one of {', '.join(DRAFTER_FORMAT)}")
+    backend: CpuBackend | TorchBackend
+    if shape is not None:
+        config = official_target(shape)
+        backend, weight_bytes = _random_pair(shape, quant, threads, device, room)
+    else:
+        assert model is not None
+        engine = build.load(
+            model, device=device, quant=quant, threads=threads, context=room, prompt_chunk=CHUNK, draft_tokens=0
+        )
+        config, weight_bytes = engine.target_config, engine.weight_bytes
+        backend = engine.backend  # type: ignore[assignment]  # the engine asks for less
+    if room > backend.context:
+        raise SettingsError(f"this takes {room} positions and the model has {backend.context}; measure fewer")
+    bandwidth, about, peak = _machine(backend)
+    about = {"model": model or shape, "random_weights": model is None, "quant": quant, **about}
+    return Pair(Bench(backend, context, CHUNK, bandwidth), config, weight_bytes, about, peak)
+
+
+def _random_pair(
+    shape: str, quant: str, threads: int | None, device: str, room: int
+) -> tuple[CpuBackend | TorchBackend, int]:
+    """The backend, and the bytes of the target's weights."""
+    target, drafter = official_target(shape), official_drafter(shape)
+    if device != "cpu":
+        name = device.removeprefix("torch:")
+        made = build.torch_backends(device).random_backend(
+            target, drafter, device=name, quant=quant, context=room, max_rows=CHUNK
+        )
+        return made, made.weight_bytes
+    weights, draft_weights = RandomWeights(target, quant), RandomWeights(drafter, DRAFTER_FORMAT[quant])
+    backend = CpuBackend(
+        (target, weights),
+        (drafter, draft_weights),
+        threads=threads or default_threads(),
+        context=room,
+        max_rows=CHUNK,
+        isa=os.environ.get("PACELINE_ISA", ""),
+    )
+    return backend, weights.nbytes
+
+
+def _machine(backend: CpuBackend | TorchBackend) -> tuple[Bandwidth, dict[str, Any], Callable[[], int]]:
+    """How fast its memory is, what it is, and what is held of its memory at most."""
+    if isinstance(backend, CpuBackend):
+        return ReadBandwidth(backend.threads), {"threads": backend.threads, "isa": backend.isa}, machine.peak_memory
+    from paceline.backends.cuda import measure
+
+    device = backend.device
+    about = {"threads": backend.threads, "device": measure.device_name(device), "software": measure.software()}
+    return measure.CopyBandwidth(device), about, lambda: measure.peak_memory(device) or machine.peak_memory()
