@@ -70,7 +70,7 @@ def jobs(device: str, shapes: list[str], quants: list[str]) -> list[Job]:
     peers = [
         Job(f"transformers {shape}", [*peer, "--shape", shape], 120) for shape in ("31b", "e2b") if shape in shapes
     ]
-    exact = Job("exactness", [sys.executable, "-m", "pytest", "-q", "-x", *EXACTNESS], 120, tests=True)
+    exact = Job("exactness", [sys.executable, "-m", "pytest", "-q", "-x", *EXACTNESS], 200, tests=True)
     return [*first, *tiny, *peers[:1], exact, *measured.values(), *peers[1:]]
 
 
@@ -82,8 +82,9 @@ def run(job: Job, seconds: float, device: str) -> dict[str, Any]:
         done = subprocess.run(
             job.command, capture_output=True, text=True, timeout=seconds, cwd=HERE.parent, env=environment, check=False
         )
-    except subprocess.TimeoutExpired:
-        return {"failed": f"not done within {seconds:.0f} s"}
+    except subprocess.TimeoutExpired as late:
+        said = (late.stdout or b"").decode(errors="replace").splitlines() if job.tests else []
+        return {"failed": f"not done within {seconds:.0f} s", "until_then": said[-3:]}
     took = {"took_seconds": round(time.monotonic() - started, 1)}
     if job.tests:
         lines = [line for line in done.stdout.splitlines() if line.strip()]

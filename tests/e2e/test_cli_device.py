@@ -57,6 +57,14 @@ def test_what_cannot_be_is_said_in_a_line(device: str, message: str, capsys: pyt
     assert error.startswith(f"paceline: error: {message}")
 
 
+@pytest.mark.parametrize(
+    "verb", [("chat",), ("serve",), ("verify", "tiny-python"), ("bench", "decode", "-m", "tiny-python")]
+)
+def test_every_verb_that_loads_takes_a_device(verb: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*verb, "--device", "nowhere"]) == 2
+    assert "PyTorch cannot use the device 'nowhere'" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_without_pytorch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for name in [name for name in sys.modules if name.startswith("paceline.backends.cuda.")]:
         monkeypatch.delitem(sys.modules, name)

@@ -48,6 +48,7 @@ class Compiled:
         return self.compile
 
     def compile(self, *given: Any, **named: Any) -> None:
+        assert "enable_fp_fusion" in named  # else it is Triton's release that decides about bits
         options = {name: named.pop(name) for name in OPTIONS if name in named}
         values = dict(zip(self.kernel.arg_names, given, strict=False)) | named
         types, constants, known = {}, {}, {}
@@ -90,8 +91,9 @@ def test_products_use_one_instruction_and_fetch_ahead(compiled: list, outputs: i
         "q4": empty(blocks, outputs, 32, dtype=torch.uint8),
     }[fmt]
     scales = None if fmt == "bf16" else empty(blocks, outputs, 2, dtype=torch.float16)
-    for cap in (None, 30.0):
-        matmul.matmul(empty(16, columns), values, scales, outputs, cap)
+    matmul.matmul(empty(16, columns), values, scales, outputs)
+    for cap in (0.0, 30.0):
+        matmul.scores(empty(16, columns), values, scales, empty(16, outputs, dtype=torch.float32), cap)
     for kernel in compiled:
         ptx = kernel.asm["ptx"]
         # One instruction for all heights: the large ones of some devices sum in another order.
@@ -147,3 +149,46 @@ def test_draws_round_every_number(compiled: list, ranked: bool) -> None:
         ptx = kernel.asm["ptx"]
         assert not re.findall(r"fma\.[a-z.]*f32|\w+\.approx|ftz", re.sub(r"div\.full\.f32 .*", "", ptx))
         assert "div.rn.f32" in ptx
+
+
+def test_the_halves_of_bytes_become_numbers() -> None:
+    """The assembly that unpacks four-bit weights, run by hand for every byte."""
+    for byte in range(256):
+        word = byte | (byte ^ 0x5A) << 8 | (255 - byte) << 16 | byte << 24
+        found = emulated(matmul.HALVES, word)
+        low, high = ([bits >> shift & 0xFFFF for bits in found[i : i + 2] for shift in (0, 16)] for i in (0, 2))
+        values = torch.tensor([*low, *high], dtype=torch.int32).to(torch.int16).view(torch.bfloat16).tolist()
+        parts = list(word.to_bytes(4, "little"))
+        assert values == [(part & 15) - 8 for part in parts] + [(part >> 4) - 8 for part in parts]
+
+
+def emulated(assembly: str, word: int) -> list[int]:
+    """Registers $0 to $3 after the instructions of PTX that are used here; $4 is `word`."""
+    registers = {"$4": word}
+
+    def value(name: str) -> int:
+        return registers[name] if name in registers else int(name, 0)
+
+    for line in assembly.strip("{}\n ").split(";"):
+        operation, _, rest = line.strip().partition(" ")
+        if not operation or operation == ".reg":
+            continue
+        target, *sources = [part.strip() for part in rest.split(",")]
+        a, *others = [value(name) for name in sources]
+        if operation == "mov.b32":
+            result = a
+        elif operation == "shr.b32":
+            result = a >> others[0]
+        elif operation == "prmt.b32":
+            both = (a | others[0] << 32).to_bytes(8, "little")
+            result = sum(both[others[1] >> 4 * i & 7] << 8 * i for i in range(4))
+        elif operation == "lop3.b32":
+            b, c, table = others
+            result = sum((table >> ((a >> i & 1) << 2 | (b >> i & 1) << 1 | (c >> i & 1)) & 1) << i for i in range(32))
+        else:
+            assert operation == "fma.rn.bf16x2"
+            x, y, z = (torch.tensor([v & 0xFFFF, v >> 16]).to(torch.int16).view(torch.bfloat16) for v in (a, *others))
+            low, high = (x.double() * y.double() + z.double()).bfloat16().view(torch.int16).tolist()
+            result = low & 0xFFFF | (high & 0xFFFF) << 16
+        registers[target] = result
+    return [registers[f"${number}"] for number in range(4)]

@@ -21,6 +21,7 @@ from paceline.backends.cuda.recorder import Recorder
 from paceline.backends.cuda.weights import RandomSource
 from paceline.bench.shapes import official_drafter, official_target
 from paceline.decode.rules import Coupled
+from paceline.errors import BackendError
 from paceline.types import Int32, Sampling
 from tests.parity.fixtures import SHAPES, VOCABULARY, write_pair
 from tests.property.test_exactness import assert_same
@@ -85,6 +86,11 @@ def test_a_pass_recorded_once_serves_all_others(folders, shape: str, quant: str)
     assert len(tracer.traces) < tracer.replays
 
 
+def test_what_a_device_cannot_do_is_said() -> None:
+    with pytest.raises(BackendError, match=r"PyTorch cannot run this on meta .*; use --device cpu"):
+        Recorder(torch.device("meta")).fetch(torch.zeros(3, dtype=torch.int32, device="meta"))
+
+
 @pytest.mark.parametrize("shape", ["e2b", "e4b", "12b", "26b", "31b"])
 @pytest.mark.parametrize("quant", ["bf16", "q8", "q4"])
 def test_a_pass_looks_into_no_tensor_and_stays_on_its_device(shape: str, quant: str) -> None:
@@ -105,7 +111,7 @@ def test_a_pass_looks_into_no_tensor_and_stays_on_its_device(shape: str, quant: 
             assert all(part.device.type == "meta" for part in found)
             if width:
                 sizes = width + 2 * len(backend._guesses) + width * target.hidden_size
-                assert [part.shape for part in found] == [(sizes,), (width, target.vocab_size)]
+                assert [part.shape for part in found] == [(sizes,)]
         words = torch.zeros(16 * (3 + COLUMNS + target.hidden_size), dtype=torch.int32, device=device)
         (logits,) = backend._guessing(16, 3, 1024, ranked=True, with_logits=True)(words)
         assert logits.shape == (16, 3, drafter.vocab_size)

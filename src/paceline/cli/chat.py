@@ -29,6 +29,7 @@ def chat(
     draft_tokens: opt.DraftTokensOption = "auto",
     quant: opt.QuantOption = "auto",
     threads: opt.ThreadsOption = None,
+    device: opt.DeviceOption = "cpu",
     context: Annotated[
         int | None,
         typer.Option(help="Tokens a conversation may hold; the model's limit, at most 32768, if not given.", min=2),
@@ -63,6 +64,7 @@ def chat(
     engine = paceline.load(
         model,
         drafter=drafter,
+        device=device,
         quant=quant,
         threads=threads,
         context=context,

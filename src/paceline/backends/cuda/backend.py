@@ -86,6 +86,7 @@ class TorchBackend:
         self._guesses = torch.zeros(height(slots) * MOST_DRAFTS, dtype=torch.int64, device=self.device)
         self._sure = torch.zeros(len(self._guesses), dtype=torch.float32, device=self.device)
         self._round, self._known = 0, Known(0, np.zeros(0, np.int32), np.zeros(0, np.float32))
+        self._logits: dict[int, Tensor] = {}  # by rows wanted, of the last pass
         self._free = list(range(slots))[::-1]
 
     @property
@@ -105,6 +106,7 @@ class TorchBackend:
     def forward(self, batch: Batch) -> Output:
         """See `Backend.forward`. Logits that stay on the device are overwritten by the next call."""
         self._check(batch)
+        several = len(batch) > self._tallest
         samplings = iter(batch.samplings)
         found: list[DeviceRow] = []
         hidden = [np.zeros((0, self._hidden_size), np.float32)]
@@ -113,7 +115,7 @@ class TorchBackend:
             wanted = np.flatnonzero(batch.wanted[part])
             drawing = [next(samplings, None) for _ in wanted]
             rows = self._pass(batch.slots[part], batch.positions[part], batch.tokens[part], wanted, drawing)
-            found += rows[0]
+            found += [replace(row, logits=row.logits.clone()) for row in rows[0]] if several else rows[0]
             hidden.append(rows[1])
         for slot, position in zip(batch.slots.tolist(), batch.positions.tolist(), strict=True):
             self._memory.extend(slot, position + 1)
@@ -145,12 +147,12 @@ class TorchBackend:
         )
         program = self._checks(count, width, span, ranked)
         outputs = self._recorder.run(("pass", count, width, span, ranked), program, words)
-        (found,) = self._recorder.fetch(outputs[0])
+        (found,) = self._recorder.fetch(*outputs)
         if not width:
             return [], np.zeros((0, self._hidden_size), np.float32)
         drawn, guesses, sure, states = np.split(found, np.cumsum([width, len(self._guesses), len(self._guesses)]))
         self._known = Known(self._round, guesses, sure.view(np.float32))
-        logits = outputs[1]
+        logits = self._logits[width]
         rows = [
             DeviceRow(logits[row], int(drawn[row]) if s else -1, s, int(drawn_at[row]))
             for row, s in enumerate(settings)
@@ -158,7 +160,10 @@ class TorchBackend:
         return rows, states.view(np.float32).reshape(width, -1)[: len(wanted)]
 
     def _checks(self, count: int, width: int, span: int, ranked: bool) -> Program:
-        """A pass of `count` rows of which `width` are wanted, as words to words and logits."""
+        """A pass of `count` rows of which `width` are wanted, as words to words; logits stay on the device."""
+        if width not in self._logits:  # of its own: what recordings allocate is other recordings' to overwrite
+            self._logits[width] = torch.empty((width, self.vocab_size), dtype=torch.float32, device=self.device)
+        logits = self._logits[width]
 
         def program(words: Tensor) -> tuple[Tensor, ...]:
             tokens, slots, positions = words[: 3 * count].long().view(3, -1)
@@ -167,11 +172,11 @@ class TorchBackend:
             states = self._target.run(Rows(known, slots, positions), wanted if width else None, span)
             if states is None:
                 return (self._sure,)
-            logits = self._target.logits(states)
+            self._target.logits(states, logits)
             settings = words[3 * count + 2 * width :].view(-1, COLUMNS)
             drawn, _ = ops.draw(logits, settings, drawn_at, ranked)
             found = [drawn.int(), self._guesses.int(), self._sure.view(torch.int32)]
-            return torch.cat([*found, states.float().view(torch.int32).flatten()]), logits
+            return (torch.cat([*found, states.float().view(torch.int32).flatten()]),)
 
         return program
 
@@ -196,7 +201,7 @@ class TorchBackend:
         )
         program = self._guessing(count, depth, span, ranked, anchors.with_logits)
         key = ("draft", count, depth, span, ranked, anchors.with_logits)
-        logits = self._recorder.run(key, program, words)
+        logits = tuple(part.clone() for part in self._recorder.run(key, program, words))
         self._round += 1
         shape = len(depths), depth
         stand_ins = -1 - np.arange(shape[0] * depth, dtype=np.int32).reshape(shape)

@@ -112,6 +112,13 @@ def open_device(name: str) -> torch.device:
         except ImportError as error:
             raise BackendError("CUDA devices need Triton; install it with pip install triton") from error
         install("cuda")
+        try:
+            torch.ops.paceline.norm(torch.ones(1, 16, device=device), torch.ones(16, device=device), 1e-6)
+        except Exception as error:  # Triton raises what its compilers raise
+            first = str(error).splitlines()[0]
+            raise BackendError(
+                f"{name}: Triton cannot compile kernels here ({first}); it needs a C compiler"
+            ) from error
     return device
 
 

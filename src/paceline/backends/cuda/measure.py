@@ -7,11 +7,13 @@ import time
 
 import torch
 
-BYTES = 1 << 30  # far more than any cache
+BYTES = 1 << 28  # more than any cache
+
+COPIES = 16
 
 
 class CopyBandwidth:
-    """Copies a gigabyte within a device's memory; call it now and then during a run and take the median of what it saw.
+    """Copies within a device's memory; call it now and then during a run and take the median of what it saw.
 
     Args:
         device: whose memory.
@@ -27,10 +29,10 @@ class CopyBandwidth:
         """Bandwidth of one copy, in GB/s of bytes read and written."""
         self._wait()
         start = time.perf_counter()
-        for _ in range(4):
+        for _ in range(COPIES):
             self._to.copy_(self._from)
         self._wait()
-        self.seen.append(4 * 2 * BYTES / (time.perf_counter() - start) / 1e9)
+        self.seen.append(COPIES * 2 * BYTES / (time.perf_counter() - start) / 1e9)
         return self.seen[-1]
 
     @property

@@ -40,19 +40,16 @@ def join(
 
 
 @torch.library.custom_op("paceline::matmul", mutates_args=())
-def matmul(x: Tensor, values: Tensor, scales: Tensor | None, outputs: int, cap: float | None = None) -> Tensor:
-    """x [M, K] times a `Matrix` transposed: [M, N] in the type of x; float32 with the soft cap `cap` (0: none)."""
-    if scales is None:
-        out = F.linear(x, values)
-    else:
-        parts = [
-            F.linear(_padded(x.float(), values), dequantise(v, s))
-            for v, s in zip(torch.split(values, SLICE, 1), torch.split(scales, SLICE, 1), strict=True)
-        ]
-        out = torch.cat(parts, dim=1).to(x.dtype if cap is None else torch.float32)
-    if cap is None:
-        return out
-    return torch.tanh(out.float() / cap) * cap if cap else out.float()
+def matmul(x: Tensor, values: Tensor, scales: Tensor | None, outputs: int) -> Tensor:
+    """x [M, K] times a `Matrix` transposed: [M, N] in the type of x."""
+    return _product(x, values, scales).to(x.dtype)
+
+
+@torch.library.custom_op("paceline::scores", mutates_args=("out",))
+def scores(x: Tensor, values: Tensor, scales: Tensor | None, out: Tensor, cap: float) -> None:
+    """The same product into `out` [M, N], float32, after the soft cap `cap` (0: none)."""
+    product = _product(x, values, scales).float()
+    out.copy_(torch.tanh(product / cap) * cap if cap else product)
 
 
 @torch.library.custom_op("paceline::gated", mutates_args=())
@@ -229,8 +226,13 @@ def _(
 
 
 @matmul.register_fake
-def _(x: Tensor, values: Tensor, scales: Tensor | None, outputs: int, cap: float | None = None) -> Tensor:
-    return x.new_empty(len(x), outputs, dtype=x.dtype if cap is None else torch.float32)
+def _(x: Tensor, values: Tensor, scales: Tensor | None, outputs: int) -> Tensor:
+    return x.new_empty(len(x), outputs)
+
+
+@scores.register_fake
+def _(x: Tensor, values: Tensor, scales: Tensor | None, out: Tensor, cap: float) -> None:
+    pass
 
 
 @gated.register_fake
@@ -270,9 +272,26 @@ def _(logits: Tensor, settings: Tensor, positions: Tensor, ranked: bool) -> tupl
     return torch.empty_like(positions), positions.new_empty(positions.shape, dtype=torch.float32)
 
 
-def times(x: Tensor, matrix: Matrix, cap: float | None = None) -> Tensor:
+def times(x: Tensor, matrix: Matrix) -> Tensor:
     """See `matmul`."""
-    return matmul(x, matrix.values, matrix.scales, matrix.outputs, cap)  # type: ignore[no-any-return]
+    return matmul(x, matrix.values, matrix.scales, matrix.outputs)  # type: ignore[no-any-return]
+
+
+def scores_of(x: Tensor, matrix: Matrix) -> Tensor:
+    """See `scores`: [M, N], float32."""
+    out = x.new_empty(len(x), matrix.outputs, dtype=torch.float32)
+    scores(x, matrix.values, matrix.scales, out, 0.0)
+    return out
+
+
+def _product(x: Tensor, values: Tensor, scales: Tensor | None) -> Tensor:
+    if scales is None:
+        return F.linear(x, values)
+    parts = [
+        F.linear(_padded(x.float(), values), dequantise(v, s))
+        for v, s in zip(torch.split(values, SLICE, 1), torch.split(scales, SLICE, 1), strict=True)
+    ]
+    return torch.cat(parts, dim=1)
 
 
 def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:

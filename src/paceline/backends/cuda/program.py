@@ -15,7 +15,7 @@ from paceline.backends.cuda import ops
 from paceline.backends.cuda.layers import Block, DrafterLayers, MoE, TargetLayers
 from paceline.backends.cuda.matrix import Matrix
 from paceline.backends.cuda.memory import SlotMemory
-from paceline.backends.cuda.ops import times
+from paceline.backends.cuda.ops import scores_of, times
 
 WHOLE = 1 << 30  # the window of layers without one
 Angles = dict[bool, tuple[Tensor, Tensor]]  # cos and sin [M, head_dim / 2] by `sliding`
@@ -83,12 +83,14 @@ class TargetProgram:
             mixed = ops.attend(queries, keys, values, rows.slots, rows.positions, window, span)
             following = blocks[index + 1].input_norm if index + 1 < len(blocks) else self._layers.norm
             ple = per_layer[:, index] if per_layer is not None else None
-            x, h = behind_attention(x, times(mixed, block.out), block, following, config.rms_eps, ple)
+            attended = times(mixed, block.out)
+            x, h = behind_attention(x, attended, block, following, rows.positions, config.rms_eps, ple)
         return h
 
-    def logits(self, states: Tensor) -> Tensor:
-        """States [W, H] -> [W, vocabulary], float32, after the soft cap."""
-        return times(states, self._layers.embedding, self._config.softcap or 0.0)
+    def logits(self, states: Tensor, out: Tensor) -> None:
+        """Logits of states [W, H] into `out` [W, vocabulary], float32, after the soft cap."""
+        head = self._layers.embedding
+        ops.scores(states, head.values, head.scales, out, self._config.softcap or 0.0)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """[M] -> [M, H]"""
@@ -172,14 +174,14 @@ class DrafterProgram:
             )
             mixed = ops.attend(queries, *memory, slots, seen, config.sliding_window if sliding else WHOLE, span)
             following = blocks[index + 1].input_norm if index + 1 < len(blocks) else self._layers.norm
-            x, h = behind_attention(x, times(mixed, block.out), block, following, config.rms_eps)
+            x, h = behind_attention(x, times(mixed, block.out), block, following, seen, config.rms_eps)
         return h
 
     def _logits(self, state: Tensor, positions: Tensor) -> Tensor:
         layers = self._layers
         if layers.centroids is None or layers.tokens is None:
-            return times(state, layers.head, 0.0)
-        chosen = times(state, layers.centroids, 0.0).topk(layers.config.centroid_top_k, dim=-1).indices
+            return scores_of(state, layers.head)
+        chosen = scores_of(state, layers.centroids).topk(layers.config.centroid_top_k, dim=-1).indices
         scores: Tensor = ops.centroid_scores(state, chosen, layers.head.values, layers.tokens, positions)
         return scores
 
@@ -209,13 +211,19 @@ def heads(
 
 
 def behind_attention(
-    x: Tensor, attended: Tensor, block: Block, following: Tensor, eps: float, ple: Tensor | None = None
+    x: Tensor,
+    attended: Tensor,
+    block: Block,
+    following: Tensor,
+    positions: Tensor,
+    eps: float,
+    ple: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What a layer does once attention [M, H] is known: the stream behind it, and its norm for the next layer."""
     x, h = ops.join(x, attended, block.attention_norm, block.feedforward_norm, 1.0, eps)
     branch = mlp(h, block.gate_up, block.down)
     if block.moe:
-        routed = with_experts(x, block.moe, eps)
+        routed = with_experts(x, block.moe, positions, eps)
         branch = ops.norm(branch, block.moe.dense_norm, eps) + ops.norm(routed, block.moe.routed_norm, eps)
     if ple is None or block.ple is None:
         return ops.join(x, branch, block.branch_norm, following, block.scale, eps)  # type: ignore[no-any-return]
@@ -230,10 +238,11 @@ def mlp(h: Tensor, gate_up: Matrix, down: Matrix) -> Tensor:
     return times(ops.gated(gate, up), down)
 
 
-def with_experts(x: Tensor, moe: MoE, eps: float) -> Tensor:
+def with_experts(x: Tensor, moe: MoE, positions: Tensor, eps: float) -> Tensor:
     """The experts' part of x [M, H]."""
-    scores = times(ops.norm(x, moe.router_norm, eps), moe.router, 0.0)
+    scores = scores_of(ops.norm(x, moe.router_norm, eps), moe.router)
     weights, chosen = ops.choose(scores, moe.expert_scale, moe.active)
+    chosen = torch.where(positions[:, None] < 0, chosen[:1], chosen)  # padding has no wishes of its own
     routed: Tensor = ops.experts(
         ops.norm(x, moe.norm, eps),
         weights,

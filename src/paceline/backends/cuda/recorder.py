@@ -6,17 +6,19 @@ that stay on the device. So a run costs one copy each way, and waits once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from paceline.errors import BackendError
 from paceline.types import Int32
 
 Program = Callable[[Tensor], tuple[Tensor, ...]]
-"""Takes words [n] int32; what it returns is overwritten when it runs again."""
+"""Takes words [n] int32."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class _Recording:
 class Recorder:
     """Programs by key: one key must always stand for the same work.
 
+    What a program returns lives in memory that all recordings share: the next run, of whichever, may overwrite it.
+
     Args:
         device: where they run.
     """
@@ -37,12 +41,13 @@ class Recorder:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._recordings: dict[Hashable, _Recording] = {}
-        self._pool: Any = None  # graphs never run at once, so they share their memory
+        self._pool: Any = None  # one for all: they never run at once
 
     def run(self, key: Hashable, program: Program, words: Int32) -> tuple[Tensor, ...]:
         """Start a program; the words it is given must stay as they are until `fetch`."""
         if self._device.type != "cuda":
-            return program(torch.from_numpy(words).to(self._device))
+            with self._able():
+                return program(torch.from_numpy(words).to(self._device))
         with torch.cuda.device(self._device):
             if key not in self._recordings:
                 self._recordings[key] = self._record(program, words)
@@ -55,12 +60,22 @@ class Recorder:
     def fetch(self, *words: Tensor) -> list[Int32]:
         """Copies of words on the host, once everything that was started is done."""
         if self._device.type != "cuda":
-            return [part.cpu().numpy() for part in words]
+            with self._able():
+                return [part.cpu().numpy() for part in words]
         copies = [torch.empty_like(part, device="cpu", pin_memory=True) for part in words]
         for copy, part in zip(copies, words, strict=True):
             copy.copy_(part, non_blocking=True)
         torch.cuda.current_stream(self._device).synchronize()
         return [copy.numpy() for copy in copies]
+
+    @contextmanager
+    def _able(self) -> Iterator[None]:
+        """Says so where PyTorch lacks an operation on a device."""
+        try:
+            yield
+        except NotImplementedError as error:
+            first = str(error).splitlines()[0]
+            raise BackendError(f"PyTorch cannot run this on {self._device} ({first}); use --device cpu") from error
 
     def _record(self, program: Program, words: Int32) -> _Recording:
         staged = torch.from_numpy(words.copy()).pin_memory()

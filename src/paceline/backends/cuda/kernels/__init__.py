@@ -11,6 +11,7 @@ KERNELS = (
     (ops.gated, rows.gated),
     (ops.choose, rows.choose),
     (ops.matmul, matmul.matmul),
+    (ops.scores, matmul.scores),
     (ops.experts, matmul.experts),
     (ops.heads, attention.heads),
     (ops.attend, attention.attend),

@@ -9,11 +9,11 @@ not depend on the rows beside it. A second kernel puts a row's pieces together, 
 from __future__ import annotations
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
-import triton
-from paceline.backends.cuda.kernels.common import product
+from paceline.backends.cuda.kernels.common import FUSED, product
 
 MOST_PARTS = 1 << 27  # bytes of pieces that wait to be put together
 PIECES = 16  # put together at once
@@ -68,7 +68,7 @@ def piece_kernel(
     TOGETHER: tl.constexpr, GROUP: tl.constexpr, SHARING: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
     PIECE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Unnormalised attention of up to TOGETHER rows x GROUP heads over one piece of positions.
+    """Unnormalised attention of up to TOGETHER adjacent rows x GROUP heads over one piece of positions.
 
     parts [rows, heads, pieces, SIZE], tops and sums [rows, heads, pieces]; a row's pieces count from its first.
     GROUP and WIDTH are SHARING heads and SIZE columns, padded to powers of two.
@@ -76,14 +76,14 @@ def piece_kernel(
     row, head, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     slot, position = tl.load(slots + row), tl.load(positions + row)
     before = tl.maximum(row - 1, 0)
-    follows = (tl.load(slots + before) == slot) & (tl.load(positions + before) >= 0)
+    follows = (tl.load(slots + before) == slot) & (tl.load(positions + before) == position - 1)
     leads = (position >= 0) & ((row % TOGETHER == 0) | (not follows))
     if leads:
         i = tl.arange(0, TOGETHER * GROUP)
         r, h = row + i // GROUP, i % GROUP
         real = (r < rows) & (r < (row // TOGETHER + 1) * TOGETHER) & (h < SHARING)
         mine = tl.load(positions + r, mask=real, other=-1)
-        real = real & (mine >= 0) & (tl.load(slots + r, mask=real, other=-1) == slot)
+        real = real & (mine - position == r - row) & (tl.load(slots + r, mask=real, other=-1) == slot)
         last = tl.max(tl.where(real, mine, -1), 0)
         start = (tl.maximum(position - window + 1, 0) // PIECE + piece) * PIECE
         if start <= last:
@@ -169,7 +169,7 @@ def heads(
     heads_kernel[(rows, x.shape[1] // size)](
         x, query_norm, key_norm, cos, sin, queries, keys, values, slots, positions, keys.shape[2], count, keys.shape[1],
         eps, STORES=key_norm is not None, HAS_VALUES=has_values, SIZE=size, HALF=triton.next_power_of_2(size // 2),
-        num_warps=2,
+        num_warps=2, **FUSED,
     )  # fmt: skip
     return queries
 
@@ -193,11 +193,11 @@ def attend(
         tops, sums = torch.empty((2, count, heads, pieces), dtype=torch.float32, device=keys.device)
         piece_kernel[(count, kv_heads, programs)](
             queries[part], keys, values, slots[part], positions[part], parts, tops, sums, ring, window, count, kv_heads,
-            pieces, **shape, num_warps=4, num_stages=2,
+            pieces, **shape, num_warps=4, num_stages=2, **FUSED,
         )  # fmt: skip
         sizes = {key: shape[key] for key in ("SIZE", "WIDTH", "PIECE")}
         whole_kernel[(count, heads)](
-            parts, tops, sums, positions[part], out[part], window, pieces, **sizes, AT_ONCE=PIECES, num_warps=4
+            parts, tops, sums, positions[part], out[part], window, pieces, **sizes, AT_ONCE=PIECES, num_warps=4, **FUSED
         )
     return out
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 
-import triton.language as tl
-
 import triton
+import triton.language as tl
 
 TILE = 16  # rows of every matrix product, whatever the pass: one order of summation for all
 
 # Triton's interpreter takes bfloat16 for the bits that hold it, in products and when numbers are turned into it, and
 # leaves products to a library whose sums depend on where a row stands. There, float32 and plain sums take their place.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+# Whether `a * b + c` may round once, said everywhere, for the default depends on Triton's release.
+FUSED, ROUNDED = {"enable_fp_fusion": True}, {"enable_fp_fusion": False}
 
 
 @triton.jit
@@ -24,11 +27,11 @@ def product(a, b, acc):
 
 
 @triton.jit
-def whole(q, like):
-    """Integers in the type of a tensor."""
+def whole(q):
+    """Small integers as bfloat16, which holds them exactly."""
     if INTERPRETED:
-        return q.to(tl.float32).to(like.dtype)
-    return q.to(like.dtype)
+        return q.to(tl.float32).to(tl.bfloat16)
+    return q.to(tl.bfloat16)
 
 
 @triton.jit

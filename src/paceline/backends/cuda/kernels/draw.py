@@ -9,11 +9,12 @@ token's number.
 from __future__ import annotations
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
-import triton
 from paceline.backends.cuda import draws
+from paceline.backends.cuda.kernels.common import ROUNDED
 from paceline.decode.draw import EXP_COEFFICIENTS, LOG_COEFFICIENTS
 
 BLOCK = 1024  # tokens of a program
@@ -196,15 +197,15 @@ def draw(logits: Tensor, settings: Tensor, positions: Tensor, ranked: bool) -> t
     scores, winners = empty(rows, blocks, dtype=torch.float32), empty(rows, blocks, dtype=torch.int32)
     weights = empty(rows, blocks, dtype=torch.int64)
     tokens, sure = empty(rows, dtype=torch.int64), empty(rows, dtype=torch.float32)
-    top_kernel[(rows, blocks)](logits, tops, keys, vocabulary, RANKED=ranked, SIZE=BLOCK)
+    top_kernel[(rows, blocks)](logits, tops, keys, vocabulary, RANKED=ranked, SIZE=BLOCK, **ROUNDED)
     padded = triton.next_power_of_2(blocks)
     score_kernel[(rows, blocks)](
         logits, tops, settings, positions, scores, winners, weights, vocabulary, blocks, SIZE=BLOCK, BLOCKS=padded,
-        enable_fp_fusion=False,
+        **ROUNDED,
     )  # fmt: skip
     best = keys.topk(candidates, dim=-1).values if ranked else keys
     finish_kernel[(rows,)](
         logits, tops, settings, positions, scores, winners, weights, best, tokens, sure, vocabulary, blocks, candidates,
-        RANKED=ranked, CANDIDATES=triton.next_power_of_2(candidates), BLOCKS=padded, enable_fp_fusion=False,
+        RANKED=ranked, CANDIDATES=triton.next_power_of_2(candidates), BLOCKS=padded, **ROUNDED,
     )  # fmt: skip
     return tokens, sure

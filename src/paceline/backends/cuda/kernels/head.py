@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from paceline.backends.cuda.kernels.common import FUSED
 from paceline.backends.cuda.ops import UNSEEN
 
 
@@ -36,6 +37,6 @@ def centroid_scores(state: Tensor, chosen: Tensor, head: Tensor, tokens: Tensor,
     out = torch.full((rows, len(head)), UNSEEN, dtype=torch.float32, device=state.device)
     centroid_kernel[(rows, chosen.shape[1])](
         state.contiguous(), chosen.contiguous(), head, tokens, positions, out, len(head), state.shape[1], members,
-        MEMBERS=triton.next_power_of_2(members), BLOCK=64,
+        MEMBERS=triton.next_power_of_2(members), BLOCK=64, **FUSED,
     )  # fmt: skip
     return out

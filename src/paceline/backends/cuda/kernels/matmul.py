@@ -9,11 +9,11 @@ each 32 columns, multiply the sums.
 from __future__ import annotations
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
-import triton
-from paceline.backends.cuda.kernels.common import TILE, capped, gelu, product, whole
+from paceline.backends.cuda.kernels.common import FUSED, INTERPRETED, TILE, capped, gelu, product, whole
 
 PLAIN, Q8, Q4 = 0, 8, 4  # formats
 _TILE = tl.constexpr(TILE)
@@ -42,6 +42,38 @@ def strip(
     return acc
 
 
+# Four bytes $4 to their low halves less 8, in $0 and $1, and their high halves less 8, in $2 and $3, two bfloat16 a
+# word: 0x4300 is 128, and its last four bits count ones.
+HALVES = """{
+    .reg .b32 pair, next, one, offset;
+    mov.b32 one, 0x3f803f80;
+    mov.b32 offset, 0xc308c308;
+    prmt.b32 pair, $4, 0, 0x4140;
+    prmt.b32 next, $4, 0, 0x4342;
+    lop3.b32 $0, pair, 0x000f000f, 0x43004300, 0xea;
+    lop3.b32 $1, next, 0x000f000f, 0x43004300, 0xea;
+    shr.b32 pair, pair, 4;
+    shr.b32 next, next, 4;
+    lop3.b32 $2, pair, 0x000f000f, 0x43004300, 0xea;
+    lop3.b32 $3, next, 0x000f000f, 0x43004300, 0xea;
+    fma.rn.bf16x2 $0, $0, one, offset;
+    fma.rn.bf16x2 $1, $1, one, offset;
+    fma.rn.bf16x2 $2, $2, one, offset;
+    fma.rn.bf16x2 $3, $3, one, offset;
+}"""
+_HALVES = tl.constexpr(HALVES)
+
+
+@triton.jit
+def halves(both):
+    """The low and the high halves of bytes less 8, as bfloat16: twelve instructions for eight weights."""
+    if INTERPRETED:
+        return whole((both & 15).to(tl.int8) - 8), whole((both >> 4).to(tl.int8) - 8)
+    return tl.inline_asm_elementwise(
+        _HALVES, "=r,=r,=r,=r,r", [both], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+    )
+
+
 @triton.jit
 def add_block(x, m, real, weights, scales, n, total, K, start, acc, FMT: tl.constexpr, N: tl.constexpr):
     """acc and the sums over 64 columns of a quantised matrix; columns from K on count as zeros."""
@@ -54,16 +86,16 @@ def add_block(x, m, real, weights, scales, n, total, K, start, acc, FMT: tl.cons
     g = tl.arange(0, 32)
     if FMT == 4:
         both = tl.load(weights + at[:, None] * 32 + g[None], mask=there[:, None], other=0)
-        first, second = (both & 15).to(tl.int8) - 8, (both >> 4).to(tl.int8) - 8
+        first, second = halves(both)
     else:
-        first = tl.load(weights + at[:, None] * 64 + g[None], mask=there[:, None], other=0)
-        second = tl.load(weights + at[:, None] * 64 + 32 + g[None], mask=there[:, None], other=0)
+        first = whole(tl.load(weights + at[:, None] * 64 + g[None], mask=there[:, None], other=0))
+        second = whole(tl.load(weights + at[:, None] * 64 + 32 + g[None], mask=there[:, None], other=0))
     pair = tl.load(scales + at, mask=there, other=0)  # two float16
     scale = (pair & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     none = tl.zeros((_TILE, N), tl.float32)
-    acc += product(low, tl.trans(whole(first, low)), none) * scale[None]
+    acc += product(low, tl.trans(first.to(low.dtype)), none) * scale[None]
     scale = (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    return acc + product(high, tl.trans(whole(second, high)), none) * scale[None]
+    return acc + product(high, tl.trans(second.to(high.dtype)), none) * scale[None]
 
 
 @triton.jit
@@ -148,8 +180,8 @@ def shape_of(outputs: int, fmt: int, x: torch.dtype) -> dict[str, int]:
     """Sizes of a program's work, by the matrix alone: narrow strips where there are few outputs."""
     n = 16 if outputs <= 2048 else 32 if outputs <= 8192 else 64
     if fmt:
-        return {"N": max(32, n), "BLOCK": 256 if fmt == Q4 else 128, "STAGES": 4, "num_warps": 4}
-    return {"N": n, "BLOCK": 8192 // n // (2 if x == torch.float32 else 1), "STAGES": 4, "num_warps": 4}
+        return {"N": max(32, n), "BLOCK": 256 if fmt == Q4 else 128, "STAGES": 4, "num_warps": 4, **FUSED}
+    return {"N": n, "BLOCK": 8192 // n // (2 if x == torch.float32 else 1), "STAGES": 4, "num_warps": 4, **FUSED}
 
 
 def pairs(scales: Tensor | None) -> Tensor | None:
@@ -157,15 +189,22 @@ def pairs(scales: Tensor | None) -> Tensor | None:
     return None if scales is None else scales.view(torch.int32)
 
 
-def matmul(x: Tensor, values: Tensor, scales: Tensor | None, outputs: int, cap: float | None = None) -> Tensor:
-    x = x.contiguous()
-    out = torch.empty((len(x), outputs), dtype=x.dtype if cap is None else torch.float32, device=x.device)
-    fmt = format_of(values)
+def matmul(x: Tensor, values: Tensor, scales: Tensor | None, outputs: int) -> Tensor:
+    out = torch.empty((len(x), outputs), dtype=x.dtype, device=x.device)
+    _launch(x, values, scales, out, 0.0)
+    return out
+
+
+def scores(x: Tensor, values: Tensor, scales: Tensor | None, out: Tensor, cap: float) -> None:
+    _launch(x, values, scales, out, cap)
+
+
+def _launch(x: Tensor, values: Tensor, scales: Tensor | None, out: Tensor, cap: float) -> None:
+    fmt, outputs = format_of(values), out.shape[1]
     shape = shape_of(outputs, fmt, x.dtype)
     matmul_kernel[(triton.cdiv(len(x), TILE), triton.cdiv(outputs, shape["N"]))](
-        x, values, pairs(scales), out, len(x), outputs, x.shape[1], cap or 1.0, CAPPED=bool(cap), FMT=fmt, **shape
+        x.contiguous(), values, pairs(scales), out, len(x), outputs, x.shape[1], cap, CAPPED=cap > 0, FMT=fmt, **shape
     )
-    return out
 
 
 def experts(
@@ -194,5 +233,7 @@ def experts(
         activations, chosen, down, pairs(down_scales), parts, rows, hidden, width, **choice, **shape
     )
     out = torch.empty_like(x)
-    mix_kernel[(rows, triton.cdiv(hidden, 1024))](parts, weights, chosen, out, rows, hidden, ACTIVE=active, BLOCK=1024)
+    mix_kernel[(rows, triton.cdiv(hidden, 1024))](
+        parts, weights, chosen, out, rows, hidden, ACTIVE=active, BLOCK=1024, **FUSED
+    )
     return out

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
-import triton
-from paceline.backends.cuda.kernels.common import gelu
+from paceline.backends.cuda.kernels.common import FUSED, gelu
 
 
 @triton.jit
@@ -73,7 +73,7 @@ def choose_kernel(
 
 
 def _whole_row(size: int) -> dict[str, int]:
-    return {"BLOCK": triton.next_power_of_2(size), "num_warps": 8 if size > 2048 else 4}
+    return {"BLOCK": triton.next_power_of_2(size), "num_warps": 8 if size > 2048 else 4, **FUSED}
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -99,7 +99,7 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
     rows, size = gate.shape
     out = torch.empty((rows, size), dtype=gate.dtype, device=gate.device)
     grid = rows, triton.cdiv(size, 1024)
-    gated_kernel[grid](gate, up, out, gate.stride(0), up.stride(0), size, BLOCK=1024)
+    gated_kernel[grid](gate, up, out, gate.stride(0), up.stride(0), size, BLOCK=1024, **FUSED)
     return out
 
 
@@ -110,5 +110,6 @@ def choose(scores: Tensor, expert_scale: Tensor, active: int) -> tuple[Tensor, T
     choose_kernel[(rows,)](
         scores, expert_scale, weights, chosen, experts,
         ACTIVE=active, CHOICES=triton.next_power_of_2(active), BLOCK=triton.next_power_of_2(experts),
+        **FUSED,
     )  # fmt: skip
     return weights, chosen
