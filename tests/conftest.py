@@ -1,8 +1,10 @@
-"""Nothing that tests keep between starts (packed weights, measured costs) mixes with the user's own."""
+"""What many tests share. Nothing they keep between starts (packed weights, costs) mixes with the user's own."""
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
 
 import pytest
 
@@ -12,3 +14,17 @@ def _cache_folder() -> Iterator[None]:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["PACELINE_CACHE"] = folder
         yield
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
+    """Random checkpoints of a pair by shape, written once."""
+    from tests.parity.fixtures import write_pair  # transformers takes a while to import
+
+    root = tmp_path_factory.mktemp("folders")
+
+    @cache
+    def get(shape: str) -> tuple[Path, Path]:
+        return write_pair(root / shape, shape, seed=0, head="centroid" if shape.startswith("e") else "dense")
+
+    return get

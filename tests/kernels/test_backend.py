@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,20 +10,8 @@ import torch
 
 from paceline.decode.draw import draw
 from paceline.types import Batch, Sampling
-from tests.parity.fixtures import write_pair
 from tests.parity.test_native import Case, anchors, assert_close, case, feed, prompt  # noqa: F401
 from tests.support import torch_backend
-
-
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory: pytest.TempPathFactory):
-    root = tmp_path_factory.mktemp("kernels")
-
-    @cache
-    def get(shape: str) -> tuple[Path, Path]:
-        return write_pair(root / shape, shape, seed=0, head="centroid" if shape.startswith("e") else "dense")
-
-    return get
 
 
 @torch.no_grad()
@@ -36,9 +22,8 @@ def test_logits(case: Case) -> None:  # noqa: F811
     assert_close(np.asarray(ours), case.hf_target(input_ids=torch.from_numpy(tokens).long()[None]).logits[0])
 
 
-@pytest.mark.parametrize(("shape", "quant"), [("e2b", "bf16"), ("26b", "q4")])
-def test_a_round_checks_what_it_drafted_with_the_bits_of_single_steps(folders, shape: str, quant: str) -> None:
-    backend = torch_backend(*folders(shape), quant, slots=2)
+def test_a_round_checks_what_it_drafted_with_the_bits_of_single_steps(folders) -> None:
+    backend = torch_backend(*folders("e2b"), "q4", slots=2)
     first, second = backend.open_slot(), backend.open_slot()
     tokens = prompt(9)
     feed(backend, second, tokens[:2])
@@ -52,12 +37,13 @@ def test_a_round_checks_what_it_drafted_with_the_bits_of_single_steps(folders, s
     assert line[1:].max() < 0  # stand-ins
     batch = Batch(np.repeat(at[0], 3), 9 + np.arange(3, dtype=np.int32), line, np.ones(3, np.bool_), (sampling,) * 3)
     together = backend.forward(batch).logits
+    rows = np.array(together)  # the next pass overwrites them
     guesses = drafts.settled().tokens[0].tolist()
     assert len(guesses) == 2
     assert min(guesses) >= 0
     for row, token in enumerate([7, *guesses]):
         (alone,) = feed(backend, first, np.array([token], np.int32), 9 + row).logits
-        assert np.array_equal(np.asarray(alone).view(np.uint32), np.asarray(together[row]).view(np.uint32))
+        assert np.array_equal(np.asarray(alone).view(np.uint32), rows[row].view(np.uint32))
         assert backend.draw(together[row], sampling, 10 + row) == draw(np.asarray(alone), sampling, 10 + row)
 
 

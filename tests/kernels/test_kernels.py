@@ -89,6 +89,13 @@ def test_gated(dtype: torch.dtype) -> None:
     close(ops.gated(gate, up), twin(ops.gated, gate, up))
 
 
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_gate_up(fmt: str) -> None:
+    x, weights = random(32, 96, dtype=dtype_of(fmt)), pack(random(2 * 70, 96, seed=1) / 5, fmt)
+    arguments = x, weights.values, weights.scales, weights.outputs
+    close(ops.gate_up(*arguments), twin(ops.gate_up, *arguments))
+
+
 @pytest.mark.parametrize("active", [1, 3, 8])
 def test_choose(active: int) -> None:
     scores, scale = random(7, 20) * 2, random(20, seed=1).abs()

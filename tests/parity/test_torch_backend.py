@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -13,20 +10,9 @@ from paceline.checkpoint.hub import ASSETS
 from paceline.decode.rules import Coupled
 from paceline.errors import BackendError, PairError
 from paceline.types import Sampling
-from tests.parity.fixtures import WINDOW, write_pair
+from tests.parity.fixtures import WINDOW
 from tests.parity.test_native import DEPTH, ROWS, Case, anchors, assert_close, case, feed, prompt  # noqa: F401
 from tests.support import Recorder, cpu_backend, run, sequence, torch_backend
-
-
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory: pytest.TempPathFactory):
-    root = tmp_path_factory.mktemp("torch")
-
-    @cache
-    def get(shape: str) -> tuple[Path, Path]:
-        return write_pair(root / shape, shape, seed=0, head="centroid" if shape.startswith("e") else "dense")
-
-    return get
 
 
 @pytest.mark.parametrize("position", [WINDOW // 2, ROWS])

@@ -92,6 +92,7 @@ def test_products_use_one_instruction_and_fetch_ahead(compiled: list, outputs: i
     }[fmt]
     scales = None if fmt == "bf16" else empty(blocks, outputs, 2, dtype=torch.float16)
     matmul.matmul(empty(16, columns), values, scales, outputs)
+    matmul.gate_up(empty(16, columns), values, scales, outputs)
     for cap in (0.0, 30.0):
         matmul.scores(empty(16, columns), values, scales, empty(16, outputs, dtype=torch.float32), cap)
     for kernel in compiled:

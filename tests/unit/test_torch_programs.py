@@ -7,9 +7,6 @@ devices, would fail.
 
 from __future__ import annotations
 
-from functools import cache
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -23,7 +20,7 @@ from paceline.bench.shapes import official_drafter, official_target
 from paceline.decode.rules import Coupled
 from paceline.errors import BackendError
 from paceline.types import Int32, Sampling
-from tests.parity.fixtures import SHAPES, VOCABULARY, write_pair
+from tests.parity.fixtures import SHAPES, VOCABULARY
 from tests.property.test_exactness import assert_same
 from tests.support import Recorder as RowRecorder
 from tests.support import run, sequence, torch_backend
@@ -45,17 +42,6 @@ class Tracer(Recorder):
         else:
             self.replays += 1
         return self.traces[key](given)
-
-
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory: pytest.TempPathFactory):
-    root = tmp_path_factory.mktemp("programs")
-
-    @cache
-    def get(shape: str) -> tuple[Path, Path]:
-        return write_pair(root / shape, shape, seed=0, head="centroid" if shape.startswith("e") else "dense")
-
-    return get
 
 
 @pytest.mark.parametrize("shape", SHAPES)

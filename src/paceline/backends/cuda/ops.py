@@ -52,6 +52,13 @@ def scores(x: Tensor, values: Tensor, scales: Tensor | None, out: Tensor, cap: f
     out.copy_(torch.tanh(product / cap) * cap if cap else product)
 
 
+@torch.library.custom_op("paceline::gate_up", mutates_args=())
+def gate_up(x: Tensor, values: Tensor, scales: Tensor | None, outputs: int) -> Tensor:
+    """gelu(gate) * up of x [M, K], both from one `Matrix` of `outputs` rows, the gate's first: [M, outputs / 2]."""
+    gate, up = _product(x, values, scales).to(x.dtype).chunk(2, dim=-1)
+    return gelu(gate) * up
+
+
 @torch.library.custom_op("paceline::gated", mutates_args=())
 def gated(gate: Tensor, up: Tensor) -> Tensor:
     """gelu(gate) * up, each [M, n] whose rows may lie apart."""
@@ -233,6 +240,11 @@ def _(x: Tensor, values: Tensor, scales: Tensor | None, outputs: int) -> Tensor:
 @scores.register_fake
 def _(x: Tensor, values: Tensor, scales: Tensor | None, out: Tensor, cap: float) -> None:
     pass
+
+
+@gate_up.register_fake
+def _(x: Tensor, values: Tensor, scales: Tensor | None, outputs: int) -> Tensor:
+    return x.new_empty(len(x), outputs // 2)
 
 
 @gated.register_fake

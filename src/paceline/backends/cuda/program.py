@@ -234,8 +234,7 @@ def behind_attention(
 
 def mlp(h: Tensor, gate_up: Matrix, down: Matrix) -> Tensor:
     """down(gelu(gate(h)) * up(h))"""
-    gate, up = times(h, gate_up).chunk(2, dim=-1)
-    return times(ops.gated(gate, up), down)
+    return times(ops.gate_up(h, gate_up.values, gate_up.scales, gate_up.outputs), down)
 
 
 def with_experts(x: Tensor, moe: MoE, positions: Tensor, eps: float) -> Tensor:

@@ -12,6 +12,7 @@ KERNELS = (
     (ops.choose, rows.choose),
     (ops.matmul, matmul.matmul),
     (ops.scores, matmul.scores),
+    (ops.gate_up, matmul.gate_up),
     (ops.experts, matmul.experts),
     (ops.heads, attention.heads),
     (ops.attend, attention.attend),

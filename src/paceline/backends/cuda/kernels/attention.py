@@ -125,29 +125,29 @@ def whole_kernel(
     parts, tops, sums, positions, out, window, pieces,
     SIZE: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """A row's pieces of one head put together: out [rows, heads, SIZE]; nothing for padding."""
+    """A row's pieces of one head put together: out [rows, heads, SIZE]; zeros for padding."""
     row, head = tl.program_id(0), tl.program_id(1)
     position = tl.load(positions + row)
-    if position >= 0:
-        count = (position // PIECE - tl.maximum(position - window + 1, 0) // PIECE + 1).to(tl.int32)
-        c, i = tl.arange(0, WIDTH), tl.arange(0, AT_ONCE)
-        place = (row.to(tl.int64) * tl.num_programs(1) + head) * pieces
-        top = tl.full((AT_ONCE,), float("-inf"), tl.float32)
-        for start in range(0, count, AT_ONCE):
-            n = start + i
-            top = tl.maximum(top, tl.load(tops + place + n, mask=n < count, other=float("-inf")))
-        highest = tl.max(top, 0)
-        total = tl.zeros((AT_ONCE,), tl.float32)
-        acc = tl.zeros((WIDTH,), tl.float32)
-        for start in range(0, count, AT_ONCE):
-            n = start + i
-            share = tl.exp(tl.load(tops + place + n, mask=n < count, other=float("-inf")) - highest)
-            total += share * tl.load(sums + place + n, mask=n < count, other=0.0)
-            inside = (n < count)[:, None] & (c < SIZE)[None]
-            part = tl.load(parts + (place + n)[:, None] * SIZE + c[None], mask=inside, other=0.0)
-            acc += tl.sum(part * share[:, None], 0)
-        value = (acc / tl.sum(total, 0)).to(out.dtype.element_ty)
-        tl.store(out + (row.to(tl.int64) * tl.num_programs(1) + head) * SIZE + c, value, mask=c < SIZE)
+    first = tl.maximum(position - window + 1, 0) // PIECE
+    count = tl.where(position < 0, 0, position // PIECE - first + 1).to(tl.int32)
+    c, i = tl.arange(0, WIDTH), tl.arange(0, AT_ONCE)
+    place = (row.to(tl.int64) * tl.num_programs(1) + head) * pieces
+    top = tl.full((AT_ONCE,), float("-inf"), tl.float32)
+    for start in range(0, count, AT_ONCE):
+        n = start + i
+        top = tl.maximum(top, tl.load(tops + place + n, mask=n < count, other=float("-inf")))
+    highest = tl.max(top, 0)
+    total = tl.zeros((AT_ONCE,), tl.float32)
+    acc = tl.zeros((WIDTH,), tl.float32)
+    for start in range(0, count, AT_ONCE):
+        n = start + i
+        share = tl.exp(tl.load(tops + place + n, mask=n < count, other=float("-inf")) - highest)
+        total += share * tl.load(sums + place + n, mask=n < count, other=0.0)
+        inside = (n < count)[:, None] & (c < SIZE)[None]
+        part = tl.load(parts + (place + n)[:, None] * SIZE + c[None], mask=inside, other=0.0)
+        acc += tl.sum(part * share[:, None], 0)
+    value = tl.where(position < 0, 0.0, acc / tl.sum(total, 0)).to(out.dtype.element_ty)
+    tl.store(out + (row.to(tl.int64) * tl.num_programs(1) + head) * SIZE + c, value, mask=c < SIZE)
 
 
 def heads(
@@ -184,7 +184,7 @@ def attend(
     pieces = triton.cdiv(seen, shape["PIECE"]) + 1
     # Rows in the middle of a program's reach further than its first.
     programs = triton.cdiv(seen + shape["TOGETHER"], shape["PIECE"]) + 1
-    out = torch.zeros_like(queries)
+    out = torch.empty_like(queries)
     at_once = max(16, MOST_PARTS // (heads * pieces * size * 4) // 16 * 16)
     for start in range(0, rows, at_once):
         part = slice(start, start + at_once)

@@ -119,9 +119,12 @@ def gate_kernel(
     x, chosen, weights, scales, out, rows, width, K, EXPERTS: tl.constexpr, ACTIVE: tl.constexpr, CHOICES: tl.constexpr,
     FMT: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """gelu(gate) * up of an expert that some row has chosen: out [experts, rows, width]; programs also by expert."""
+    """gelu(gate) * up of an expert that some row has chosen: out [experts, rows, width]; programs also by expert.
+
+    With no choice (CHOICES is 0) there is one expert, which all rows take.
+    """
     row, expert = tl.program_id(0) * _TILE, tl.program_id(2)
-    if hit(chosen, row, rows, expert, ACTIVE, CHOICES):
+    if CHOICES == 0 or hit(chosen, row, rows, expert, ACTIVE, CHOICES):
         n = tl.program_id(1) * N + tl.arange(0, N)
         inside = tl.minimum(n, width - 1)
         first, total = expert * 2 * width, EXPERTS * 2 * width
@@ -197,6 +200,18 @@ def matmul(x: Tensor, values: Tensor, scales: Tensor | None, outputs: int) -> Te
 
 def scores(x: Tensor, values: Tensor, scales: Tensor | None, out: Tensor, cap: float) -> None:
     _launch(x, values, scales, out, cap)
+
+
+def gate_up(x: Tensor, values: Tensor, scales: Tensor | None, outputs: int) -> Tensor:
+    rows, width = len(x), outputs // 2
+    out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
+    fmt = format_of(values)
+    shape = shape_of(width, fmt, x.dtype)
+    gate_kernel[(triton.cdiv(rows, TILE), triton.cdiv(width, shape["N"]), 1)](
+        x.contiguous(), None, values, pairs(scales), out, rows, width, x.shape[1],
+        EXPERTS=1, ACTIVE=0, CHOICES=0, FMT=fmt, **shape,
+    )  # fmt: skip
+    return out
 
 
 def _launch(x: Tensor, values: Tensor, scales: Tensor | None, out: Tensor, cap: float) -> None:
