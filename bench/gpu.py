@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from paceline.bench.shapes import TARGETS
+from paceline.errors import PacelineError
 from paceline.files import atomic_file
 
 HERE = Path(__file__).resolve().parent
@@ -174,4 +175,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except PacelineError as error:
+        sys.exit(f"gpu.py: {error}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -61,6 +63,16 @@ def test_the_bars_come_first_and_everything_has_its_turn(gpu: ModuleType) -> Non
     assert names[:2] == ["31b bf16", "31b q4"]
     assert len(names) == len(set(names)) == 9 + 3 + 2 + 1
     assert names.index("transformers 31b") < names.index("e2b bf16")
+
+
+def test_a_device_that_is_none_is_said_in_a_line() -> None:
+    command = ["bash", str(BENCH / "gpu.sh"), "--device", "nowhere"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHON": sys.executable})
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("gpu.py: PyTorch cannot use the device 'nowhere'")
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHON": "no-python"})
+    assert done.returncode == 2
+    assert "cannot import paceline" in done.stderr
 
 
 def test_what_fails_is_said(gpu: ModuleType) -> None:

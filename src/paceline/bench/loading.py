@@ -82,7 +82,7 @@ def open_pair(
     """
     if shape is not None and shape not in TARGETS:
         raise SettingsError(f"unknown shape {shape!r}; use one of {', '.join(TARGETS)}")
-    if quant not in DRAFTER_FORMAT:
+    if quant not in DRAFTER_FORMAT and (shape is not None or quant != "auto"):
         raise SettingsError(f"unknown quantisation {quant!r}; use one of {', '.join(DRAFTER_FORMAT)}")
     backend: CpuBackend | TorchBackend
     if shape is not None:
@@ -93,7 +93,7 @@ def open_pair(
         engine = build.load(
             model, device=device, quant=quant, threads=threads, context=room, prompt_chunk=CHUNK, draft_tokens=0
         )
-        config, weight_bytes = engine.target_config, engine.weight_bytes
+        config, weight_bytes, quant = engine.target_config, engine.weight_bytes, engine.quant
         backend = engine.backend  # type: ignore[assignment]  # the engine asks for less
     if room > backend.context:
         raise SettingsError(f"this takes {room} positions and the model has {backend.context}; measure fewer")

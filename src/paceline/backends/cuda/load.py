@@ -103,7 +103,7 @@ def open_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0]
+        first = str(error).splitlines()[0].partition(". ")[0]
         reason = "it knows no such kind" if first.startswith("Expected one of") else first
         raise BackendError(f"PyTorch cannot use the device {name!r} ({reason}); choose another") from error
     if device.type == "cuda":
