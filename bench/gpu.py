@@ -121,9 +121,10 @@ def plot(results: dict[str, Any], path: Path) -> None:
     places = range(len(decoded))
     for shift, key, label in ((-0.2, "plain_tokens_per_s", "plain"), (0.2, "mtp_tokens_per_s", "MTP, 3 drafts")):
         speeds.bar([place + shift for place in places], [found[key] for found in decoded.values()], 0.4, label=label)
-    speeds.set(ylabel="tokens/s (acceptance simulated but for tiny-python)", xticks=list(places), yscale="log")
+    speeds.set(ylabel="tokens/s", xticks=list(places), yscale="log", ylim=(1, None))
+    speeds.set_title("acceptance is SIMULATED but for tiny-python", fontsize=9)
     speeds.set_xticklabels(list(decoded), rotation=60, ha="right", fontsize=8)
-    speeds.legend()
+    speeds.legend(loc="lower right", framealpha=0.9)
     for axes in (curves, speeds):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
@@ -143,8 +144,9 @@ def summary(results: dict[str, Any]) -> list[str]:
                 f"{found['speedup']:.2f} times; same bits: {found['same_bits']}"
             )
         else:
-            shown = {key: value for key, value in found.items() if isinstance(value, int | float | str | bool)}
-            lines.append(f"{name}: " + ", ".join(f"{key} {value}" for key, value in list(shown.items())[:8]))
+            shown = {key: value for key, value in found.items() if isinstance(value, int | float | str)}
+            words = [f"{key} {round(value, 1) if isinstance(value, float) else value}" for key, value in shown.items()]
+            lines.append(f"{name}: " + ", ".join(words[:10]))
     return lines
 
 

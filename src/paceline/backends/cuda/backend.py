@@ -32,7 +32,7 @@ from paceline.errors import BackendError
 from paceline.types import GREEDY, Anchors, Batch, Drafts, Float32, Int32, Output, Row, Sampling
 
 TILE = 16  # rows of the smallest pass
-LEAST_SPAN = 256  # positions that the smallest recording can look back on
+LEAST_SPAN = 1024  # positions that the smallest recording can look back on
 MOST_DRAFTS = 15  # of an anchor
 
 
@@ -134,7 +134,7 @@ class TorchBackend:
         settings = [s if s and on_device(s) else None for s in drawing]
         drawn_at = np.where([s is not None for s in settings], positions[wanted] + 1, -1)
         ranked = any(s and s.temperature > 0 and s.top_k for s in settings)
-        span = power_of_two(max(LEAST_SPAN, int(positions.max()) + 1))
+        span = span_of(int(positions.max()) + 1)
         words = np.concatenate(
             [
                 padded(tokens, count, 0),
@@ -186,7 +186,7 @@ class TorchBackend:
             raise BackendError("no drafter is loaded")
         depths = [plan.depth for plan in anchors.plans]
         count, depth = height(len(depths)), max(depths)
-        span = power_of_two(max(LEAST_SPAN, int(anchors.positions.max())))
+        span = span_of(int(anchors.positions.max()))
         ranked = any(s.temperature > 0 and s.top_k for s in anchors.samplings)
         hidden = np.zeros((count, self._hidden_size), np.float32)
         hidden[: len(depths)] = anchors.hidden
@@ -292,6 +292,14 @@ class Known:
 def height(rows: int) -> int:
     """Rows of the pass that so many are padded to."""
     return max(TILE, power_of_two(rows))
+
+
+def span_of(positions: int) -> int:
+    """Positions that the recording for so many can look back on: few sizes, so that few are recorded."""
+    span = LEAST_SPAN
+    while span < positions:
+        span *= 4
+    return span
 
 
 def power_of_two(least: int) -> int:
