@@ -212,11 +212,8 @@ class Attention(nn.Module):
 
     def forward(self, normed: Tensor, rotate: Rotation, visible: KeysValues, mask: Tensor) -> Tensor:
         """Queries of `normed` [B, T, H] over the visible rows, where `mask` [T, S] allows it."""
-        return self.o_proj(mix(self.queries(normed, rotate), visible, mask))  # type: ignore[no-any-return]
-
-    def queries(self, normed: Tensor, rotate: Rotation) -> Tensor:
-        """[B, T, H] -> [B, heads, T, head_dim]"""
-        return rotate_heads(self.q_norm(self.split(self.q_proj(normed))), rotate)
+        queries = rotate_heads(self.q_norm(self.split(self.q_proj(normed))), rotate)  # [B, heads, T, head_dim]
+        return self.o_proj(mix(queries, visible, mask))  # type: ignore[no-any-return]  # [B, T, H]
 
     def split(self, x: Tensor) -> Tensor:
         """[B, T, n * head_dim] -> [B, n, T, head_dim]"""
@@ -278,18 +275,13 @@ class ExpertBank(nn.Module):
         self.down_proj = nn.Parameter(torch.zeros(experts.count, hidden_size, experts.intermediate_size))
 
     def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
-        """x [N, H], weights and chosen [N, active] -> [N, H]
-
-        An expert that any row has chosen runs for all rows, so that a row's result does not depend on the others'
-        choices.
-        """
+        """x [N, H], weights and chosen [N, active] -> [N, H]"""
         out = torch.zeros_like(x)
         for expert in sorted(set(chosen.flatten().tolist())):
-            picked = chosen == expert  # [N, active]
-            gate, up = F.linear(x, self.gate_up_proj[expert]).chunk(2, dim=-1)
+            rows, ranks = torch.where(chosen == expert)
+            gate, up = F.linear(x[rows], self.gate_up_proj[expert]).chunk(2, dim=-1)
             part = F.linear(gelu(gate) * up, self.down_proj[expert])
-            share = (weights * picked).sum(-1, keepdim=True)
-            out = torch.where(picked.any(-1, keepdim=True), out + (part * share).to(out.dtype), out)
+            out.index_add_(0, rows, (part * weights[rows, ranks, None]).to(out.dtype))
         return out
 
 
@@ -322,11 +314,7 @@ class DecoderLayer(nn.Module):
         self, x: Tensor, normed: Tensor, rotate: Rotation, visible: KeysValues, mask: Tensor, ple: Tensor | None = None
     ) -> Tensor:
         """x [B, T, H], its `input_layernorm` in `normed`, per-layer embeddings `ple` [B, T, ple] -> [B, T, H]"""
-        return self.behind_attention(x, self.self_attn(normed, rotate, visible, mask), ple)
-
-    def behind_attention(self, x: Tensor, attended: Tensor, ple: Tensor | None) -> Tensor:
-        """What the layer does once attention [B, T, H] is known."""
-        x = x + self.post_attention_layernorm(attended)
+        x = x + self.post_attention_layernorm(self.self_attn(normed, rotate, visible, mask))
         x = x + self.post_feedforward_layernorm(self.feed_forward(x))
         if ple is not None:
             gated = gelu(self.per_layer_input_gate(x)) * ple  # [B, T, ple]

@@ -23,7 +23,7 @@ from paceline.backends import draws
 from paceline.backends.cuda import ops
 from paceline.backends.cuda.draws import COLUMNS, DeviceRow, DeviceRows, on_device, pack_settings
 from paceline.backends.cuda.layers import Source, nbytes, place_drafter, place_target
-from paceline.backends.cuda.matrix import FORMATS
+from paceline.backends.cuda.matrix import FORMATS, plain_format
 from paceline.backends.cuda.memory import SlotMemory, TorchSnapshot
 from paceline.backends.cuda.program import DrafterProgram, Rows, TargetProgram
 from paceline.backends.cuda.recorder import Program, Recorder
@@ -70,7 +70,7 @@ class TorchBackend:
         self.vocab_size, self.context, self.max_rows, self.slots = config.vocab_size, context, max_rows, slots
         self.threads = torch.get_num_threads()
         self._hidden_size = config.hidden_size
-        self._dtype = FORMATS["f32" if quant == "f32" else "bf16"]
+        self._dtype = FORMATS[plain_format(quant)]
         layers = place_target(config, source)
         self.weight_bytes = nbytes(replace(layers, ple_table=None))  # of that one, a row is read
         self._memory = SlotMemory(config, slots, context, max_rows, self._dtype, self.device)

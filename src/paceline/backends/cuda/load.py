@@ -12,6 +12,7 @@ from paceline.backends.cuda.measure import device_name
 from paceline.backends.cuda.weights import CheckpointSource, RandomSource
 from paceline.backends.formats import DRAFTER_FORMAT, available_memory, choose_quant
 from paceline.checkpoint import Checkpoint, resolve
+from paceline.checkpoint.names import PLE_TABLE
 from paceline.config import DrafterConfig, TargetConfig
 from paceline.errors import BackendError
 
@@ -53,7 +54,8 @@ def load_backend(
     where = open_device(device)
     tensors = resolve(*target)
     if quant == "auto":
-        quant = choose_quant(target[1], tensors["embed_tokens.weight"].dtype, free_memory(where))
+        table = tensors.refs[PLE_TABLE].bytes if target[1].ple_size else 0  # on the device whatever the format
+        quant = choose_quant(target[1], tensors["embed_tokens.weight"].dtype, free_memory(where) - table)
     if threads:
         torch.set_num_threads(threads)
     pair = None

@@ -21,6 +21,11 @@ SLICE = 1 << 14  # rows quantised at once, which bounds the memory it takes
 FORMATS = {"f32": torch.float32, "bf16": torch.bfloat16, "q8": torch.int8, "q4": torch.uint8}
 
 
+def plain_format(fmt: str) -> str:
+    """The format of activations, and of what is never quantised."""
+    return "f32" if fmt == "f32" else "bf16"
+
+
 @dataclass(frozen=True)
 class Matrix:
     """A weight matrix of some format; see above for the layouts."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from paceline.config import TargetConfig
 from paceline.errors import BackendError
@@ -47,29 +46,17 @@ class SlotMemory:
     ) -> None:
         self._context, self._window = context, config.sliding_window
         self._ring = min(context, config.sliding_window + max_rows)
-        self._sliding = {index: layer.sliding for index, layer in enumerate(config.layers) if layer.kv_source == index}
         self.length = [0] * slots
         self._high = [0] * slots  # one past the highest position ever written
         self.rows: dict[int, KeysValues] = {}  # per layer [slots, kv_heads, ring or context, head_dim]
-        for index, sliding in self._sliding.items():
-            layer = config.layers[index]
-            shape = (slots, layer.kv_heads, self._ring if sliding else context, layer.head_dim)
+        for index, layer in enumerate(config.layers):
+            if layer.kv_source != index:
+                continue
+            shape = (slots, layer.kv_heads, self._ring if layer.sliding else context, layer.head_dim)
             self.rows[index] = (
                 torch.zeros(shape, dtype=dtype, device=device),
                 torch.zeros(shape, dtype=dtype, device=device),
             )
-
-    def write(self, layer: int, slots: Tensor, positions: Tensor, new: KeysValues) -> None:
-        """Store rows of a layer: `new` is [1, kv_heads, N, head_dim] twice, for N slots and positions."""
-        places = positions % self.rows[layer][0].shape[2]
-        for kept, part in zip(self.rows[layer], new, strict=True):
-            kept[slots, :, places] = part[0].transpose(0, 1)
-
-    def visible(self, layer: int, slot: int, start: int, end: int) -> KeysValues:
-        """Rows start..end-1 of a slot in ascending order, [1, kv_heads, end - start, head_dim] twice."""
-        keys, values = self.rows[layer]
-        places = torch.arange(start, end, device=keys.device) % keys.shape[2]
-        return keys[slot, :, places][None], values[slot, :, places][None]
 
     def extend(self, slot: int, length: int) -> None:
         """A pass has written rows up to `length`."""

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from paceline.backends.cuda.matrix import BLOCK, FORMATS, Matrix, pack, stack
+from paceline.backends.cuda.matrix import BLOCK, FORMATS, Matrix, pack, plain_format, stack
 from paceline.checkpoint import Tensors
 from paceline.checkpoint.names import TOKEN_ORDERING, expected_tensors
 from paceline.config import DrafterConfig, TargetConfig
@@ -101,8 +101,3 @@ class RandomSource:
         deviation = 74 if fmt == "q8" else 4.6  # of evenly spread numbers
         scales = torch.full((blocks, rows, 2), columns**-0.5 / deviation, dtype=torch.float16, device=self.device)
         return Matrix(bytes_.view(FORMATS[fmt]), scales, rows, columns)
-
-
-def plain_format(fmt: str) -> str:
-    """The format of activations, and of what is never quantised."""
-    return "f32" if fmt == "f32" else "bf16"
