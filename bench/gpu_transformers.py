@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from typing import Any
 
@@ -19,6 +20,7 @@ import transformers as hf
 
 from paceline.bench.shapes import TARGETS, drafter_settings
 from paceline.checkpoint import locate, locate_drafter
+from paceline.errors import PacelineError
 
 SHARES = (0.8, 0.65, 0.5)
 PROMPT = 512  # tokens
@@ -116,4 +118,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except PacelineError as error:
+        sys.exit(f"gpu_transformers.py: {error}")
