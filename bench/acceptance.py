@@ -19,20 +19,20 @@ from dataclasses import replace
 import paceline
 from paceline.backends.base import Backend
 from paceline.decode.rules import RULES
-from paceline.engine.pricing import Silent
+from paceline.engine.cost_model import Silent
 from paceline.engine.sequence import Sequence
 from paceline.engine.step import step
 from paceline.train.data import standard_library
-from paceline.types import Anchors, Drafts, Sampling
+from paceline.types import Anchors, Drafts, SamplingParams
 
 PROMPT = 200  # tokens
 STRETCH = 64  # tokens written behind each prompt
 SETTINGS = {
-    "temperature 1, top-k 64, top-p 0.95": Sampling(1.0, 64, 0.95),
-    "temperature 1": Sampling(1.0),
-    "temperature 0.7, top-k 64, top-p 0.95": Sampling(0.7, 64, 0.95),
+    "temperature 1, top-k 64, top-p 0.95": SamplingParams(1.0, 64, 0.95),
+    "temperature 1": SamplingParams(1.0),
+    "temperature 0.7, top-k 64, top-p 0.95": SamplingParams(0.7, 64, 0.95),
 }
-Change = Callable[[Sampling], Sampling]
+Change = Callable[[SamplingParams], SamplingParams]
 WAYS: dict[str, tuple[str, Change]] = {
     "rejection": ("rejection", lambda s: s),
     "coupled": ("coupled", lambda s: s),
@@ -61,7 +61,7 @@ def prompts(engine: paceline.Engine, count: int) -> list[list[int]]:
     return [text[at : at + PROMPT] for at, text in places if at + PROMPT <= len(text)][:count]
 
 
-def measure(engine: paceline.Engine, sampling: Sampling, way: str, rounds: int, depth: int) -> dict[str, object]:
+def measure(engine: paceline.Engine, sampling: SamplingParams, way: str, rounds: int, depth: int) -> dict[str, object]:
     """Shares of rounds whose draft at depth 1, 2, ... was accepted, and their count."""
     name, change = WAYS[way]
     backend = OtherDraws(engine.backend, change)

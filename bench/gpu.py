@@ -100,8 +100,8 @@ def run(job: Job, seconds: float, device: str) -> dict[str, Any]:
 
 def name_of(device: str) -> str:
     """What the device calls itself."""
-    from paceline.backends.cuda.load import open_device
-    from paceline.backends.cuda.measure import device_name
+    from paceline.backends.torch.load import open_device
+    from paceline.backends.torch.measure import device_name
 
     return device_name(open_device(device.removeprefix("torch:")))
 

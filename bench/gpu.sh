@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] && found=.venv/bin/python || found=python3
 PYTHON="${PYTHON:-$found}"
-if ! "$PYTHON" -c "import paceline.backends.cuda.load" 2> /dev/null; then
+if ! "$PYTHON" -c "import paceline.backends.torch.load" 2> /dev/null; then
   echo "gpu.sh: $PYTHON cannot import paceline with PyTorch; pip install '.[cuda,plot]' there, or set PYTHON" >&2
   exit 2
 fi

@@ -14,7 +14,7 @@ import time
 import paceline
 from paceline.engine.engine import Request
 from paceline.text.grammar import Constraint, Grammars
-from paceline.types import Sampling
+from paceline.types import SamplingParams
 
 SCHEMA = {
     "type": "object",
@@ -46,7 +46,7 @@ class Quiet:
 
 def write(engine: paceline.Engine, constraint: Constraint, depth: object, seed: int) -> tuple[str, float, int, int]:
     """A text, its seconds, tokens and rounds."""
-    sampling = Sampling(1.0, 64, 0.95, seed=seed)
+    sampling = SamplingParams(1.0, 64, 0.95, seed=seed)
     request = Request(sampling=sampling, max_tokens=300, draft_tokens=depth, grammar=constraint)
     sequence = engine.sequence(engine.encode("address = ", raw=True), request)
     texts: list[str] = []

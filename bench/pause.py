@@ -19,7 +19,7 @@ from paceline.bench.machine import ReadBandwidth
 from paceline.bench.random_weights import RandomWeights
 from paceline.bench.shapes import official_target
 from paceline.decode.rules import Coupled
-from paceline.engine.pricing import Silent
+from paceline.engine.cost_model import Silent
 from paceline.engine.prefix import PrefixCache
 from paceline.engine.scheduler import Scheduler
 from paceline.engine.sequence import Sequence

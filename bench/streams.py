@@ -20,7 +20,7 @@ from dataclasses import replace
 import paceline
 from paceline.bench.machine import ReadBandwidth
 from paceline.engine.engine import Request
-from paceline.types import Sampling
+from paceline.types import SamplingParams
 
 PROMPTS = (
     "def fibonacci(n):",
@@ -34,7 +34,9 @@ PROMPTS = (
 )
 
 
-def tokens_per_second(engine: paceline.Engine, streams: int, tokens: int, sampling: Sampling, depth: object) -> float:
+def tokens_per_second(
+    engine: paceline.Engine, streams: int, tokens: int, sampling: SamplingParams, depth: object
+) -> float:
     """Speed of all streams together, from their start to the last one's end."""
     sequences = []
     for i in range(streams):
@@ -78,7 +80,7 @@ def main() -> None:
     for _ in range(5):
         bandwidth.measure()
     report["bandwidth_gb_per_s"] = round(bandwidth.median, 1)
-    for name, sampling in (("the model's own sampling", engine.sampling), ("greedy", Sampling())):
+    for name, sampling in (("the model's own sampling", engine.sampling), ("greedy", SamplingParams())):
         seen: dict[str, list[float]] = {way: [] for way in ways}
         for repeat in range(arguments.rounds + 1):
             for way in dice.sample(list(ways), len(ways)):  # none always follows the same other

@@ -14,13 +14,13 @@ import numpy as np
 import uvicorn
 
 from paceline.backends.fake import FakeBackend
-from paceline.decode.control import Costs
+from paceline.decode.draft_length import Costs
 from paceline.engine.engine import Engine, Experience
 from paceline.engine.prefix import PrefixCache
 from paceline.engine.scheduler import Scheduler
 from paceline.server.app import ServerSettings, Service, create_app
 from paceline.text import ChatTemplate, Tokenizer
-from paceline.types import Float32, Sampling
+from paceline.types import Float32, SamplingParams
 from tests.parity.fixtures import VOCABULARY, tiny_tokenizer
 
 BOS, EOS, TURN_END = "<bos>", "<eos>", "<turn|>"
@@ -79,7 +79,7 @@ def scripted_engine(script: str | None, **settings: object) -> Engine:
         target_config=SimpleNamespace(),
         drafter_config=None,
         stop_ids=frozenset({tokenizer.token_id(EOS), tokenizer.token_id(TURN_END)}),
-        sampling=Sampling(),
+        sampling=SamplingParams(),
         quant="f32",
         threads=1,
         weight_bytes=0,

@@ -13,16 +13,16 @@ import torch
 from paceline.backends.base import Backend
 from paceline.backends.cpu.backend import CpuBackend
 from paceline.backends.cpu.weights import CheckpointWeights
-from paceline.backends.cuda.backend import TorchBackend
-from paceline.backends.cuda.load import open_device
-from paceline.backends.cuda.weights import CheckpointSource
 from paceline.backends.formats import DRAFTER_FORMAT
+from paceline.backends.torch.backend import TorchBackend
+from paceline.backends.torch.load import open_device
+from paceline.backends.torch.weights import CheckpointSource
 from paceline.checkpoint import Checkpoint, resolve
 from paceline.decode.rules import Coupled, Rule
-from paceline.decode.sampling import History
+from paceline.decode.sampling_params import History
 from paceline.engine.sequence import Sequence
 from paceline.engine.step import step
-from paceline.types import Anchors, Drafts, Line, Sampling, Statistics
+from paceline.types import Anchors, Drafts, Line, SamplingParams, Statistics
 
 GREEDY_RULE = Coupled()
 
@@ -45,7 +45,7 @@ class Recorder:
     rows: list[np.ndarray] = field(default_factory=list)
 
     @property
-    def sampling(self) -> Sampling:
+    def sampling(self) -> SamplingParams:
         return self.rule.sampling
 
     @property

@@ -12,16 +12,16 @@ if TYPE_CHECKING:
     from paceline.build import load as load
     from paceline.engine.engine import Engine as Engine
     from paceline.engine.engine import Stream as Stream
-    from paceline.types import Sampling as Sampling
+    from paceline.types import SamplingParams as SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["Engine", "Sampling", "Stream", "__version__", "load"]
+__all__ = ["Engine", "SamplingParams", "Stream", "__version__", "load"]
 
 _HOMES = {
     "load": "paceline.build",
     "Engine": "paceline.engine.engine",
     "Stream": "paceline.engine.engine",
-    "Sampling": "paceline.types",
+    "SamplingParams": "paceline.types",
 }
 
 

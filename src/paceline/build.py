@@ -16,17 +16,17 @@ from paceline.backends.cpu.sources import Source, open_source
 from paceline.backends.formats import DRAFTER_FORMAT, check_quant
 from paceline.checkpoint import Checkpoint, locate, locate_drafter
 from paceline.config import DrafterConfig, TargetConfig, check_pair, token_ids
-from paceline.decode.sampling import check_sampling
+from paceline.decode.sampling_params import check_sampling_params
+from paceline.engine.cost_model import load_costs
 from paceline.engine.engine import DraftTokens, Engine, Experience, check_draft_tokens
 from paceline.engine.prefix import PrefixCache
-from paceline.engine.pricing import load_costs
 from paceline.engine.scheduler import Scheduler
 from paceline.errors import BackendError, CheckpointError, SettingsError
 from paceline.text.chat import ChatTemplate
 from paceline.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from paceline.backends.cuda.backend import TorchBackend
+    from paceline.backends.torch.backend import TorchBackend
 
 MAX_SLOTS = 64
 MAX_THREADS = 255  # what the native team can count
@@ -116,7 +116,7 @@ def load(
     tokenizer = Tokenizer.open(checkpoint.tokenizer_path, checkpoint.tokenizer_config, config.bos_id)
     template = ChatTemplate.open(checkpoint.chat_template_path, checkpoint.tokenizer_config)
     stop_ids = frozenset(_stop_ids(checkpoint, config))
-    sampling = check_sampling(checkpoint.sampling(), config.vocab_size)
+    sampling = check_sampling_params(checkpoint.sampling(), config.vocab_size)
     if context and context > config.max_positions:
         notify(f"context: {config.max_positions} tokens, which is all the model can take")
     wanted = Wanted(
@@ -177,13 +177,13 @@ def _on_cpu(wanted: Wanted) -> Loaded:
 
 
 def torch_backends(device: str) -> ModuleType:
-    """What makes PyTorch's backends: `backends.cuda.load`.
+    """What makes PyTorch's backends: `backends.torch.load`.
 
     Raises:
         BackendError: PyTorch is not installed.
     """
     try:
-        import paceline.backends.cuda.load as made
+        import paceline.backends.torch.load as made
     except ImportError as error:
         raise BackendError(f"--device {device} needs {error.name}; pip install 'paceline[cuda]'") from error
     return made

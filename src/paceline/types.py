@@ -6,7 +6,7 @@ model exists once. This module knows nothing of models, files or processors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, overload
 
@@ -32,7 +32,7 @@ class Batch:
     positions: Int32  # [R] absolute position in the sequence, from 0
     tokens: Int32  # [R] token ids; negative for one of the last drafts that is not known yet, see `Drafts`
     wanted: Bool  # [R] rows whose logits and hidden state are needed
-    samplings: tuple[Sampling, ...] = ()  # [W] how the token behind each wanted row is likely to be drawn
+    samplings: tuple[SamplingParams, ...] = ()  # [W] how the token behind each wanted row is likely to be drawn
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -65,7 +65,7 @@ class Output:
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """How tokens are drawn from the target's logits. The default is greedy decoding.
 
     A token's noise is a pure function of seed, position and token id, so equal settings give equal text. Penalties and
@@ -84,7 +84,83 @@ class Sampling:
     seed: int | None = None  # 0 to 2^64 - 1; None: a new one for each generation
 
 
-GREEDY = Sampling()
+GREEDY = SamplingParams()
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What a proposer offers for one round: tokens of its own, or how far the backend's drafter is to go."""
+
+    tokens: tuple[int, ...] = ()  # proposed by the engine: a grammar, n-grams
+    length: int = 0  # tokens that the backend's drafter proposes at most; 0 if there are `tokens`
+    floors: tuple[float, ...] = ()  # [length]: stop after a token when the draft's chance is below this; empty: never
+    acceptance: tuple[float, ...] = ()  # [CONFIDENCE_BINS]: chance of acceptance by the drafter's confidence
+    simulated: int | None = None  # for benchmarks only: SIMULATED number of accepted tokens, whatever is sampled
+
+    def __bool__(self) -> bool:
+        return bool(self.tokens or self.length)
+
+
+NO_DRAFT = Draft()
+CONFIDENCE_BINS = 16  # of equal width, over 0..1
+MAX_DRAFT = 15  # tokens of a draft: a verification is at most 16 rows
+
+
+class Constraint(Protocol):
+    """Changes logits by the tokens before them: penalties, biases, a grammar."""
+
+    def apply(self, logits: Float32) -> None:
+        """Change the logits [vocabulary] of the next token, in place."""
+
+    def commit(self, token: int) -> None:
+        """The next token is this one."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one sequence runs in a step: a chunk of its prompt, or one round of decoding.
+
+    A round runs the newest token and its draft through the target, samples a token after each row, and accepts the
+    longest common prefix of what was drafted and what was sampled. The end of a prompt is a round, too.
+    """
+
+    slot: int
+    position: int  # of tokens[0]; it must be the length of the slot's KV cache
+    tokens: Sequence[int]  # [T] committed tokens that are not in the cache yet; T is 1 while decoding
+    params: SamplingParams | None = None  # None: the chunk is not the prompt's last, and nothing is sampled after it
+    draft: Draft = NO_DRAFT
+    constraint: Constraint | None = None  # asked for one row after the other, up to the first rejected token
+    logits: bool = False  # whether the result holds logits
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a `Work` gave. The KV cache then holds its tokens and the accepted ones of its draft."""
+
+    sampled: tuple[int, ...] = ()  # [accepted + 1] by the target; empty for a chunk that is not the prompt's last
+    drafted: tuple[int, ...] = ()  # [K] by whichever proposer
+    confidence: tuple[float, ...] = ()  # [K] the drafter's probability of each of its tokens; empty for others' drafts
+    logits: Float32 | None = None  # [accepted + 1, vocabulary] before constraints; only where the work asks for them
+
+    @property
+    def accepted(self) -> int:
+        """Drafted tokens that the target sampled, too."""
+        return max(0, len(self.sampled) - 1)
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """What a backend is: sizes of a loaded pair, and the device it runs on."""
+
+    vocab_size: int
+    context: int  # positions a slot holds
+    slots: int  # sequences at once
+    max_rows: int  # rows of one slot in one pass at most: the largest prompt chunk
+    has_drafter: bool
+    stops_early: bool  # whether its drafter stops at the floors of a draft; else it goes to the full length
+    quant: str  # weight format of the target
+    weight_bytes: int  # of the target's matrices; per-layer-embedding tables that stay in a mapped file do not count
+    device: str  # instruction set, or name of the GPU
 
 
 @dataclass(frozen=True)
@@ -96,9 +172,6 @@ class Plan:
     acceptance: tuple[float, ...] = ()  # [CONFIDENCE_BINS]: chance of a draft by the drafter's confidence
 
 
-CONFIDENCE_BINS = 16  # of equal width, over 0..1
-
-
 @dataclass(frozen=True)
 class Anchors:
     """Where A sequences stand at the start of a round: each one's newest token, which is not in the cache yet."""
@@ -107,7 +180,7 @@ class Anchors:
     positions: Int32  # [A] position P of the newest token; the drafter sees cache rows below P
     tokens: Int32  # [A] the newest token
     hidden: Float32  # [A, hidden] the target's hidden state at the row that produced it (position P - 1)
-    samplings: tuple[Sampling, ...]  # [A] how drafts are drawn: as the target draws, but for penalties and bias
+    samplings: tuple[SamplingParams, ...]  # [A] how drafts are drawn: as the target draws, but for penalties and bias
     plans: tuple[Plan, ...]  # [A]
     streams: tuple[int, ...]  # [A] of the noise: 0 is the target's own
     with_logits: bool = False
@@ -160,7 +233,7 @@ class Commit:
 
 
 @dataclass(frozen=True)
-class Piece:
+class TokenDelta:
     """One committed token and the text that became certain with it (empty inside a multi-byte character)."""
 
     token: int
@@ -173,7 +246,7 @@ class Piece:
 class Event:
     """What one round added to one sequence."""
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[TokenDelta, ...]
     drafted: int
     accepted: int
     finish: FinishReason | None = None
@@ -223,5 +296,5 @@ class Generation:
     tokens: tuple[int, ...]
     finish: FinishReason
     statistics: Statistics
-    sampling: Sampling = GREEDY  # what it was drawn with, seed included
+    sampling: SamplingParams = GREEDY  # what it was drawn with, seed included
     logprobs: tuple[Logprobs, ...] = ()  # one a token, if asked for

@@ -34,7 +34,7 @@ ROOMS = {
     "__main__": 7,
 }
 PURE = ("decode",)  # imports the nouns only
-MAY_IMPORT_TORCH = ("models", "train", "backends/cuda")
+MAY_IMPORT_TORCH = ("models", "train", "backends/torch")
 LONGEST_FILE = 500
 
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -26,14 +26,14 @@ from paceline.cli.chat_terminal import Page, finished
 from paceline.cli.conversation import COMMANDS, Conversation, Reply, Turn
 from paceline.cli.main import run
 from paceline.errors import PacelineError
-from paceline.types import Sampling
+from paceline.types import SamplingParams
 from tests.unit.test_engine import engine
 
 
 @pytest.fixture
 def conversation() -> Conversation:
     fake = engine(backend=FakeBackend(slots=1, context=400))
-    return Conversation(fake, Sampling(temperature=1.0), max_tokens=5)
+    return Conversation(fake, SamplingParams(temperature=1.0), max_tokens=5)
 
 
 def ask(conversation: Conversation, line: str) -> str:
@@ -132,7 +132,7 @@ def test_retry_without_sampling_says_so(conversation: Conversation) -> None:
 def test_settings(conversation: Conversation) -> None:
     for line in ("temperature 0.5", "top_k 3", "top-p 0.9", "min_p 0.1", "seed 7", "max_tokens 2", "draft_tokens 1"):
         ask(conversation, f"/set {line}")
-    assert conversation.sampling == Sampling(0.5, 3, 0.9, 0.1, seed=7)
+    assert conversation.sampling == SamplingParams(0.5, 3, 0.9, 0.1, seed=7)
     assert (conversation.max_tokens, conversation.draft_tokens) == (2, 1)
     assert ask(conversation, "/set").split()[:2] == ["temperature", "0.5"]
     ask(conversation, "hello")
@@ -176,7 +176,7 @@ def test_save_and_load(conversation: Conversation, tmp_path: Path) -> None:
     kept = conversation.messages
     assert json.loads(file.read_text()) == kept
     assert os.listdir(tmp_path) == [file.name]
-    other = Conversation(conversation.engine, Sampling())
+    other = Conversation(conversation.engine, SamplingParams())
     ask(other, f"/load {file}")
     assert other.messages == kept
     assert other.system == "brief"

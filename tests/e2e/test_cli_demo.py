@@ -11,7 +11,7 @@ from rich.console import Console
 
 from paceline.cli import demo
 from paceline.cli.main import run
-from paceline.types import Event, Generation, Piece, Statistics
+from paceline.types import Event, Generation, Statistics, TokenDelta
 from tests.unit.checkpoints import write_drafter, write_target
 from tests.unit.text_samples import gemma_like
 
@@ -93,7 +93,7 @@ class Fake:
     """An engine whose round accepts two drafted tokens."""
 
     def stream(self, *_: object, **__: object) -> Iterator[Event]:
-        yield Event((Piece(7, "[bold]a", 1), Piece(8, "b", 2), Piece(9, "c\n", 0)), 2, 2, "length")
+        yield Event((TokenDelta(7, "[bold]a", 1), TokenDelta(8, "b", 2), TokenDelta(9, "c\n", 0)), 2, 2, "length")
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -66,7 +66,7 @@ def test_every_verb_that_loads_takes_a_device(verb: tuple[str, ...], capsys: pyt
 
 
 def test_without_pytorch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in [name for name in sys.modules if name.startswith("paceline.backends.cuda.")]:
+    for name in [name for name in sys.modules if name.startswith("paceline.backends.torch.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torch", None)
     assert run([*ARGUMENTS, "--device", "cuda"]) == 2

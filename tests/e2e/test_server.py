@@ -51,7 +51,7 @@ def test_chat(client: openai.OpenAI, server: SimpleNamespace) -> None:
         model="tiny-python", messages=CHAT, max_tokens=60, temperature=0
     )
     answer = ChatCompletion.model_validate_json(raw.text, strict=False)
-    expected = alone(server, PROMPT, max_tokens=60, sampling=paceline.Sampling())
+    expected = alone(server, PROMPT, max_tokens=60, sampling=paceline.SamplingParams())
     assert answer.choices[0].message.content == expected.text
     assert answer.choices[0].finish_reason == expected.finish
     assert answer.usage.completion_tokens == len(expected.tokens)
@@ -72,7 +72,7 @@ def test_streamed_chat_is_the_same_text(client: openai.OpenAI, server: SimpleNam
         lines = [line for line in stream.iter_lines() if line.startswith("data: ")]
     assert lines[-1] == "data: [DONE]"
     chunks = [ChatCompletionChunk.model_validate_json(line[6:]) for line in lines[:-1]]
-    sampling = paceline.Sampling(temperature=0.8, top_k=64, top_p=0.95, seed=7)
+    sampling = paceline.SamplingParams(temperature=0.8, top_k=64, top_p=0.95, seed=7)
     expected = alone(server, PROMPT, max_tokens=60, sampling=sampling)
     assert "".join(c.choices[0].delta.content or "" for c in chunks[:-1]) == expected.text
     assert chunks[0].choices[0].delta.role == "assistant"
@@ -101,7 +101,7 @@ def test_a_stream_told_by_rounds(client: openai.OpenAI) -> None:
 def test_choices_with_seeds_one_after_another(client: openai.OpenAI, server: SimpleNamespace) -> None:
     answer = client.chat.completions.create(model="tiny-python", messages=CHAT, max_tokens=20, seed=5, n=3)
     for index, choice in enumerate(answer.choices):
-        sampling = paceline.Sampling(temperature=1.0, top_k=64, top_p=0.95, seed=5 + index)
+        sampling = paceline.SamplingParams(temperature=1.0, top_k=64, top_p=0.95, seed=5 + index)
         assert choice.message.content == alone(server, PROMPT, max_tokens=20, sampling=sampling).text
 
 
@@ -195,7 +195,7 @@ def test_completions(client: openai.OpenAI, server: SimpleNamespace) -> None:
     answer = Completion.model_validate_json(raw.text)
     assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
     for choice, prompt in zip(answer.choices, [PROMPT, PROMPT, "class A:", "class A:"], strict=True):
-        text = alone(server, prompt, raw=True, max_tokens=15, sampling=paceline.Sampling()).text
+        text = alone(server, prompt, raw=True, max_tokens=15, sampling=paceline.SamplingParams()).text
         assert choice.text == prompt + text
         assert "".join(choice.logprobs.tokens) == text
         assert choice.logprobs.text_offset[0] == len(prompt)
@@ -213,7 +213,7 @@ def test_responses(client: openai.OpenAI, server: SimpleNamespace) -> None:
         model="tiny-python", input=PROMPT, max_output_tokens=30, temperature=0
     )
     answer = Response.model_validate_json(raw.text)
-    expected = alone(server, PROMPT, max_tokens=30, sampling=paceline.Sampling()).text
+    expected = alone(server, PROMPT, max_tokens=30, sampling=paceline.SamplingParams()).text
     assert answer.output_text == expected
     assert (answer.status, answer.incomplete_details.reason) == ("incomplete", "max_output_tokens")
     with client.responses.with_streaming_response.create(

@@ -11,6 +11,6 @@ if os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None:
 
 @pytest.fixture(scope="session", autouse=True)
 def kernels() -> None:
-    from paceline.backends.cuda import kernels
+    from paceline.backends.torch import kernels
 
     kernels.install("cpu")

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from paceline.decode.draw import draw
-from paceline.types import Batch, Sampling
+from paceline.decode.sampler import draw
+from paceline.types import Batch, SamplingParams
 from tests.parity.test_native import Case, anchors, assert_close, case, feed, prompt  # noqa: F401
 from tests.support import torch_backend
 
@@ -30,7 +30,7 @@ def test_a_round_checks_what_it_drafted_with_the_bits_of_single_steps(folders) -
     feed(backend, first, tokens)
     hidden = feed(backend, second, tokens[2:], 2).hidden[-1:]
     at = np.array([second], np.int32), np.array([9], np.int32)
-    sampling = Sampling(temperature=0.9, top_k=40, top_p=0.95, seed=4)
+    sampling = SamplingParams(temperature=0.9, top_k=40, top_p=0.95, seed=4)
     plan = anchors(at, 7, hidden, 2)
     drafts = backend.draft(replace(plan, samplings=(sampling,)))
     line = np.array([7, *drafts.tokens[0]], np.int32)

@@ -11,12 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from paceline.backends.cuda import ops
-from paceline.backends.cuda.draws import draw_rows, pack_settings
-from paceline.backends.cuda.kernels import matmul as matmul_kernels
-from paceline.backends.cuda.matrix import pack
-from paceline.decode.draw import draw as readable_draw
-from paceline.types import Sampling
+from paceline.backends.torch import ops
+from paceline.backends.torch.device_sampler import draw_rows, pack_settings
+from paceline.backends.torch.kernels import matmul as matmul_kernels
+from paceline.backends.torch.matrix import pack
+from paceline.decode.sampler import draw as readable_draw
+from paceline.types import SamplingParams
 
 FORMATS = ("f32", "bf16", "q8", "q4")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -182,7 +182,7 @@ def test_attend(at: tuple, heads: tuple, size: int, window: int, dtype: torch.dt
 
 
 def test_many_rows_with_far_to_look_back_are_attended_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    from paceline.backends.cuda.kernels import attention
+    from paceline.backends.torch.kernels import attention
 
     kept = memory(1, 1, 512, 16, torch.float32)
     queries, positions = random(48, 32), torch.arange(300, 348)
@@ -208,25 +208,25 @@ def test_centroid_scores(dtype: torch.dtype) -> None:
     coarse=st.booleans(),
     samplings=st.lists(
         st.builds(
-            Sampling,
+            SamplingParams,
             temperature=st.sampled_from([0.0, 1e-4, 0.3, 0.7, 1.0, 3.0]),
             top_k=st.sampled_from([0, 1, 2, 64, 128]),
             top_p=st.sampled_from([0.0, 0.1, 0.5, 0.95, 1.0]),
             min_p=st.sampled_from([0.0, 0.01, 0.5, 1.0]),
-        ).map(lambda s: s if s.top_k else Sampling(s.temperature, min_p=s.min_p)),
+        ).map(lambda s: s if s.top_k else SamplingParams(s.temperature, min_p=s.min_p)),
         min_size=1,
         max_size=4,
     ),
 )
 def test_draws_are_the_readable_ones(
-    vocabulary: int, seed: int, scale: float, coarse: bool, samplings: list[Sampling]
+    vocabulary: int, seed: int, scale: float, coarse: bool, samplings: list[SamplingParams]
 ) -> None:
     random = np.random.default_rng(seed)
     logits = (random.standard_normal((16, vocabulary)) * scale).astype(np.float32)
     if coarse:  # many equals
         logits = np.round(logits)
     logits[random.random(logits.shape) < 0.05] = -np.inf
-    samplings = [Sampling(s.temperature, s.top_k, s.top_p, s.min_p, seed=seed) for s in samplings]
+    samplings = [SamplingParams(s.temperature, s.top_k, s.top_p, s.min_p, seed=seed) for s in samplings]
     packed = pack_settings(samplings, [number % 3 for number in range(len(samplings))], 16)
     positions = random.integers(0, 2**20, 16)
     positions[len(samplings) :] = -1

@@ -14,7 +14,7 @@ from paceline import _cpu
 from paceline.backends.base import Backend
 from paceline.checkpoint import Checkpoint, resolve
 from paceline.quant import blocks
-from paceline.types import Anchors, Batch, Output, Plan, Sampling
+from paceline.types import Anchors, Batch, Output, Plan, SamplingParams
 from tests.parity.fixtures import SHAPES, VOCABULARY, WINDOW, _randomise, write_pair
 from tests.parity.test_torch_truth import head_of, read_pair
 from tests.support import any_backend, only_native, run, sequence
@@ -50,7 +50,7 @@ def feed(backend: Backend, slot: int, tokens: np.ndarray, start: int = 0, wanted
 
 
 def anchors(at: tuple[np.ndarray, np.ndarray], token: int, hidden: np.ndarray, depth: int) -> Anchors:
-    return Anchors(*at, np.array([token], np.int32), hidden, (Sampling(),), (Plan(depth),), (0,))
+    return Anchors(*at, np.array([token], np.int32), hidden, (SamplingParams(),), (Plan(depth),), (0,))
 
 
 def assert_close(ours: np.ndarray, theirs: torch.Tensor) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from paceline.backends.cuda.load import open_device
+from paceline.backends.torch.load import open_device
 from paceline.checkpoint.hub import ASSETS
 from paceline.decode.rules import Coupled
 from paceline.errors import BackendError, PairError
-from paceline.types import Sampling
+from paceline.types import SamplingParams
 from tests.parity.fixtures import WINDOW
 from tests.parity.test_native import DEPTH, ROWS, Case, anchors, assert_close, case, feed, prompt  # noqa: F401
 from tests.support import Recorder, cpu_backend, run, sequence, torch_backend
@@ -29,7 +29,7 @@ def test_drafts_are_the_cpu_backends(case: Case, position: int, temperature: flo
         output = feed(backend, slot, tokens)
         at = np.array([slot], np.int32), np.array([position], np.int32)
         anchor = anchors(at, int(np.asarray(output.logits[-1]).argmax()), output.hidden[-1:].copy(), DEPTH)
-        sampling = Sampling(temperature=temperature, top_k=64, top_p=0.95, seed=3)
+        sampling = SamplingParams(temperature=temperature, top_k=64, top_p=0.95, seed=3)
         drafts.append(backend.draft(type(anchor)(**{**vars(anchor), "samplings": (sampling,)})).settled())
     assert drafts[0].tokens.tolist() == drafts[1].tokens.tolist()
     np.testing.assert_allclose(drafts[0].confidence, drafts[1].confidence, rtol=1e-3)
@@ -39,7 +39,7 @@ def test_drafts_are_the_cpu_backends(case: Case, position: int, temperature: flo
 def test_the_bundled_pair_writes_what_the_cpu_backend_writes(temperature: float) -> None:
     """In f32, and with the same draws; logits differ by rounding, which decides no token of this text."""
     pair = ASSETS / "tiny-python", ASSETS / "tiny-python-assistant"
-    sampling = Sampling(temperature=temperature, top_k=64, top_p=0.95, seed=1)
+    sampling = SamplingParams(temperature=temperature, top_k=64, top_p=0.95, seed=1)
     texts, lengths = [], []
     for backend in (cpu_backend(*pair, "f32", context=256), torch_backend(*pair, context=256)):
         rule = Recorder(Coupled(sampling, backend.draw))

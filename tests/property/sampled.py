@@ -15,13 +15,13 @@ import numpy as np
 
 from paceline import _cpu
 from paceline.backends.base import Backend
-from paceline.backends.draws import native_draw
+from paceline.backends.native_sampler import native_draw
 from paceline.decode import rules
-from paceline.decode.draw import draw, gumbel, uniform_bits
 from paceline.decode.rules import TARGET_STREAM, Coupled, Rejection, Rule
+from paceline.decode.sampler import draw, gumbel, uniform_bits
 from paceline.engine.sequence import Sequence
 from paceline.engine.step import step
-from paceline.types import Anchors, Batch, Drafts, Float32, Output, Sampling
+from paceline.types import Anchors, Batch, Drafts, Float32, Output, SamplingParams
 from tests.support import any_backend, sequence
 
 LENGTH = 3  # tokens of a continuation that are looked at
@@ -154,7 +154,7 @@ class Job:
 
     folders: tuple[Path, Path]
     rule: str  # "arg max": the ratio test over drafts that are not drawn, but the drafter's most likely tokens
-    sampling: Sampling
+    sampling: SamplingParams
     depth: int
     tables: list[Float32] | None = None  # of a blended drafter
 
@@ -231,7 +231,7 @@ def remembered(probabilities: Callable[..., np.ndarray]) -> Callable[..., np.nda
     """The same pure function, with its results kept: a quarter of the rejection rule's time goes by in it."""
     known: dict[bytes, np.ndarray] = {}
 
-    def get(logits: Float32, sampling: Sampling, lister: rules.Lister) -> np.ndarray:
+    def get(logits: Float32, sampling: SamplingParams, lister: rules.Lister) -> np.ndarray:
         key = np.asarray(logits).tobytes()  # of one job, so of the same settings but for the seed
         if key not in known:
             known[key] = probabilities(logits, sampling, lister)

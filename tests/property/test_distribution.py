@@ -3,7 +3,7 @@
 Text that does not depend on the drafter (`test_sampled_exactness`) says nothing about the draw itself, and the
 rejection rule promises a distribution only. Here every continuation of three tokens of a toy model has a known
 probability: a product of three softmaxes, computed from plain passes over all prefixes by a few lines that share
-nothing with `decode/draw.py`. Seeds are fixed, so a test that passes goes on passing.
+nothing with `decode/sampler.py`. Seeds are fixed, so a test that passes goes on passing.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 import torch
 
-from paceline.decode.draw import gumbel, uniform_bits
 from paceline.decode.rules import Coupled
-from paceline.types import Sampling
+from paceline.decode.sampler import gumbel, uniform_bits
+from paceline.types import SamplingParams
 from tests.parity import fixtures
 from tests.property.sampled import Count, Job, ManySeeds, Mirror, contexts, in_parallel
 from tests.support import NATIVE, Recorder, any_backend, only_native, run, sequence
@@ -28,8 +28,8 @@ COUNT = 200_000 if NATIVE else 4_000
 LEAST_P = 1e-3
 WORKERS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-FULL = Sampling(temperature=1.0)
-CUT = Sampling(temperature=1.3, top_k=10, top_p=0.9)
+FULL = SamplingParams(temperature=1.0)
+CUT = SamplingParams(temperature=1.3, top_k=10, top_p=0.9)
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +47,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory):
     return get
 
 
-def softmax(logits: np.ndarray, s: Sampling) -> np.ndarray:
+def softmax(logits: np.ndarray, s: SamplingParams) -> np.ndarray:
     """Probabilities [..., vocabulary] by the definitions of temperature, top-k and top-p, in float64."""
     p = np.exp((logits.astype(np.float64) - logits.max(-1, keepdims=True)) / s.temperature)
     ranks = np.argsort(np.argsort(-p, axis=-1, kind="stable"), axis=-1)
@@ -60,7 +60,7 @@ def softmax(logits: np.ndarray, s: Sampling) -> np.ndarray:
     return p / p.sum(-1, keepdims=True)
 
 
-def chances(tables: list[np.ndarray], s: Sampling) -> np.ndarray:
+def chances(tables: list[np.ndarray], s: SamplingParams) -> np.ndarray:
     """The probability of each continuation [vocabulary] * LENGTH."""
     first, second, third = (softmax(table, s) for table in tables)
     return first[:, None, None] * second[:, :, None] * third
@@ -103,7 +103,7 @@ def assert_distributed(job: Job, tables: list[np.ndarray]) -> Count:
 
 @pytest.mark.parametrize("sampling", [FULL, CUT], ids=["full", "cut"])
 @pytest.mark.parametrize("rule", ["coupled", "rejection"])
-def test_drafts_of_a_good_drafter_leave_the_distribution_alone(toy, rule: str, sampling: Sampling) -> None:
+def test_drafts_of_a_good_drafter_leave_the_distribution_alone(toy, rule: str, sampling: SamplingParams) -> None:
     folders, tables = toy(16, "dense", 1)
     drawn = assert_distributed(Job(folders, rule, sampling, 3, tables[1:]), tables)
     assert 0.5 < drawn.accepted[0] / drawn.rounds < 0.85
@@ -113,7 +113,7 @@ def test_drafts_of_a_good_drafter_leave_the_distribution_alone(toy, rule: str, s
 def test_drafts_of_the_native_drafter_leave_the_distribution_alone(toy) -> None:
     """A centroid head, which looks at 8 of 32 tokens; a high temperature, so that some of its drafts are accepted."""
     folders, tables = toy(32, "centroid", 10)
-    drawn = assert_distributed(Job(folders, "rejection", Sampling(temperature=2.5, top_p=0.95), 2), tables)
+    drawn = assert_distributed(Job(folders, "rejection", SamplingParams(temperature=2.5, top_p=0.95), 2), tables)
     assert drawn.accepted[0] > 0.1 * drawn.rounds
 
 
@@ -164,7 +164,7 @@ def test_a_drafter_that_is_the_target_is_always_right(pairs, shape: str, tempera
     """Noise shared by token loses nothing: what draws from the same distribution draws the same tokens."""
     backend = pairs(shape)
     cuts = {"top_k": 40, "top_p": 0.9, "min_p": 0.05}
-    sampling = Sampling(temperature, **{name: cut for name, cut in cuts.items() if truncation in (name, "all")})
+    sampling = SamplingParams(temperature, **{name: cut for name, cut in cuts.items() if truncation in (name, "all")})
     mirror = Mirror(backend)
     sequences = [
         sequence(

@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 
 from paceline.backends.base import Backend
 from paceline.decode import draw as twin
-from paceline.decode.control import MAX_DEPTH, Costs, State
+from paceline.decode.draft_length import MAX_DEPTH, Costs, State
 from paceline.decode.rules import DRAFTER_STREAM, TARGET_STREAM, Coupled
-from paceline.decode.sampling import check_sampling
+from paceline.decode.sampling_params import check_sampling_params
 from paceline.engine.sequence import Sequence
 from paceline.engine.step import step
 from paceline.quant.blocks import FORMATS
-from paceline.types import Anchors, Logprobs, Plan, Sampling
+from paceline.types import Anchors, Logprobs, Plan, SamplingParams
 from tests.parity.fixtures import SHAPES, VOCABULARY, WINDOW, write_pair
 from tests.property.sampled import Informed
 from tests.support import NATIVE, Recorder, Run, any_backend, examples, sequence
@@ -55,13 +55,13 @@ def backends(tmp_path_factory: pytest.TempPathFactory):
 
 
 @st.composite
-def samplings(draw: st.DrawFn) -> Sampling:
+def samplings(draw: st.DrawFn) -> SamplingParams:
     """Settings of every kind, each of them left alone in about half of the cases."""
 
     def maybe(strategy: st.SearchStrategy, otherwise: object) -> object:
         return draw(strategy) if draw(st.booleans()) else otherwise
 
-    sampling = Sampling(
+    sampling = SamplingParams(
         temperature=draw(st.sampled_from([0.0, 0.7, 1.0, 1.5])),
         top_k=maybe(st.integers(1, VOCABULARY), 0),
         top_p=maybe(st.floats(0, 1), 1.0),
@@ -73,7 +73,7 @@ def samplings(draw: st.DrawFn) -> Sampling:
         suppressed=tuple(maybe(st.lists(tokens, max_size=20), [])),
         seed=draw(st.integers(0, 2**64 - 1)),
     )
-    return check_sampling(sampling, VOCABULARY)
+    return check_sampling_params(sampling, VOCABULARY)
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Told(Run):
 def prepared(
     backend: Backend,
     prompt: list[int],
-    sampling: Sampling,
+    sampling: SamplingParams,
     drafting: Drafting | None = None,
     logprobs: int | None = None,
 ) -> Sequence:
@@ -147,7 +147,7 @@ def finish(backend: Backend, sequences: list[Sequence], chunk: int = 32) -> list
     return [Told(s.generated, np.array(s.rule.rows), s.statistics, told[s.slot], rounds[s.slot]) for s in sequences]
 
 
-def alone(backend: Backend, prompt: list[int], sampling: Sampling, logprobs: int | None = None) -> Told:
+def alone(backend: Backend, prompt: list[int], sampling: SamplingParams, logprobs: int | None = None) -> Told:
     """Plain decoding."""
     (run,) = finish(backend, [prepared(backend, prompt, sampling, logprobs=logprobs)])
     assert run.statistics.drafted == 0
@@ -175,7 +175,7 @@ def test_the_native_drafter_changes_nothing(backends, shape: str, head: str) -> 
         logprobs=st.sampled_from([None, 0, 5]),
     )
     def holds(
-        quant: str, prompt: list[int], sampling: Sampling, drafting: Drafting, chunk: int, logprobs: int | None
+        quant: str, prompt: list[int], sampling: SamplingParams, drafting: Drafting, chunk: int, logprobs: int | None
     ) -> None:
         backend = backends(shape, quant, head)
         plain = alone(backend, prompt, sampling, logprobs)
@@ -207,7 +207,7 @@ def test_any_pattern_of_acceptance_changes_nothing(backends, shape: str, head: s
     def holds(
         quant: str,
         prompt: list[int],
-        sampling: Sampling,
+        sampling: SamplingParams,
         drafting: Drafting,
         chunk: int,
         honesty: float,
@@ -246,7 +246,7 @@ def test_company_changes_nothing(
     backends,
     shape: str,
     quant: str,
-    requests: list[tuple[list[int], Sampling, Drafting]],
+    requests: list[tuple[list[int], SamplingParams, Drafting]],
     chunk: int,
     honesty: float | None,
 ) -> None:
@@ -265,7 +265,7 @@ def test_company_changes_nothing(
 def test_log_probabilities_are_those_of_plain_decoding(backends, shape: str) -> None:
     """Equal as floats, and those of the settings' temperature alone."""
     backend = backends(shape, "f32", "centroid")
-    sampling = Sampling(temperature=0.7, top_k=20, top_p=0.9, presence_penalty=1.0, seed=6)
+    sampling = SamplingParams(temperature=0.7, top_k=20, top_p=0.9, presence_penalty=1.0, seed=6)
     prompt = list(range(40, 60))
     plain = alone(backend, prompt, sampling, 5)
     informed = Informed(backend, 0.8, None, 1)
@@ -288,7 +288,7 @@ def test_log_probabilities_are_those_of_plain_decoding(backends, shape: str) -> 
 @anything(max_examples=examples(60))
 @given(shape=st.sampled_from(SHAPES), sampling=samplings(), depth=st.integers(1, MAX_DEPTH), newest=tokens)
 def test_drafts_are_drawn_as_the_target_draws(
-    backends, head: str, stream: int, shape: str, sampling: Sampling, depth: int, newest: int
+    backends, head: str, stream: int, shape: str, sampling: SamplingParams, depth: int, newest: int
 ) -> None:
     """From the drafter's logits, without penalties and bias; confidence is the guess's share of what was allowed."""
     backend = backends(shape, "f32", head)

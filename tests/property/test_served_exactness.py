@@ -13,7 +13,7 @@ from paceline.checkpoint.hub import ASSETS
 from paceline.engine.engine import Engine, Request
 from paceline.engine.sequence import Sequence
 from paceline.text.grammar import Grammars
-from paceline.types import Sampling
+from paceline.types import SamplingParams
 from tests.support import DEVICE, examples
 
 REQUESTS = examples(1000)
@@ -42,7 +42,7 @@ def asked(dice: random.Random, engine: Engine, earlier: list[Sequence]) -> Asked
     if earlier and dice.random() < 0.2:
         tokens = [*dice.choice(earlier[-20:]).tokens[:600], *tokens[1:40]]
     warm = dice.random() < 0.6
-    sampling = Sampling(
+    sampling = SamplingParams(
         temperature=dice.choice([0.5, 1.0, 1.3]) if warm else 0.0,
         top_k=dice.choice([0, 64, 5]),
         top_p=dice.choice([1.0, 0.95]),

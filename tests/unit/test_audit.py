@@ -26,7 +26,7 @@ from paceline.bench.audit import (
 from paceline.engine.engine import Engine
 from paceline.engine.scheduler import Scheduler
 from paceline.errors import PromptError
-from paceline.types import Batch, Output, Sampling, Statistics
+from paceline.types import Batch, Output, SamplingParams, Statistics
 from tests.unit.test_engine import engine as fake_engine
 
 PROMPTS = ("Ask me.", "A prompt of more than one chunk.")
@@ -64,7 +64,7 @@ class Forgetful(FakeBackend):
         super().__init__(**settings)
         self._drawn: set[tuple[int, bytes]] = set()
 
-    def draw(self, logits: np.ndarray, sampling: Sampling, position: int) -> int:
+    def draw(self, logits: np.ndarray, sampling: SamplingParams, position: int) -> int:
         key = (position, logits.tobytes())
         again = key in self._drawn
         self._drawn.add(key)
@@ -119,7 +119,7 @@ def test_one_bit_of_one_logit_is_a_difference() -> None:
     assert 0 < where.largest < 1e-6
     assert where.largest_at == 7
     assert len(where.expected_top) == len(where.found_top) == 5
-    plain = e.stream(PROMPTS[0], raw=True, draft_tokens=0, sampling=Sampling(), logprobs=0)
+    plain = e.stream(PROMPTS[0], raw=True, draft_tokens=0, sampling=SamplingParams(), logprobs=0)
     next(plain)
     assert where.expected_top[0][0] == next(plain).pieces[0].token
 

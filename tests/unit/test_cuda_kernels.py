@@ -17,8 +17,8 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from paceline.backends.cuda import draws  # noqa: E402
-from paceline.backends.cuda.kernels import attention, draw, head, matmul, rows  # noqa: E402
+from paceline.backends.torch import device_sampler  # noqa: E402
+from paceline.backends.torch.kernels import attention, draw, head, matmul, rows  # noqa: E402
 
 AMPERE, HOPPER = 80, 90
 TYPES = {
@@ -143,7 +143,7 @@ def test_rows(compiled: list) -> None:
 @pytest.mark.parametrize("ranked", [False, True])
 def test_draws_round_every_number(compiled: list, ranked: bool) -> None:
     """No multiplication is fused with an addition, and no division or exponential is approximate."""
-    settings = empty(16, draws.COLUMNS, dtype=torch.int32)
+    settings = empty(16, device_sampler.COLUMNS, dtype=torch.int32)
     draw.draw(empty(16, 262144, dtype=torch.float32), settings, empty(16, dtype=torch.int64), ranked)
     assert len(compiled) == 3
     for kernel in compiled[1:]:

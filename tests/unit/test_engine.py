@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from paceline.backends.fake import FakeBackend
-from paceline.decode.control import Costs
+from paceline.decode.draft_length import Costs
 from paceline.engine.engine import Engine, Experience, Stream
 from paceline.engine.scheduler import Scheduler
 from paceline.errors import PromptError, SettingsError
-from paceline.types import Sampling
+from paceline.types import SamplingParams
 from tests.support import Ids
 
 
@@ -40,7 +40,7 @@ def engine(**settings: object) -> Engine:
         "target_config": SimpleNamespace(),
         "drafter_config": None,
         "stop_ids": frozenset(),
-        "sampling": Sampling(),
+        "sampling": SamplingParams(),
         "quant": "f32",
         "threads": 1,
         "weight_bytes": 0,
@@ -152,7 +152,7 @@ def test_a_stream_left_early_gives_its_slot_back() -> None:
 
 
 def test_a_seed_is_taken_and_reported() -> None:
-    e = engine(sampling=Sampling(temperature=1.0))
+    e = engine(sampling=SamplingParams(temperature=1.0))
     one, two = (e.generate([1, 2, 3], max_tokens=20) for _ in range(2))
     assert one.sampling.seed != two.sampling.seed
     assert one.tokens != two.tokens
@@ -177,7 +177,7 @@ def test_stop_strings_end_the_text_whatever_was_drafted() -> None:
 
 
 def test_logprobs_are_the_targets_own_and_do_not_depend_on_drafts() -> None:
-    e = engine(sampling=Sampling(temperature=0.8, top_k=5, seed=3))
+    e = engine(sampling=SamplingParams(temperature=0.8, top_k=5, seed=3))
     plain, drafted = (e.generate([1, 2, 3], logprobs=4, max_tokens=30, draft_tokens=depth) for depth in (0, 5))
     assert plain.logprobs == drafted.logprobs
     assert len(plain.logprobs) == len(plain.tokens) == 30

@@ -8,26 +8,26 @@ import pytest
 
 from paceline.checkpoint.checkpoint import Checkpoint
 from paceline.errors import CheckpointError
-from paceline.types import Sampling
+from paceline.types import SamplingParams
 
 
-def sampling(**generation: object) -> Sampling:
+def sampling(**generation: object) -> SamplingParams:
     return Checkpoint(Path("model"), {}, generation, {}, {}).sampling()
 
 
 def test_sampling_is_greedy_unless_asked_for() -> None:
-    assert sampling() == sampling(do_sample=False, temperature=0.7, top_k=9) == Sampling()
+    assert sampling() == sampling(do_sample=False, temperature=0.7, top_k=9) == SamplingParams()
 
 
 def test_what_is_missing_is_off() -> None:
-    assert sampling(do_sample=True) == Sampling(temperature=1.0)
-    assert sampling(do_sample=True, temperature=1.0, top_k=64, top_p=0.95) == Sampling(1.0, 64, 0.95)
-    assert sampling(do_sample=True, top_k=None, min_p=0.1) == Sampling(1.0, min_p=0.1)
+    assert sampling(do_sample=True) == SamplingParams(temperature=1.0)
+    assert sampling(do_sample=True, temperature=1.0, top_k=64, top_p=0.95) == SamplingParams(1.0, 64, 0.95)
+    assert sampling(do_sample=True, top_k=None, min_p=0.1) == SamplingParams(1.0, min_p=0.1)
 
 
 def test_suppressed_tokens_and_penalties_hold_for_greedy_decoding_too() -> None:
     found = sampling(suppress_tokens=[258882, 258883], repetition_penalty=1.1)
-    assert found == Sampling(suppressed=(258882, 258883), repetition_penalty=1.1)
+    assert found == SamplingParams(suppressed=(258882, 258883), repetition_penalty=1.1)
 
 
 @pytest.mark.parametrize("wrong", [{"temperature": "hot"}, {"top_k": 1.5}, {"top_p": True}, {"suppress_tokens": "5"}])

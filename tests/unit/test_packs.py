@@ -118,15 +118,15 @@ def test_the_second_start_maps_and_writes_the_same(pair: tuple[Path, Path], kept
     second = paceline.load(str(pair[0]), quant="q4", threads=1, context=128)
     assert {path: path.stat().st_mtime_ns for path in kept.iterdir()} == times
     assert (
-        first.generate(PROMPT, sampling=paceline.Sampling(), max_tokens=12).tokens
-        == second.generate(PROMPT, sampling=paceline.Sampling(), max_tokens=12).tokens
+        first.generate(PROMPT, sampling=paceline.SamplingParams(), max_tokens=12).tokens
+        == second.generate(PROMPT, sampling=paceline.SamplingParams(), max_tokens=12).tokens
     )
 
 
 def test_a_damaged_pack_is_made_again(pair: tuple[Path, Path], kept: Path) -> None:
     text = (
         paceline.load(str(pair[0]), quant="q8", context=128)
-        .generate(PROMPT, sampling=paceline.Sampling(), max_tokens=12)
+        .generate(PROMPT, sampling=paceline.SamplingParams(), max_tokens=12)
         .tokens
     )
     path = pack_path(Checkpoint.open(pair[0]), "q8")
@@ -135,7 +135,7 @@ def test_a_damaged_pack_is_made_again(pair: tuple[Path, Path], kept: Path) -> No
     path.write_bytes(data)
     assert (
         paceline.load(str(pair[0]), quant="q8", context=128)
-        .generate(PROMPT, sampling=paceline.Sampling(), max_tokens=12)
+        .generate(PROMPT, sampling=paceline.SamplingParams(), max_tokens=12)
         .tokens
         == text
     )
@@ -146,21 +146,21 @@ def test_a_changed_checkpoint_is_noticed(tmp_path: Path, kept: Path, monkeypatch
     target, _ = write_pair(tmp_path, "text", seed=0, text=True)
     old = (
         paceline.load(str(target), quant="q8", context=128)
-        .generate(PROMPT, sampling=paceline.Sampling(), max_tokens=12)
+        .generate(PROMPT, sampling=paceline.SamplingParams(), max_tokens=12)
         .tokens
     )
     other, _ = write_pair(tmp_path / "other", "text", seed=1)
     os.replace(other / "model.safetensors", target / "model.safetensors")
     new = (
         paceline.load(str(target), quant="q8", context=128)
-        .generate(PROMPT, sampling=paceline.Sampling(), max_tokens=12)
+        .generate(PROMPT, sampling=paceline.SamplingParams(), max_tokens=12)
         .tokens
     )
     monkeypatch.setenv("PACELINE_CACHE", str(tmp_path / "empty"))
     assert (
         new
         == paceline.load(str(target), quant="q8", context=128)
-        .generate(PROMPT, sampling=paceline.Sampling(), max_tokens=12)
+        .generate(PROMPT, sampling=paceline.SamplingParams(), max_tokens=12)
         .tokens
     )
     assert new != old
@@ -177,7 +177,7 @@ def test_a_converted_folder_stands_alone(pair: tuple[Path, Path], tmp_path: Path
     assert engine.drafter_config is not None
     plain = cpu_backend(*pair, quant)
     (expected,) = run(plain, [sequence(plain, PROMPT, max_tokens=12)])
-    assert list(engine.generate(PROMPT, sampling=paceline.Sampling(), max_tokens=12).tokens) == expected.tokens
+    assert list(engine.generate(PROMPT, sampling=paceline.SamplingParams(), max_tokens=12).tokens) == expected.tokens
 
 
 def test_converting_refuses_what_it_cannot_do(pair: tuple[Path, Path], tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from paceline.decode.rules import Coupled
 from paceline.engine.prefix import PrefixCache
 from paceline.engine.scheduler import Scheduler
 from paceline.engine.sequence import Sequence
-from paceline.types import Sampling
+from paceline.types import SamplingParams
 from tests.unit.test_scheduler import Watched, alone, drain, request
 
 
@@ -128,7 +128,7 @@ def test_texts_do_not_depend_on_what_was_kept(
         prompt = [9, *[shared] * (20 * shared), *own]
         if sequences and dice.random() < 0.3:  # a next turn
             prompt = [*dice.choice(sequences).tokens, *own, 5]
-        rule = Coupled(Sampling(temperature=temperature, seed=len(sequences)), backend.draw)
+        rule = Coupled(SamplingParams(temperature=temperature, seed=len(sequences)), backend.draw)
         sequences.append(request(backend, prompt, max_tokens=most, rule=rule, draft_tokens=dice.randrange(5)))
         mine.submit(sequences[-1], lambda _: None)
         for _ in range(dice.randrange(6)):

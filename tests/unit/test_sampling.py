@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from paceline.decode.rules import Coupled
-from paceline.decode.sampling import History, adjusted, check_sampling, logprobs_of
+from paceline.decode.sampling_params import History, adjusted, check_sampling_params, logprobs_of
 from paceline.decode.verify import verify
 from paceline.errors import SettingsError
-from paceline.types import Line, Sampling
+from paceline.types import Line, SamplingParams
 
 
 @pytest.mark.parametrize(
@@ -42,14 +42,14 @@ from paceline.types import Line, Sampling
 )
 def test_settings_out_of_range(settings: dict, cause: str) -> None:
     with pytest.raises(SettingsError) as caught:
-        check_sampling(Sampling(**settings), 8)
+        check_sampling_params(SamplingParams(**settings), 8)
     assert cause in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_settings_at_the_edge() -> None:
-    edge = Sampling(1e-4, 1 << 40, 0.0, 1.0, 0.01, -2.0, -2.0, ((7, -100.0),), (0, 1), (1 << 64) - 1)
-    assert check_sampling(edge, 8) is edge
+    edge = SamplingParams(1e-4, 1 << 40, 0.0, 1.0, 0.01, -2.0, -2.0, ((7, -100.0),), (0, 1), (1 << 64) - 1)
+    assert check_sampling_params(edge, 8) is edge
 
 
 def history(prompt: list[int], text: list[int]) -> History:
@@ -63,21 +63,21 @@ LOGITS = np.array([2.0, -2.0, 1.0, 0.0, 4.0], np.float32)
 
 
 def test_nothing_to_adjust_copies_nothing() -> None:
-    assert adjusted(LOGITS, Sampling(1.0, 2, 0.5, 0.1), history([0], [1])) is LOGITS
+    assert adjusted(LOGITS, SamplingParams(1.0, 2, 0.5, 0.1), history([0], [1])) is LOGITS
 
 
 def test_penalties_bias_and_suppressed_tokens() -> None:
     seen = history([0, 1], [4, 4, 2])
-    assert adjusted(LOGITS, Sampling(repetition_penalty=2.0), seen).tolist() == [1, -4, 0.5, 0, 2]
-    assert adjusted(LOGITS, Sampling(presence_penalty=1.0), seen).tolist() == [2, -2, 0, 0, 3]
-    assert adjusted(LOGITS, Sampling(frequency_penalty=1.0), seen).tolist() == [2, -2, 0, 0, 2]
-    assert adjusted(LOGITS, Sampling(bias=((3, 9.0), (3, -1.0))), seen).tolist() == [2, -2, 1, 8, 4]
-    assert adjusted(LOGITS, Sampling(suppressed=(4, 0)), seen).tolist() == [-np.inf, -2, 1, 0, -np.inf]
+    assert adjusted(LOGITS, SamplingParams(repetition_penalty=2.0), seen).tolist() == [1, -4, 0.5, 0, 2]
+    assert adjusted(LOGITS, SamplingParams(presence_penalty=1.0), seen).tolist() == [2, -2, 0, 0, 3]
+    assert adjusted(LOGITS, SamplingParams(frequency_penalty=1.0), seen).tolist() == [2, -2, 0, 0, 2]
+    assert adjusted(LOGITS, SamplingParams(bias=((3, 9.0), (3, -1.0))), seen).tolist() == [2, -2, 1, 8, 4]
+    assert adjusted(LOGITS, SamplingParams(suppressed=(4, 0)), seen).tolist() == [-np.inf, -2, 1, 0, -np.inf]
     assert LOGITS.tolist() == [2, -2, 1, 0, 4]
 
 
 def test_suppressed_tokens_are_never_drawn() -> None:
-    hot = Sampling(temperature=50.0, suppressed=(0, 2, 3, 4), seed=1)
+    hot = SamplingParams(temperature=50.0, suppressed=(0, 2, 3, 4), seed=1)
     assert {Coupled(hot).settle(LOGITS, p, History(), Line(), 0) for p in range(200)} == {1}
 
 
@@ -123,5 +123,5 @@ def test_a_grammar_masks_each_row_of_a_line_at_its_own_place() -> None:
 
 
 def test_a_grammar_wins_over_suppressed_tokens() -> None:
-    settled = adjusted(LOGITS, Sampling(suppressed=(1, 2)), History((), Only({1, 2})))
+    settled = adjusted(LOGITS, SamplingParams(suppressed=(1, 2)), History((), Only({1, 2})))
     assert np.flatnonzero(settled > -np.inf).tolist() == [1, 2]

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paceline.backends.fake import FakeBackend
-from paceline.decode.control import Costs
+from paceline.decode.draft_length import Costs
 from paceline.decode.rules import Coupled
 from paceline.engine.scheduler import Scheduler
 from paceline.engine.sequence import Sequence
 from paceline.errors import BusyError
-from paceline.types import Batch, Event, Output, Sampling
+from paceline.types import Batch, Event, Output, SamplingParams
 from tests.support import unplaced
 
 
@@ -72,7 +72,7 @@ def test_text_does_not_depend_on_arrivals_company_or_cancellations(
     scheduler = Scheduler(backend, chunk)
     sequences, heard = [], []
     for prompt, most, depth, temperature, noise in requests:
-        sampling = Sampling(temperature=temperature, seed=noise)
+        sampling = SamplingParams(temperature=temperature, seed=noise)
         rule = Coupled(sampling, backend.draw)
         sequences.append(request(backend, prompt, max_tokens=most, draft_tokens=depth, rule=rule))
         events: list[Event] = []
@@ -84,7 +84,9 @@ def test_text_does_not_depend_on_arrivals_company_or_cancellations(
             scheduler.cancel(dice.choice(sequences))
     drain(scheduler)
     for (prompt, most, _, temperature, noise), sequence, events in zip(requests, sequences, heard, strict=True):
-        text = alone(prompt, max_tokens=most, rule=Coupled(Sampling(temperature=temperature, seed=noise), backend.draw))
+        text = alone(
+            prompt, max_tokens=most, rule=Coupled(SamplingParams(temperature=temperature, seed=noise), backend.draw)
+        )
         assert [piece.token for event in events for piece in event.pieces] == sequence.generated
         assert sequence.generated == text[: len(sequence.generated)]
         assert sequence.finish == "cancelled" or sequence.generated == text

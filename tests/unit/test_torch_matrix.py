@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paceline.backends.cuda import matrix, ops
-from paceline.backends.cuda.draws import on_device, pack_settings, unpack_settings
-from paceline.backends.cuda.matrix import pack, stack
+from paceline.backends.torch import matrix, ops
+from paceline.backends.torch.device_sampler import on_device, pack_settings, unpack_settings
+from paceline.backends.torch.matrix import pack, stack
 from paceline.quant.blocks import round_trip
-from paceline.types import Sampling
+from paceline.types import SamplingParams
 
 
 @settings(max_examples=50, deadline=None)
@@ -59,15 +59,15 @@ def test_matrices_can_be_stacked_and_quantised_in_slices(monkeypatch: pytest.Mon
     stream=st.integers(0, 2),
 )
 def test_settings_survive_as_words(temperature: float, top_k: int, shares: tuple, seed: int, stream: int) -> None:
-    sampling = Sampling(temperature, min(top_k, 2**31 - 1), *shares, seed=seed)
-    words = pack_settings([Sampling(), sampling], [0, stream], 4)
+    sampling = SamplingParams(temperature, min(top_k, 2**31 - 1), *shares, seed=seed)
+    words = pack_settings([SamplingParams(), sampling], [0, stream], 4)
     assert unpack_settings(words[1]) == (sampling, stream)
-    assert unpack_settings(words[3]) == (Sampling(seed=0, top_p=0.0), 0)
+    assert unpack_settings(words[3]) == (SamplingParams(seed=0, top_p=0.0), 0)
 
 
 def test_what_devices_draw() -> None:
-    assert on_device(Sampling())
-    assert on_device(Sampling(1.0))
-    assert on_device(Sampling(1.0, top_k=64, top_p=0.9))
-    assert not on_device(Sampling(1.0, top_p=0.9))  # of the whole vocabulary
-    assert not on_device(Sampling(1.0, top_k=1000))
+    assert on_device(SamplingParams())
+    assert on_device(SamplingParams(1.0))
+    assert on_device(SamplingParams(1.0, top_k=64, top_p=0.9))
+    assert not on_device(SamplingParams(1.0, top_p=0.9))  # of the whole vocabulary
+    assert not on_device(SamplingParams(1.0, top_k=1000))

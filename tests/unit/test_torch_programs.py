@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from paceline.backends.cuda.backend import TorchBackend
-from paceline.backends.cuda.draws import COLUMNS
-from paceline.backends.cuda.recorder import Recorder
-from paceline.backends.cuda.weights import RandomSource
+from paceline.backends.torch.backend import TorchBackend
+from paceline.backends.torch.cuda_graphs import Recorder
+from paceline.backends.torch.device_sampler import COLUMNS
+from paceline.backends.torch.weights import RandomSource
 from paceline.bench.shapes import official_drafter, official_target
 from paceline.decode.rules import Coupled
 from paceline.errors import BackendError
-from paceline.types import Int32, Sampling
+from paceline.types import Int32, SamplingParams
 from tests.parity.fixtures import SHAPES, VOCABULARY
 from tests.property.test_exactness import assert_same
 from tests.support import Recorder as RowRecorder
@@ -48,7 +48,7 @@ class Tracer(Recorder):
 @pytest.mark.parametrize("quant", ["bf16", "q4"])
 def test_a_pass_recorded_once_serves_all_others(folders, shape: str, quant: str) -> None:
     backend = torch_backend(*folders(shape), quant, slots=2)
-    sampling = Sampling(temperature=0.8, top_k=50, seed=3)
+    sampling = SamplingParams(temperature=0.8, top_k=50, seed=3)
     rng = np.random.default_rng(0)
 
     def texts() -> list:

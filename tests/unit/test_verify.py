@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from paceline.backends.fake import FakeBackend
 from paceline.decode.rules import Coupled
-from paceline.decode.sampling import History
+from paceline.decode.sampling_params import History
 from paceline.decode.verify import verify
 from paceline.engine.sequence import Sequence
 from paceline.errors import BackendError

@@ -5,12 +5,13 @@ A backend loads a target and perhaps a drafter, owns the KV cache, and knows not
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from paceline.types import Anchors, Batch, Drafts, Output, Row, Sampling
+from paceline.types import Anchors, BackendInfo, Batch, Drafts, Output, Result, Row, SamplingParams, Work
 
 
 class Snapshot(Protocol):
@@ -30,6 +31,25 @@ class Snapshot(Protocol):
 
 class Backend(Protocol):
     """A loaded model pair and its KV memory."""
+
+    @property
+    def info(self) -> BackendInfo:
+        """Sizes, formats and device."""
+
+    def run(self, works: Sequence[Work]) -> list[Result]:
+        """One step: propose, run one pass of the target, sample and accept, roll back rejected rows.
+
+        Args:
+            works: of different slots, at least one.
+
+        Returns:
+            A result for each work. A row's logits, and so its tokens, depend on the slot's tokens alone: not on the
+            other works, on drafts, on chunks of the prompt or on threads. A drafter continues from the target's hidden
+            state at the slot's last accepted row, which the backend keeps.
+
+        Raises:
+            BackendError: a work that does not continue its slot's cache, or does not fit it.
+        """
 
     @property
     def vocab_size(self) -> int: ...
@@ -70,11 +90,11 @@ class Backend(Protocol):
     def draft(self, anchors: Anchors) -> Drafts:
         """Guess the next tokens of each anchor from the target's cache below the anchor's position."""
 
-    def draw(self, logits: Row, sampling: Sampling, position: int) -> int:
-        """The same token as `decode.draw.draw`, faster."""
+    def draw(self, logits: Row, sampling: SamplingParams, position: int) -> int:
+        """The same token as `decode.sampler.draw`, faster."""
 
-    def allowed(self, logits: Row, sampling: Sampling) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """The same tokens and weights as `decode.draw.allowed` in any order, faster; temperature above 0."""
+    def allowed(self, logits: Row, sampling: SamplingParams) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """The same tokens and weights as `decode.sampler.allowed` in any order, faster; temperature above 0."""
 
     def truncate(self, slot: int, length: int) -> None:
         """Forget all positions from `length` on.

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from paceline.decode.draw import allowed, draw
+from paceline.decode.sampler import allowed, draw
 from paceline.errors import BackendError
-from paceline.types import Anchors, Batch, Drafts, Float32, Output, Row, Sampling
+from paceline.types import Anchors, Batch, Drafts, Float32, Output, Row, SamplingParams
 
 HIDDEN = 4
 
@@ -99,10 +99,10 @@ class FakeBackend:
 
     stops_early = False
 
-    def draw(self, logits: Row, sampling: Sampling, position: int) -> int:
+    def draw(self, logits: Row, sampling: SamplingParams, position: int) -> int:
         return draw(logits, sampling, position)
 
-    def allowed(self, logits: Row, sampling: Sampling) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    def allowed(self, logits: Row, sampling: SamplingParams) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         return allowed(logits, sampling)
 
     def draft(self, anchors: Anchors) -> Drafts:

@@ -19,11 +19,11 @@ import numpy as np
 
 from paceline.backends.cpu.backend import CpuBackend
 from paceline.decode.rules import Rule
-from paceline.decode.sampling import History
+from paceline.decode.sampling_params import History
 from paceline.engine.engine import DraftTokens, Engine, Experience
 from paceline.engine.scheduler import Scheduler
 from paceline.errors import PromptError
-from paceline.types import GREEDY, FinishReason, Float32, Line, Row, Sampling, Statistics
+from paceline.types import GREEDY, FinishReason, Float32, Line, Row, SamplingParams, Statistics
 
 PROMPTS = (  # raw text, so that every checkpoint can continue them
     "def fibonacci(n):\n",
@@ -35,8 +35,8 @@ PROMPTS = (  # raw text, so that every checkpoint can continue them
 )
 SAMPLINGS = {
     "greedy": GREEDY,
-    "sampled": Sampling(temperature=1.0, top_k=64, top_p=0.95, seed=1),
-    "sampled hot": Sampling(temperature=1.3, repetition_penalty=1.1, seed=2),
+    "sampled": SamplingParams(temperature=1.0, top_k=64, top_p=0.95, seed=1),
+    "sampled hot": SamplingParams(temperature=1.3, repetition_penalty=1.1, seed=2),
 }
 TIMED = ("greedy", "sampled")  # what speed and acceptance are measured with
 DEPTHS: tuple[DraftTokens, ...] = (1, 2, 4, 8, "auto")
@@ -237,7 +237,7 @@ class _Watcher:
     rule: Rule
 
     @property
-    def sampling(self) -> Sampling:
+    def sampling(self) -> SamplingParams:
         return self.rule.sampling
 
     @property

@@ -20,7 +20,7 @@ from paceline.config import TargetConfig
 from paceline.errors import SettingsError
 
 if TYPE_CHECKING:
-    from paceline.backends.cuda.backend import TorchBackend
+    from paceline.backends.torch.backend import TorchBackend
 
 CHUNK = 256  # prompt rows read in one pass
 
@@ -129,7 +129,7 @@ def _machine(backend: CpuBackend | TorchBackend) -> tuple[Bandwidth, dict[str, A
     """How fast its memory is, what it is, and what is held of its memory at most."""
     if isinstance(backend, CpuBackend):
         return ReadBandwidth(backend.threads), {"threads": backend.threads, "isa": backend.isa}, machine.peak_memory
-    from paceline.backends.cuda import measure
+    from paceline.backends.torch import measure
 
     device = backend.device
     about = {"threads": backend.threads, "device": measure.device_name(device), "software": measure.software()}

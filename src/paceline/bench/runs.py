@@ -14,12 +14,12 @@ from paceline import _cpu
 from paceline.backends.base import Backend
 from paceline.bench.machine import Bandwidth, ReadBandwidth
 from paceline.bench.simulated import Script
-from paceline.decode.control import Costs
+from paceline.decode.draft_length import Costs
 from paceline.decode.rules import Coupled, Rule
-from paceline.engine.pricing import Silent, measure_costs
+from paceline.engine.cost_model import Silent, measure_costs
 from paceline.engine.sequence import Sequence
 from paceline.engine.step import step
-from paceline.types import Anchors, Batch, Float32, Plan, Sampling
+from paceline.types import Anchors, Batch, Float32, Plan, SamplingParams
 
 KERNEL_ROWS = (1, 2, 3, 4, 6, 8, 12, 16)
 KERNEL_SHAPE = (6144 * 32, 1536)  # far more than any cache in every format
@@ -80,7 +80,7 @@ class Bench:
             positions=np.array([self.context], np.int32),
             tokens=self._tokens(1),
             hidden=self.hidden,
-            samplings=(Sampling(),),
+            samplings=(SamplingParams(),),
             plans=(Plan(depth),),
             streams=(0,),
         )
@@ -101,7 +101,7 @@ class Bench:
     def costs(self) -> Costs:
         """Costs of rounds, as the engine measures them at load. Leaves the slot as it found it."""
         self.backend.close_slot(self.slot)
-        costs = measure_costs(self.backend, Sampling())
+        costs = measure_costs(self.backend, SamplingParams())
         self.slot = self.backend.open_slot()
         self.hidden = self._read(self.context)
         return costs

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paceline.backends.base import Backend
-from paceline.decode.sampling import History
-from paceline.types import Anchors, Batch, Drafts, Line, Output, Row, Sampling
+from paceline.decode.sampling_params import History
+from paceline.types import Anchors, Batch, Drafts, Line, Output, Row, SamplingParams
 
 GOLDEN = 0.6180339887498949
 
@@ -28,7 +28,7 @@ class Script:
 
     backend: Backend
     shares: tuple[float, ...]
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     stream: int = 0
     with_logits: bool = False
     _round: int = 0
@@ -40,10 +40,10 @@ class Script:
         accepted = sum((self._round * GOLDEN) % 1.0 < share for share in self.shares)
         return line.tokens[depth] if depth < accepted else (line.tokens[depth] + 1) % self.vocab_size
 
-    def draw(self, logits: Row, sampling: Sampling, position: int) -> int:
+    def draw(self, logits: Row, sampling: SamplingParams, position: int) -> int:
         return self.backend.draw(logits, sampling, position)
 
-    def allowed(self, logits: Row, sampling: Sampling) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    def allowed(self, logits: Row, sampling: SamplingParams) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         return self.backend.allowed(logits, sampling)
 
     def draft(self, anchors: Anchors) -> Drafts:

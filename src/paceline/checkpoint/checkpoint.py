@@ -22,7 +22,7 @@ from paceline.config import (
     token_ids,
 )
 from paceline.errors import CheckpointError
-from paceline.types import Sampling
+from paceline.types import SamplingParams
 
 Config = TypeVar("Config")
 PACKED_NAME = "model.paceline"  # packed weights, in a folder that `paceline convert` made
@@ -73,7 +73,7 @@ class Checkpoint:
         """Where the template is if it has a file of its own; older checkpoints keep it in `tokenizer_config`."""
         return self.folder / "chat_template.jinja"
 
-    def sampling(self) -> Sampling:
+    def sampling(self) -> SamplingParams:
         """The sampling that `generation_config.json` recommends; greedy where it does not ask for sampling.
 
         Raises:
@@ -90,7 +90,7 @@ class Checkpoint:
             numbers[name] = value
         if not self.generation.get("do_sample"):
             numbers |= {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-        return Sampling(**numbers, suppressed=suppressed)  # type: ignore[arg-type]
+        return SamplingParams(**numbers, suppressed=suppressed)  # type: ignore[arg-type]
 
     def target_config(self) -> TargetConfig:
         """The settings as a target's.

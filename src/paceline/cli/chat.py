@@ -58,7 +58,7 @@ def chat(
       paceline chat --temperature 0.7 < questions.txt
     """
     import paceline
-    from paceline.decode.sampling import check_sampling
+    from paceline.decode.sampling_params import check_sampling_params
     from paceline.text.stops import check_stops
 
     engine = paceline.load(
@@ -86,7 +86,7 @@ def chat(
         bias=logit_bias,
         seed=seed,
     )
-    check_sampling(sampling, engine.backend.vocab_size)
+    check_sampling_params(sampling, engine.backend.vocab_size)
     conversation = Conversation(engine, sampling, max_tokens, check_stops(stop or ()), system=system)
     interactive = all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
     if not converse(conversation, Terminal(_title(model, engine)) if interactive else Pipe()) and not interactive:

@@ -17,7 +17,7 @@ from paceline.files import atomic_file
 if TYPE_CHECKING:
     from paceline import Engine, Stream
     from paceline.engine.engine import DraftTokens
-    from paceline.types import Event, Sampling, Statistics
+    from paceline.types import Event, SamplingParams, Statistics
 
     Message = dict[str, str]  # role and content
 
@@ -79,7 +79,7 @@ class Conversation:
     """Messages, settings, and the commands that change them. Errors are `PacelineError`s and change nothing."""
 
     engine: Engine
-    sampling: Sampling
+    sampling: SamplingParams
     max_tokens: int = 1024
     stop: tuple[str, ...] = ()
     draft_tokens: DraftTokens | None = None  # None: the engine's setting
@@ -143,7 +143,7 @@ class Conversation:
         return Reply(f"{len(self.messages)} messages come from {path}")
 
     def set(self, rest: str) -> Reply:
-        from paceline.decode.sampling import check_sampling
+        from paceline.decode.sampling_params import check_sampling_params
         from paceline.engine.engine import check_draft_tokens
 
         name, _, word = rest.partition(" ")
@@ -159,7 +159,7 @@ class Conversation:
             self.max_tokens = _check_max_tokens(value)
         else:
             changed = replace(self.sampling, **{name: value})  # type: ignore[arg-type]
-            self.sampling = check_sampling(changed, self.engine.backend.vocab_size)
+            self.sampling = check_sampling_params(changed, self.engine.backend.vocab_size)
         return Reply(f"{name} is {self._settings()[name]}")
 
     def stats(self, _: str) -> Reply:
@@ -185,7 +185,7 @@ class Conversation:
             raise PromptError("there is no message yet; write one")
         return self.turns[: asked[-1]], self.turns[asked[-1]]["content"]
 
-    def _ask(self, before: list[Message], message: str, sampling: Sampling) -> Turn:
+    def _ask(self, before: list[Message], message: str, sampling: SamplingParams) -> Turn:
         asked = [*self._system(), *before, {"role": "user", "content": message}]
         stream = self.engine.stream(
             asked, sampling=sampling, max_tokens=self.max_tokens, stop=self.stop, draft_tokens=self.draft_tokens

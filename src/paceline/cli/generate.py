@@ -39,7 +39,7 @@ from paceline.errors import PromptError, SettingsError
 
 if TYPE_CHECKING:
     from paceline import Engine, Stream
-    from paceline.types import Event, Logprobs, Sampling, Statistics
+    from paceline.types import Event, Logprobs, SamplingParams, Statistics
 
 INTERRUPTED = 130  # what shells report for a command that Ctrl-C ended
 
@@ -145,7 +145,7 @@ def _read_stdin() -> str:
         ) from error
 
 
-def _line(statistics: Statistics, sampling: Sampling) -> str:
+def _line(statistics: Statistics, sampling: SamplingParams) -> str:
     accepted = f"{statistics.accepted} of {statistics.drafted} drafts accepted" if statistics.drafted else "no drafts"
     return (
         f"{statistics.tokens} tokens, {statistics.tokens_per_second:.1f} tokens/s, "

@@ -11,7 +11,7 @@ import typer
 from paceline.errors import SettingsError
 
 if TYPE_CHECKING:
-    from paceline.types import Sampling
+    from paceline.types import SamplingParams
 
 _PANEL = "Sampling (the model's own settings where not given)"
 
@@ -32,12 +32,12 @@ SeedOption = Annotated[int | None, _option("Same seed, same text; random and rep
 StopOption = Annotated[list[str] | None, _option("End the text before this; may be given again.", "TEXT")]
 
 
-def sampling_of(model: Sampling, **given: object) -> Sampling:
+def sampling_of(model: SamplingParams, **given: object) -> SamplingParams:
     """The model's settings with those that were given in their place.
 
     Args:
         model: what the checkpoint recommends.
-        given: fields of `Sampling`, None where the option was not given; `bias` as the words of --logit-bias.
+        given: fields of `SamplingParams`, None where the option was not given; `bias` as the words of --logit-bias.
     """
     changed = {name: value for name, value in given.items() if value is not None}
     if "bias" in changed:

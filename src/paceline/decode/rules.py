@@ -18,24 +18,24 @@ from typing import ClassVar, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from paceline.decode.draw import allowed, draw, gumbel, uniform_bits
-from paceline.decode.sampling import History, adjusted
-from paceline.types import GREEDY, Line, Row, Sampling
+from paceline.decode.sampler import allowed, draw, gumbel, uniform_bits
+from paceline.decode.sampling_params import History, adjusted
+from paceline.types import GREEDY, Line, Row, SamplingParams
 
 TARGET_STREAM, DRAFTER_STREAM, TEST_STREAM = range(3)  # of the noise
 
-Lister = Callable[[Row, Sampling], tuple[NDArray[np.int32], NDArray[np.int64]]]
-"""Lists the tokens that can be drawn, with their weights: `decode.draw.allowed`, or a backend's faster twin of it."""
+Lister = Callable[[Row, SamplingParams], tuple[NDArray[np.int32], NDArray[np.int64]]]
+"""Lists the tokens that can be drawn, with their weights: `decode.sampler.allowed`, or a backend's faster twin of it."""
 
-Drawer = Callable[[Row, Sampling, int], int]
-"""Draws the token at a position from logits [vocabulary]: `decode.draw.draw`, or a backend's faster twin of it."""
+Drawer = Callable[[Row, SamplingParams, int], int]
+"""Draws the token at a position from logits [vocabulary]: `decode.sampler.draw`, or a backend's faster twin of it."""
 
 
 class Rule(Protocol):
     """What verification asks of a strategy."""
 
     @property
-    def sampling(self) -> Sampling: ...
+    def sampling(self) -> SamplingParams: ...
     @property
     def stream(self) -> int:
         """The stream of the drafter's noise."""
@@ -60,7 +60,7 @@ class Rule(Protocol):
 class Coupled:
     """The target's own draw. A draft is accepted when it is equal."""
 
-    sampling: Sampling = GREEDY
+    sampling: SamplingParams = GREEDY
     drawer: Drawer = draw
     stream: ClassVar[int] = TARGET_STREAM
     with_logits: ClassVar[bool] = False
@@ -73,7 +73,7 @@ class Coupled:
 class Rejection:
     """A draft x is accepted with probability min(1, p(x) / q(x)); else the token is drawn from the rest, p - q."""
 
-    sampling: Sampling = GREEDY
+    sampling: SamplingParams = GREEDY
     drawer: Drawer = draw
     lister: Lister = allowed
     stream: ClassVar[int] = DRAFTER_STREAM
@@ -98,7 +98,7 @@ class Rejection:
         return int(ids[(np.log(rest[ids]) + noise).argmax()])
 
 
-def probabilities(logits: Row, sampling: Sampling, lister: Lister = allowed) -> NDArray[np.float64]:
+def probabilities(logits: Row, sampling: SamplingParams, lister: Lister = allowed) -> NDArray[np.float64]:
     """The distribution [vocabulary] that tokens are drawn from at a temperature above 0."""
     ids, weights = lister(logits, sampling)
     p = np.zeros(len(logits))
@@ -109,11 +109,11 @@ def probabilities(logits: Row, sampling: Sampling, lister: Lister = allowed) -> 
 class Draws(Protocol):
     """A backend, as far as rules need it."""
 
-    def draw(self, logits: Row, sampling: Sampling, position: int) -> int: ...
-    def allowed(self, logits: Row, sampling: Sampling) -> tuple[NDArray[np.int32], NDArray[np.int64]]: ...
+    def draw(self, logits: Row, sampling: SamplingParams, position: int) -> int: ...
+    def allowed(self, logits: Row, sampling: SamplingParams) -> tuple[NDArray[np.int32], NDArray[np.int64]]: ...
 
 
-RULES: dict[str, Callable[[Sampling, Draws], Rule]] = {
+RULES: dict[str, Callable[[SamplingParams, Draws], Rule]] = {
     "coupled": lambda sampling, backend: Coupled(sampling, backend.draw),
     "rejection": lambda sampling, backend: Rejection(sampling, backend.draw, backend.allowed),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from paceline.decode.rules import Rule
-from paceline.decode.sampling import History, logprobs_of
+from paceline.decode.sampling_params import History, logprobs_of
 from paceline.types import Commit, Line, Rows
 
 

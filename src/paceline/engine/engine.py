@@ -13,16 +13,16 @@ from typing import Any, Literal
 
 from paceline.backends.base import Backend
 from paceline.config import DrafterConfig, TargetConfig
-from paceline.decode.control import Costs, State, next_request, useless
+from paceline.decode.draft_length import Costs, State, next_request, useless
 from paceline.decode.rules import RULES, Rule
-from paceline.decode.sampling import MOST_LOGPROBS, Grammar, check_sampling
+from paceline.decode.sampling_params import MOST_LOGPROBS, Grammar, check_sampling_params
 from paceline.engine.scheduler import Scheduler
 from paceline.engine.sequence import Sequence
 from paceline.errors import ContextError, PromptError, SettingsError
 from paceline.text.chat import ChatTemplate
 from paceline.text.stops import check_stops
 from paceline.text.tokenizer import Tokenizer
-from paceline.types import Event, Generation, Sampling, Statistics
+from paceline.types import Event, Generation, SamplingParams, Statistics
 
 MAX_DRAFT_TOKENS = 15  # a verification is at most 16 rows
 
@@ -53,7 +53,7 @@ class Experience:
 class Request:
     """Settings of one generation; see `Engine.stream`."""
 
-    sampling: Sampling | None = None
+    sampling: SamplingParams | None = None
     max_tokens: int = 256
     stop: tuple[str, ...] = ()
     draft_tokens: DraftTokens | None = None
@@ -77,7 +77,7 @@ class Engine:
     target_config: TargetConfig
     drafter_config: DrafterConfig | None
     stop_ids: frozenset[int]
-    sampling: Sampling  # the checkpoint's own, for requests that say nothing
+    sampling: SamplingParams  # the checkpoint's own, for requests that say nothing
     quant: str
     threads: int
     weight_bytes: int  # the target's packed matrices; per-layer-embedding tables are mapped and not counted
@@ -90,7 +90,7 @@ class Engine:
         self,
         prompt: Prompt,
         *,
-        sampling: Sampling | None = None,
+        sampling: SamplingParams | None = None,
         max_tokens: int = 256,
         stop: Items[str] = (),
         draft_tokens: DraftTokens | None = None,
@@ -190,11 +190,11 @@ class Engine:
                     "this the drafter of another model, or has the model been fine-tuned? (the text is not affected)"
                 )
 
-    def rule(self, name: str, sampling: Sampling | None) -> Rule:
+    def rule(self, name: str, sampling: SamplingParams | None) -> Rule:
         """The acceptance rule of that name, with settings that are checked and have a seed."""
         if name not in RULES:
             raise SettingsError(f"unknown acceptance rule {name!r}; use {' or '.join(RULES)}")
-        chosen = check_sampling(sampling or self.sampling, self.backend.vocab_size)
+        chosen = check_sampling_params(sampling or self.sampling, self.backend.vocab_size)
         if chosen.seed is None and chosen.temperature > 0:
             chosen = replace(chosen, seed=secrets.randbits(53))  # whole in every JSON reader
         return RULES[name](chosen, self.backend)
@@ -265,7 +265,7 @@ class Stream:
         return self.sequence.statistics
 
     @property
-    def sampling(self) -> Sampling:
+    def sampling(self) -> SamplingParams:
         """What tokens are drawn with, seed included."""
         return self.sequence.rule.sampling
 

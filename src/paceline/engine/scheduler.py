@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from paceline.backends.base import Backend
-from paceline.decode.control import REPLAN, SHARED_REPLAN, Costs, Drift, observe_shared, share_out
+from paceline.decode.draft_length import REPLAN, SHARED_REPLAN, Costs, Drift, observe_shared, share_out
 from paceline.engine.prefix import LEAST_TOKENS, PrefixCache, common_length
 from paceline.engine.sequence import Sequence
 from paceline.engine.step import step

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field, replace
 
-from paceline.decode.control import Costs, State, next_plan, observe
+from paceline.decode.draft_length import Costs, State, next_plan, observe
 from paceline.decode.rules import Rule
-from paceline.decode.sampling import Grammar, History
+from paceline.decode.sampling_params import Grammar, History
 from paceline.text.stops import StoppedText, TokenDecoder
-from paceline.types import Commit, Event, FinishReason, Float32, Line, Piece, Plan, Statistics
+from paceline.types import Commit, Event, FinishReason, Float32, Line, Plan, Statistics, TokenDelta
 
 MOST_FORCED = 15  # with the round's own token a verification of sixteen rows
 
@@ -125,7 +125,7 @@ class Sequence:
                 break
             self.tokens.append(token)
             report = commit.logprobs[depth - 1] if commit.logprobs else None
-            pieces.append(Piece(token, self._text.push(token), depth if depth <= commit.accepted else 0, report))
+            pieces.append(TokenDelta(token, self._text.push(token), depth if depth <= commit.accepted else 0, report))
             if self._text.stopped:
                 self.finish = "stop"
                 break

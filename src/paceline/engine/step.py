@@ -15,7 +15,7 @@ import numpy as np
 from paceline.backends.base import Backend
 from paceline.decode.verify import verify
 from paceline.engine.sequence import Sequence
-from paceline.types import Anchors, Batch, Drafts, Event, Line, Output, Plan, Sampling
+from paceline.types import Anchors, Batch, Drafts, Event, Line, Output, Plan, SamplingParams
 
 
 def step(backend: Backend, sequences: Items[Sequence], chunk: int) -> list[Event | None]:
@@ -121,7 +121,7 @@ def wants_logits(sequence: Sequence, tokens: list[int]) -> bool:
 def batch_of(sequences: Items[Sequence], runs: Items[list[int]]) -> Batch:
     """The rows of all runs. Wanted are every row of a round and the last row of a prompt."""
     wanted: list[bool] = []
-    samplings: list[Sampling] = []
+    samplings: list[SamplingParams] = []
     for sequence, tokens in zip(sequences, runs, strict=True):
         first = len(tokens) - 1 if sequence.reading else 0
         wants = wants_logits(sequence, tokens)

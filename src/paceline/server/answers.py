@@ -6,9 +6,9 @@ import secrets
 from typing import Any
 
 from paceline.engine.sequence import Sequence
-from paceline.text.answer import AnswerReader, Part
+from paceline.text.output_parser import AnswerReader, Part
 from paceline.text.tokenizer import Tokenizer
-from paceline.types import Event, Piece, Sampling, Statistics
+from paceline.types import Event, SamplingParams, Statistics, TokenDelta
 
 LEAST_LOGPROB = -9999.0  # JSON has no infinity
 
@@ -31,14 +31,14 @@ class Choice:
         self.tokens = self.thought_tokens = 0
         self.finish: str | None = None
 
-    def push(self, event: Event) -> tuple[list[Part], list[Piece]]:
+    def push(self, event: Event) -> tuple[list[Part], list[TokenDelta]]:
         """Take what a round added.
 
         Returns:
             Its parts, in order, and the tokens of the content.
         """
         parts: list[Part] = []
-        pieces: list[Piece] = []
+        pieces: list[TokenDelta] = []
         reader = self._reader
         for piece in event.pieces:
             content, thought = reader is None or reader.in_content, reader is not None and reader.in_thought
@@ -79,7 +79,7 @@ class Choice:
         return self._sequence.statistics
 
     @property
-    def sampling(self) -> Sampling:
+    def sampling(self) -> SamplingParams:
         return self._sequence.rule.sampling
 
     @property
@@ -98,7 +98,7 @@ class Choice:
             "seed": self.sampling.seed,
         }
 
-    def token_report(self, piece: Piece) -> dict[str, Any] | None:
+    def token_report(self, piece: TokenDelta) -> dict[str, Any] | None:
         """A token's log-probabilities as chat completions tell them; None if they were not asked for."""
         if piece.logprobs is None:
             return None

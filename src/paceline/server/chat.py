@@ -11,7 +11,7 @@ from paceline.server.answers import Choice, round_report, usage_of
 from paceline.server.runner import Job
 from paceline.server.schemas import ChatRequest
 from paceline.server.wire import KEEP_ALIVE_SECONDS
-from paceline.text.answer import Part
+from paceline.text.output_parser import Part
 from paceline.types import Event
 
 

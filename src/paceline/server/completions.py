@@ -12,7 +12,7 @@ from paceline.server.runner import Job
 from paceline.server.schemas import CompletionRequest
 from paceline.server.wire import KEEP_ALIVE_SECONDS
 from paceline.text.tokenizer import Tokenizer
-from paceline.types import Piece
+from paceline.types import TokenDelta
 
 
 class Completion:
@@ -42,7 +42,7 @@ class Completion:
 
     async def whole(self, tokenizer: Tokenizer) -> dict[str, Any]:
         """The answer in one piece."""
-        pieces: list[list[Piece]] = [[] for _ in self._choices]
+        pieces: list[list[TokenDelta]] = [[] for _ in self._choices]
         async for came in self._job.events():
             assert came is not None
             index, event = came
@@ -90,7 +90,7 @@ class Completion:
             yield {**self._head, "choices": [], "usage": usage_of(self._choices, self._prompts)}
         yield "[DONE]"
 
-    def _logprobs(self, pieces: list[Piece], tokenizer: Tokenizer, offset: int) -> dict[str, Any] | None:
+    def _logprobs(self, pieces: list[TokenDelta], tokenizer: Tokenizer, offset: int) -> dict[str, Any] | None:
         if self._body.logprobs is None:
             return None
         report: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}

@@ -22,10 +22,10 @@ from paceline.server.schemas import (
     TextPart,
     Tool,
 )
-from paceline.text.answer import begins_in_thought, marks_of
-from paceline.text.calls import call_grammar
 from paceline.text.grammar import ANY_OBJECT, Constraint, Grammars, json_rule, regex_rule
-from paceline.types import Sampling
+from paceline.text.output_parser import begins_in_thought, marks_of
+from paceline.text.tool_grammar import call_grammar
+from paceline.types import SamplingParams
 
 UNBOUNDED = 1 << 30  # tokens: as many as the context holds
 
@@ -168,7 +168,7 @@ class Preparer:
 def choices_of(prepared: Prepared) -> list[Request]:
     """One request for each choice: with seeds one after another, so that the first is what it is alone."""
     requests = [prepared.request]
-    sampling = prepared.request.sampling or Sampling()
+    sampling = prepared.request.sampling or SamplingParams()
     for index in range(1, prepared.choices):
         seed = None if sampling.seed is None else (sampling.seed + index) % (1 << 64)
         grammar = prepared.request.grammar
@@ -238,7 +238,7 @@ def _demanded(choice: object, tools: Sequence[Tool]) -> list[dict[str, Any]]:
     return declared if choice == "required" else []
 
 
-def _sampling(model: Sampling, body: Generating) -> Sampling:
+def _sampling(model: SamplingParams, body: Generating) -> SamplingParams:
     """The model's own settings with those that were given in their place."""
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
     given = {name: getattr(body, name, None) for name in names}

@@ -32,7 +32,7 @@ from paceline.server.schemas import (
     Tool,
 )
 from paceline.server.wire import KEEP_ALIVE_SECONDS, describe
-from paceline.text.answer import Part
+from paceline.text.output_parser import Part
 
 ITEM_OF = {"content": "message", "thought": "reasoning"}
 

@@ -24,7 +24,7 @@ ANY_OBJECT: dict[str, Any] = {"type": "object"}
 
 
 class Constraint:
-    """The place a text has come to in a grammar; see `decode.sampling.Grammar`."""
+    """The place a text has come to in a grammar; see `decode.sampling_params.Grammar`."""
 
     def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int, stop_ids: frozenset[int]) -> None:
         self._matcher, self._vocab_size, self._stop_ids = matcher, vocab_size, stop_ids

@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paceline import _cpu
-from paceline.backends import draws
+from paceline.backends import native_sampler
 from paceline.backends.cpu.load import load_drafter, load_target
 from paceline.backends.cpu.weights import Weights
 from paceline.config import DrafterConfig, TargetConfig, check_pair
 from paceline.errors import BackendError
-from paceline.types import CONFIDENCE_BINS, Anchors, Batch, Drafts, Output, Row, Sampling
+from paceline.types import CONFIDENCE_BINS, Anchors, Batch, Drafts, Output, Row, SamplingParams
 
 
 class CpuBackend:
@@ -122,7 +122,9 @@ class CpuBackend:
                     floors[row, : plan.depth] = plan.floors
                     acceptance[row] = plan.acceptance
                 floors[row, plan.depth - 1 :] = 2  # no chance is that good: the end
-        settings = [draws.native_draw(s, stream) for s, stream in zip(anchors.samplings, anchors.streams, strict=True)]
+        settings = [
+            native_sampler.native_draw(s, stream) for s, stream in zip(anchors.samplings, anchors.streams, strict=True)
+        ]
         try:
             tokens, confidence, lengths, logits = self._drafter.draft(
                 anchors.slots,
@@ -139,11 +141,11 @@ class CpuBackend:
             raise BackendError(f"anchors the caches cannot take: {error}") from error
         return Drafts(tokens, confidence, lengths, logits if anchors.with_logits else None)
 
-    def draw(self, logits: Row, sampling: Sampling, position: int) -> int:
-        return draws.draw(logits, sampling, position)
+    def draw(self, logits: Row, sampling: SamplingParams, position: int) -> int:
+        return native_sampler.draw(logits, sampling, position)
 
-    def allowed(self, logits: Row, sampling: Sampling) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        return draws.allowed(logits, sampling)
+    def allowed(self, logits: Row, sampling: SamplingParams) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        return native_sampler.allowed(logits, sampling)
 
     def save(self, slot: int) -> _cpu.Snapshot:
         return self._target.save(slot)

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from paceline.backends.cuda.kernels.common import FUSED
-from paceline.backends.cuda.ops import UNSEEN
+from paceline.backends.torch.kernels.common import FUSED
+from paceline.backends.torch.ops import UNSEEN
 
 
 @triton.jit

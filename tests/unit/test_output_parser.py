@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paceline.text.answer import CALL, MARKS, AnswerReader, Part, begins_in_thought, gemma_notation, marks_of
+from paceline.text.output_parser import CALL, MARKS, AnswerReader, Part, begins_in_thought, gemma_notation, marks_of
 
 
 def marked(text: str) -> str:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from paceline.backends.cuda.kernels.common import FUSED, gelu
+from paceline.backends.torch.kernels.common import FUSED, gelu
 
 
 @triton.jit

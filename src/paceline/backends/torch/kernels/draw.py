@@ -1,4 +1,4 @@
-"""Draws from rows of logits: the tokens of `decode.draw`, to the last bit of every number on the way.
+"""Draws from rows of logits: the tokens of `decode.sampler`, to the last bit of every number on the way.
 
 So nothing may be fused or approximated: kernels here are compiled without contraction, and divide exactly. The noise of
 a token is a function of its number, so the vocabulary is drawn from in blocks side by side, and the best of the blocks'
@@ -13,15 +13,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from paceline.backends.cuda import draws
-from paceline.backends.cuda.kernels.common import ROUNDED
-from paceline.decode.draw import EXP_COEFFICIENTS, LOG_COEFFICIENTS
+from paceline.backends.torch import device_sampler
+from paceline.backends.torch.kernels.common import ROUNDED
+from paceline.decode.sampler import EXP_COEFFICIENTS, LOG_COEFFICIENTS
 
 BLOCK = 1024  # tokens of a program
 
-_COLUMNS = tl.constexpr(draws.COLUMNS)
-_TOP_K, _TOP_P = tl.constexpr(draws.TOP_K), tl.constexpr(draws.TOP_P)
-_GAP, _SEED, _STREAM = tl.constexpr(draws.GAP), tl.constexpr(draws.SEED), tl.constexpr(draws.STREAM)
+_COLUMNS = tl.constexpr(device_sampler.COLUMNS)
+_TOP_K, _TOP_P = tl.constexpr(device_sampler.TOP_K), tl.constexpr(device_sampler.TOP_P)
+_GAP, _SEED, _STREAM = (
+    tl.constexpr(device_sampler.GAP),
+    tl.constexpr(device_sampler.SEED),
+    tl.constexpr(device_sampler.STREAM),
+)
 _LOG, _EXP = tl.constexpr(LOG_COEFFICIENTS), tl.constexpr(EXP_COEFFICIENTS)
 _LOWEST = tl.constexpr(-3e38)
 _UNIT = tl.constexpr(float(1 << 30))
@@ -30,13 +34,13 @@ _INFINITY = tl.constexpr(float("inf"))
 
 @triton.jit
 def cleaned(x):
-    """See `decode.draw.clean`."""
+    """See `decode.sampler.clean`."""
     return tl.where(x > _LOWEST, tl.minimum(x, -_LOWEST), _LOWEST)
 
 
 @triton.jit
 def split_float(x):
-    """x = 2^e (1 + t); see `decode.draw._split`."""
+    """x = 2^e (1 + t); see `decode.sampler._split`."""
     bits = x.to(tl.int32, bitcast=True)
     m = ((bits & 0x007FFFFF) | 0x3F000000).to(tl.float32, bitcast=True)
     e = ((bits >> 23) - 126).to(tl.float32)
@@ -46,7 +50,7 @@ def split_float(x):
 
 @triton.jit
 def log(t, e):
-    """log(2^e (1 + t)); see `decode.draw._log`."""
+    """log(2^e (1 + t)); see `decode.sampler._log`."""
     z = t * t
     y = tl.full(t.shape, _LOG[0], tl.float32)
     for i in tl.static_range(1, 9):
@@ -59,7 +63,7 @@ def log(t, e):
 
 @triton.jit
 def exp(x):
-    """See `decode.draw.exp`; adding 3 * 2^22 and taking it away rounds to a whole number."""
+    """See `decode.sampler.exp`; adding 3 * 2^22 and taking it away rounds to a whole number."""
     x = tl.minimum(tl.maximum(x, -87.0), 88.0)
     n = (x * 1.44269504 + 12582912.0) - 12582912.0
     r = n * 2.12194440e-4 + (n * -0.693359375 + x)
@@ -72,7 +76,7 @@ def exp(x):
 
 @triton.jit
 def noise(words, position, ids):
-    """Gumbel noise of tokens; see `decode.draw.gumbel`."""
+    """Gumbel noise of tokens; see `decode.sampler.gumbel`."""
     seed, stream = tl.load(words + _SEED).to(tl.uint32), tl.load(words + _STREAM).to(tl.uint32)
     high = tl.load(words + _SEED + 1).to(tl.uint32)
     counter = ((ids >> 6 << 4) + (ids & 15)).to(tl.uint32)
@@ -186,7 +190,7 @@ def finish_kernel(
 
 def draw(logits: Tensor, settings: Tensor, positions: Tensor, ranked: bool) -> tuple[Tensor, Tensor]:
     rows, vocabulary = logits.shape
-    blocks, candidates = triton.cdiv(vocabulary, BLOCK), min(draws.MOST_RANKED, vocabulary)
+    blocks, candidates = triton.cdiv(vocabulary, BLOCK), min(device_sampler.MOST_RANKED, vocabulary)
     settings, positions = settings.contiguous(), positions.contiguous()
 
     def empty(*shape: int, dtype: torch.dtype) -> Tensor:

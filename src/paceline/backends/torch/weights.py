@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from paceline.backends.cuda.matrix import BLOCK, FORMATS, Matrix, pack, plain_format, stack
+from paceline.backends.torch.matrix import BLOCK, FORMATS, Matrix, pack, plain_format, stack
 from paceline.checkpoint import Tensors
 from paceline.checkpoint.names import TOKEN_ORDERING, expected_tensors
 from paceline.config import DrafterConfig, TargetConfig

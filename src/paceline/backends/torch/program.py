@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from paceline.backends.cuda import ops
-from paceline.backends.cuda.layers import Block, DrafterLayers, MoE, TargetLayers
-from paceline.backends.cuda.matrix import Matrix
-from paceline.backends.cuda.memory import SlotMemory
-from paceline.backends.cuda.ops import scores_of, times
+from paceline.backends.torch import ops
+from paceline.backends.torch.layers import Block, DrafterLayers, MoE, TargetLayers
+from paceline.backends.torch.matrix import Matrix
+from paceline.backends.torch.memory import SlotMemory
+from paceline.backends.torch.ops import scores_of, times
 
 WHOLE = 1 << 30  # the window of layers without one
 Angles = dict[bool, tuple[Tensor, Tensor]]  # cos and sin [M, head_dim / 2] by `sliding`
@@ -141,7 +141,7 @@ class DrafterProgram:
         Args:
             rows: A anchors with their newest tokens.
             hidden: [A, backbone] the target's state before each.
-            settings: [A, draws.COLUMNS] how guesses are drawn.
+            settings: [A, device_sampler.COLUMNS] how guesses are drawn.
             depth: steps.
             span: more than any position of the anchors.
             ranked: see `ops.draw`.

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from paceline.backends.cuda.matrix import Matrix
+from paceline.backends.torch.matrix import Matrix
 from paceline.config import DrafterConfig, Layer, Stack, TargetConfig
 
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from paceline.backends.cuda.kernels.common import FUSED, INTERPRETED, TILE, capped, gelu, product, whole
+from paceline.backends.torch.kernels.common import FUSED, INTERPRETED, TILE, capped, gelu, product, whole
 
 PLAIN, Q8, Q4 = 0, 8, 4  # formats
 _TILE = tl.constexpr(TILE)

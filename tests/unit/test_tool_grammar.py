@@ -12,9 +12,9 @@ import pytest
 from paceline.checkpoint.hub import ASSETS
 from paceline.errors import SettingsError
 from paceline.text import Tokenizer
-from paceline.text.answer import AnswerReader, marks_of
-from paceline.text.calls import call_grammar
 from paceline.text.grammar import Grammars
+from paceline.text.output_parser import AnswerReader, marks_of
+from paceline.text.tool_grammar import call_grammar
 
 FOLDER = ASSETS / "tiny-python"
 PLACE = {

@@ -16,7 +16,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from paceline.types import Float32, Row, Sampling
+from paceline.types import Float32, Row, SamplingParams
 
 LOWEST = np.float32(-3e38)  # stands for NaN and minus infinity too; -LOWEST stands for infinity
 UNIT = 1 << 30  # weight of the most likely token
@@ -42,7 +42,7 @@ EXP_COEFFICIENTS = (  # Cephes' expf
 )
 
 
-def draw(logits: Row, sampling: Sampling, position: int, stream: int = 0) -> int:
+def draw(logits: Row, sampling: SamplingParams, position: int, stream: int = 0) -> int:
     """The token at absolute `position`.
 
     Args:
@@ -61,7 +61,7 @@ def draw(logits: Row, sampling: Sampling, position: int, stream: int = 0) -> int
     return int(ids[best].min())
 
 
-def allowed(logits: Row, sampling: Sampling) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+def allowed(logits: Row, sampling: SamplingParams) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
     """Tokens [n] that can be drawn at a temperature above 0, and their weights [n] in units of 2^-30 of the largest.
 
     Tokens rank by logit, of equals the lowest id first; the allowed ones are a prefix of that ranking.
@@ -81,12 +81,12 @@ def allowed(logits: Row, sampling: Sampling) -> tuple[NDArray[np.int32], NDArray
     return ids[near], weights[near]
 
 
-def gap(sampling: Sampling) -> np.float32:
+def gap(sampling: SamplingParams) -> np.float32:
     """min-p as the largest distance from the best logit, in nats."""
     return np.float32(-math.log(sampling.min_p) if sampling.min_p > 0 else math.inf)
 
 
-def depths(x: Float32, sampling: Sampling) -> Float32:
+def depths(x: Float32, sampling: SamplingParams) -> Float32:
     """How far each logit is from the best, in nats: 0 or less."""
     with np.errstate(over="ignore"):
         return np.asarray((x - x.max()) / np.float32(sampling.temperature), np.float32)

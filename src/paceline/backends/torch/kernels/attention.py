@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from paceline.backends.cuda.kernels.common import FUSED, product
+from paceline.backends.torch.kernels.common import FUSED, product
 
 MOST_PARTS = 1 << 27  # bytes of pieces that wait to be put together
 PIECES = 16  # put together at once

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paceline import _cpu
-from paceline.backends.draws import native_draw
+from paceline.backends.native_sampler import native_draw
 from paceline.decode import draw as twin
 from paceline.decode.rules import DRAFTER_STREAM, TARGET_STREAM, TEST_STREAM, Coupled, Rejection, probabilities
-from paceline.decode.sampling import History
-from paceline.types import Line, Sampling
+from paceline.decode.sampling_params import History
+from paceline.types import Line, SamplingParams
 
 ISAS = _cpu.usable_isas()
 MOST = 20_000  # logits a row
@@ -55,9 +55,9 @@ def rows(draw: st.DrawFn) -> np.ndarray:
 
 
 @st.composite
-def truncations(draw: st.DrawFn) -> Sampling:
+def truncations(draw: st.DrawFn) -> SamplingParams:
     """Everything a draw looks at, the ends of each range included."""
-    return Sampling(
+    return SamplingParams(
         temperature=draw(st.one_of(st.sampled_from([1e-4, 0.3, 0.7, 1.0, 1.5, 100.0]), st.floats(1e-4, 100.0))),
         top_k=draw(st.one_of(st.just(0), st.integers(1, 100), st.integers(1, MOST + 1))),
         top_p=draw(st.one_of(st.sampled_from([0.0, 0.5, 0.95, 1 - 1e-9, 1 - 2**-53, 1.0, 1.0]), st.floats(0, 1))),
@@ -69,7 +69,7 @@ def truncations(draw: st.DrawFn) -> Sampling:
 @settings(max_examples=1500, deadline=None)
 @given(logits=rows(), sampling=truncations(), position=POSITIONS, stream=st.integers(0, 2))
 def test_every_instruction_set_draws_what_the_twin_draws(
-    logits: np.ndarray, sampling: Sampling, position: int, stream: int
+    logits: np.ndarray, sampling: SamplingParams, position: int, stream: int
 ) -> None:
     expected = twin.draw(logits, sampling, position, stream)
     drawn = {isa: _cpu.draw(logits, native_draw(sampling, stream), position, isa) for isa in ISAS}
@@ -79,7 +79,7 @@ def test_every_instruction_set_draws_what_the_twin_draws(
 @settings(max_examples=1500, deadline=None)
 @given(logits=rows(), sampling=truncations(), position=POSITIONS)
 def test_every_instruction_set_allows_what_the_twin_allows(
-    logits: np.ndarray, sampling: Sampling, position: int
+    logits: np.ndarray, sampling: SamplingParams, position: int
 ) -> None:
     ids, weights = twin.allowed(logits, sampling)
     expected = dict(zip(ids.tolist(), weights.tolist(), strict=True))
@@ -100,7 +100,7 @@ def test_vocabularies_of_official_size(isa: str, size: int) -> None:
         logits = (random.standard_normal(size) * [1, 4][trial % 2]).astype(np.float32)
         if trial % 3 == 0:
             logits = np.round(logits * 8) / np.float32(8)
-        s = Sampling([0.3, 1.0, 3.0][trial % 3], [0, 64, 5000][trial // 3 % 3], [1.0, 0.95][trial // 2 % 2])
+        s = SamplingParams([0.3, 1.0, 3.0][trial % 3], [0, 64, 5000][trial // 3 % 3], [1.0, 0.95][trial // 2 % 2])
         s = replace(s, min_p=[0.0, 0.0, 0.02][trial // 4 % 3], seed=trial)
         assert _cpu.draw(logits, native_draw(s, 0), trial, isa) == twin.draw(logits, s, trial)
         ids, weights = twin.allowed(logits, s)
@@ -115,7 +115,7 @@ def test_the_ends_of_each_range(isa: str) -> None:
     logits = np.array([1, 3, 2, 3, -np.inf, np.nan], np.float32)
 
     def allowed(**truncation: float) -> list[int]:
-        s = Sampling(temperature=1.0, **truncation)
+        s = SamplingParams(temperature=1.0, **truncation)
         ids, _ = _cpu.allowed(logits, native_draw(s, 0), isa)
         assert sorted(ids.tolist()) == sorted(twin.allowed(logits, s)[0].tolist())
         return sorted(ids.tolist())
@@ -135,7 +135,7 @@ def test_a_row_of_nothing(isa: str, value: float) -> None:
     """Damaged weights may leave no logit at all; all tokens are then equal."""
     for size in (1, 2, 17, 100, 4100):
         logits = np.full(size, value, np.float32)
-        s = Sampling(temperature=1.0, top_p=0.5, seed=0)
+        s = SamplingParams(temperature=1.0, top_p=0.5, seed=0)
         assert sorted(_cpu.allowed(logits, native_draw(s, 0), isa)[0].tolist()) == list(range((size + 1) // 2))
         for position in range(20):
             assert _cpu.draw(logits, native_draw(s, 0), position, isa) == twin.draw(logits, s, position)
@@ -149,12 +149,12 @@ def test_an_infinite_logit_wins(how: str, truncation: str) -> None:
     code = f"""
 import numpy as np
 from paceline import _cpu
-from paceline.backends.draws import native_draw
-from paceline.decode.draw import draw
-from paceline.types import Sampling
+from paceline.backends.native_sampler import native_draw
+from paceline.decode.sampler import draw
+from paceline.types import SamplingParams
 x = np.arange(100, dtype=np.float32)
 x[70] = np.inf
-s = Sampling(temperature=1.0, seed=1, {truncation})
+s = SamplingParams(temperature=1.0, seed=1, {truncation})
 assert {drawn} == 70
 """
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
@@ -170,13 +170,13 @@ def test_a_nucleus_is_the_smallest_prefix_that_holds_its_share() -> None:
         sums = np.cumsum(p[order] / p.sum())
         count = int(random.integers(1, 100))
         share = float((sums[count - 1] + (sums[count - 2] if count > 1 else 0.0)) / 2)
-        ids, weights = twin.allowed(logits, Sampling(1.0, top_p=share))
+        ids, weights = twin.allowed(logits, SamplingParams(1.0, top_p=share))
         assert ids.tolist() == order[:count].tolist()
         np.testing.assert_allclose(weights / 2**30, p[ids], atol=2e-7)  # the two exponentials differ by a few ulp
 
 
 def test_without_temperature_the_first_of_the_best() -> None:
-    assert twin.draw(np.array([1, 5, 5, 2], np.float32), Sampling(seed=9), 3) == 1
+    assert twin.draw(np.array([1, 5, 5, 2], np.float32), SamplingParams(seed=9), 3) == 1
 
 
 # --- the noise
@@ -250,7 +250,7 @@ def test_the_noise_is_right_at_its_ends(bits: int, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("isa", ISAS)
 def test_the_native_noise_is_the_twins(isa: str) -> None:
     """Of two tokens with noise g and h the first wins while it is less than h - g behind: to the last bit."""
-    s = Sampling(temperature=1.0, seed=11)
+    s = SamplingParams(temperature=1.0, seed=11)
     for position in range(300):
         g, h = twin.gumbel(11, 0, position, np.array([0, 1], np.int32))
         for behind in np.float32(max(g, h) - min(g, h)) + np.arange(-3, 4, dtype=np.float32) * np.float32(1e-7):
@@ -272,13 +272,13 @@ def test_noise_depends_on_seed_position_stream_and_token_only() -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(sampling=truncations(), position=st.integers(0, 1000), seed=st.integers(0, 999))
-def test_tokens_that_are_not_allowed_have_no_say(sampling: Sampling, position: int, seed: int) -> None:
+def test_tokens_that_are_not_allowed_have_no_say(sampling: SamplingParams, position: int, seed: int) -> None:
     """The draw is the same with all other tokens removed: this is what couples drafter and target."""
     logits = np.random.default_rng(seed).standard_normal(200).astype(np.float32)
     ids, _ = twin.allowed(logits, sampling)
     bare = np.full(200, -np.inf, np.float32)
     bare[ids] = logits[ids]
-    free = Sampling(temperature=sampling.temperature, seed=sampling.seed)
+    free = SamplingParams(temperature=sampling.temperature, seed=sampling.seed)
     token = twin.draw(logits, sampling, position)
     assert twin.draw(bare, free, position) == token
     assert _cpu.draw(bare, native_draw(free, 0), position) == token
@@ -287,7 +287,7 @@ def test_tokens_that_are_not_allowed_have_no_say(sampling: Sampling, position: i
 # --- the ratio test
 
 
-SAMPLED = Sampling(temperature=1.0, seed=0)
+SAMPLED = SamplingParams(temperature=1.0, seed=0)
 
 
 def log_of(*p: float) -> np.ndarray:
@@ -295,7 +295,9 @@ def log_of(*p: float) -> np.ndarray:
         return np.log(np.array(p, np.float32))
 
 
-def settled(p: np.ndarray, q: np.ndarray, draft: int, sampling: Sampling = SAMPLED, history: History | None = None):
+def settled(
+    p: np.ndarray, q: np.ndarray, draft: int, sampling: SamplingParams = SAMPLED, history: History | None = None
+):
     """The token at each of 2,000 positions where `draft` was guessed from q."""
     rule, line = Rejection(sampling), Line((draft,), (1.0,), q[None])
     return np.array([rule.settle(p, position, history or History(), line, 0) for position in range(2000)])
@@ -349,7 +351,7 @@ def test_behind_the_line_and_without_temperature_it_is_the_targets_own_draw() ->
     logits = np.random.default_rng(0).standard_normal((50, 30)).astype(np.float32)
     for position, row in enumerate(logits):
         line = Line((3,), (1.0,), -row[None])
-        s = Sampling(temperature=0.8, top_k=7, seed=4)
+        s = SamplingParams(temperature=0.8, top_k=7, seed=4)
         assert Rejection(s).settle(row, position, History(), line, 1) == twin.draw(row, s, position)
         assert Rejection(s).settle(row, position, History(), line, 1) == Coupled(s).settle(
             row, position, History(), line, 1
@@ -364,6 +366,6 @@ def test_uses_of_randomness_have_streams_of_their_own() -> None:
 
 
 def test_probabilities_are_the_weights_of_what_is_allowed() -> None:
-    p = probabilities(log_of(0.4, 0.3, 0.2, 0.1), Sampling(temperature=1.0, top_k=2))
+    p = probabilities(log_of(0.4, 0.3, 0.2, 0.1), SamplingParams(temperature=1.0, top_k=2))
     np.testing.assert_allclose(p, [4 / 7, 3 / 7, 0, 0], atol=1e-6)
     assert p.sum() == pytest.approx(1, abs=1e-12)

@@ -10,13 +10,13 @@ from typing import Protocol
 import numpy as np
 
 from paceline.errors import SettingsError
-from paceline.types import Bool, Logprobs, Row, Sampling
+from paceline.types import Bool, Logprobs, Row, SamplingParams
 
 MOST_LOGPROBS = 100
 MOST_SHIFT = 1e6  # of a logit, by bias or penalties
 
 
-def check_sampling(sampling: Sampling, vocab_size: int) -> Sampling:
+def check_sampling_params(sampling: SamplingParams, vocab_size: int) -> SamplingParams:
     """Return the settings if a model of that vocabulary can draw with them.
 
     Raises:
@@ -89,7 +89,7 @@ class History:
             self.grammar.advance(token)
 
 
-def adjusted(logits: Row, sampling: Sampling, history: History) -> Row:
+def adjusted(logits: Row, sampling: SamplingParams, history: History) -> Row:
     """Logits [vocabulary] after penalties, bias, suppressed tokens and grammar; the same array if there are none."""
     s = sampling
     penalised = s.repetition_penalty != 1 or s.presence_penalty != 0 or s.frequency_penalty != 0

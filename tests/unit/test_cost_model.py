@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from paceline.backends.fake import FakeBackend
-from paceline.decode.control import MAX_DEPTH
-from paceline.engine.pricing import load_costs, measure_costs
-from paceline.types import Sampling
+from paceline.decode.draft_length import MAX_DEPTH
+from paceline.engine.cost_model import load_costs, measure_costs
+from paceline.types import SamplingParams
 
-GREEDY = Sampling()
+GREEDY = SamplingParams()
 
 
 def test_costs_of_every_depth() -> None:
@@ -60,7 +60,7 @@ def test_costs_are_kept(tmp_path: Path, damage: str | None) -> None:
 
 
 def test_other_settings_have_other_costs(tmp_path: Path) -> None:
-    for about, sampling in (("a", GREEDY), ("b", GREEDY), ("a", Sampling(temperature=1.0))):
+    for about, sampling in (("a", GREEDY), ("b", GREEDY), ("a", SamplingParams(temperature=1.0))):
         load_costs(FakeBackend(), sampling, about, tmp_path, print)
     assert len(list(tmp_path.iterdir())) == 3
 

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 
 import torch
 
-from paceline.backends.cuda.backend import TorchBackend
-from paceline.backends.cuda.measure import device_name
-from paceline.backends.cuda.weights import CheckpointSource, RandomSource
 from paceline.backends.formats import DRAFTER_FORMAT, available_memory, choose_quant
+from paceline.backends.torch.backend import TorchBackend
+from paceline.backends.torch.measure import device_name
+from paceline.backends.torch.weights import CheckpointSource, RandomSource
 from paceline.checkpoint import Checkpoint, resolve
 from paceline.checkpoint.names import PLE_TABLE
 from paceline.config import DrafterConfig, TargetConfig
@@ -110,7 +110,7 @@ def open_device(name: str) -> torch.device:
         raise BackendError(f"PyTorch cannot use the device {name!r} ({reason}); choose another") from error
     if device.type == "cuda":
         try:
-            from paceline.backends.cuda.kernels import install
+            from paceline.backends.torch.kernels import install
         except ImportError as error:
             raise BackendError("CUDA devices need Triton; install it with pip install triton") from error
         install("cuda")

@@ -16,13 +16,13 @@ from typing import ClassVar
 import numpy as np
 
 from paceline.backends.base import Backend
-from paceline.decode.control import MAX_DEPTH, Costs
+from paceline.decode.draft_length import MAX_DEPTH, Costs
 from paceline.decode.rules import Coupled
-from paceline.decode.sampling import History
+from paceline.decode.sampling_params import History
 from paceline.engine.sequence import Sequence
 from paceline.engine.step import step
 from paceline.files import atomic_file
-from paceline.types import Line, Row, Sampling
+from paceline.types import Line, Row, SamplingParams
 
 CONTEXT = 64  # tokens before the rounds that are measured
 LEAST_REPEATS, MOST_REPEATS = 2, 9
@@ -52,7 +52,7 @@ class _Outcome:
     with_logits: ClassVar[bool] = False
 
     @property
-    def sampling(self) -> Sampling:
+    def sampling(self) -> SamplingParams:
         return self.base.sampling
 
     def settle(self, logits: Row, position: int, history: History, line: Line, depth: int) -> int:
@@ -62,7 +62,9 @@ class _Outcome:
         return line.tokens[depth] if self.accept else (line.tokens[depth] + 1) % len(logits)
 
 
-def load_costs(backend: Backend, sampling: Sampling, about: str, folder: Path, notify: Callable[[str], None]) -> Costs:
+def load_costs(
+    backend: Backend, sampling: SamplingParams, about: str, folder: Path, notify: Callable[[str], None]
+) -> Costs:
     """Costs of rounds from the file that keeps them, or measured now and kept.
 
     Args:
@@ -90,7 +92,7 @@ def load_costs(backend: Backend, sampling: Sampling, about: str, folder: Path, n
     return costs
 
 
-def measure_costs(backend: Backend, sampling: Sampling, notify: Callable[[str], None] = lambda _: None) -> Costs:
+def measure_costs(backend: Backend, sampling: SamplingParams, notify: Callable[[str], None] = lambda _: None) -> Costs:
     """Milliseconds of whole rounds of depth 0, 1, ..., of one sequence and of several at once.
 
     The least of several measurements: other work on the machine only ever adds to them.
@@ -109,7 +111,7 @@ def measure_costs(backend: Backend, sampling: Sampling, notify: Callable[[str], 
 class _Rounds:
     """Sequences that do the same round again and again, over a short context."""
 
-    def __init__(self, backend: Backend, sampling: Sampling, count: int) -> None:
+    def __init__(self, backend: Backend, sampling: SamplingParams, count: int) -> None:
         self._backend = backend
         self._context = max(1, min(CONTEXT, backend.context // 4))
         self._deepest = max(1, min(MAX_DEPTH, backend.max_rows - 1, backend.context // 4))

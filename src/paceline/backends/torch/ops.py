@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from paceline.backends.cuda.draws import draw_rows
-from paceline.backends.cuda.matrix import GROUP, Matrix, dequantise
+from paceline.backends.torch.device_sampler import draw_rows
+from paceline.backends.torch.matrix import GROUP, Matrix, dequantise
 from paceline.models.gemma4 import gelu, mix, normalise, rotate_heads
 
 UNSEEN = -3e38  # logit of a token that a drafter's head did not look at
@@ -209,12 +209,12 @@ def draw(logits: Tensor, settings: Tensor, positions: Tensor, ranked: bool) -> t
 
     Args:
         logits: [M, vocabulary].
-        settings: [M, draws.COLUMNS] int32, see `draws.pack_settings`.
+        settings: [M, device_sampler.COLUMNS] int32, see `device_sampler.pack_settings`.
         positions: [M] of the tokens drawn.
         ranked: whether some row has a top-k, and candidates must be ranked.
 
     Returns:
-        Tokens [M] int64, the same as `decode.draw.draw`'s, and float32 [M].
+        Tokens [M] int64, the same as `decode.sampler.draw`'s, and float32 [M].
     """
     drawn = draw_rows(logits.float().cpu().numpy(), settings.cpu().numpy(), positions.cpu().numpy())
     return torch.from_numpy(drawn[0]).to(logits.device), torch.from_numpy(drawn[1]).to(logits.device)

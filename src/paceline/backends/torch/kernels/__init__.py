@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from paceline.backends.cuda import ops
-from paceline.backends.cuda.kernels import attention, draw, head, matmul, rows
+from paceline.backends.torch import ops
+from paceline.backends.torch.kernels import attention, draw, head, matmul, rows
 
 KERNELS = (
     (ops.norm, rows.norm),

@@ -19,17 +19,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from paceline.backends import draws
-from paceline.backends.cuda import ops
-from paceline.backends.cuda.draws import COLUMNS, DeviceRow, DeviceRows, on_device, pack_settings
-from paceline.backends.cuda.layers import Source, nbytes, place_drafter, place_target
-from paceline.backends.cuda.matrix import FORMATS, plain_format
-from paceline.backends.cuda.memory import SlotMemory, TorchSnapshot
-from paceline.backends.cuda.program import DrafterProgram, Rows, TargetProgram
-from paceline.backends.cuda.recorder import Program, Recorder
+from paceline.backends import native_sampler
+from paceline.backends.torch import ops
+from paceline.backends.torch.cuda_graphs import Program, Recorder
+from paceline.backends.torch.device_sampler import COLUMNS, DeviceRow, DeviceRows, on_device, pack_settings
+from paceline.backends.torch.layers import Source, nbytes, place_drafter, place_target
+from paceline.backends.torch.matrix import FORMATS, plain_format
+from paceline.backends.torch.memory import SlotMemory, TorchSnapshot
+from paceline.backends.torch.program import DrafterProgram, Rows, TargetProgram
 from paceline.config import DrafterConfig, TargetConfig, check_pair
 from paceline.errors import BackendError
-from paceline.types import GREEDY, Anchors, Batch, Drafts, Float32, Int32, Output, Row, Sampling
+from paceline.types import GREEDY, Anchors, Batch, Drafts, Float32, Int32, Output, Row, SamplingParams
 
 TILE = 16  # rows of the smallest pass
 LEAST_SPAN = 1024  # positions that the smallest recording can look back on
@@ -127,7 +127,7 @@ class TorchBackend:
         positions: Int32,
         tokens: Int32,
         wanted: NDArray[np.int64],
-        drawing: list[Sampling | None],
+        drawing: list[SamplingParams | None],
     ) -> tuple[list[DeviceRow], Float32]:
         """Run the rows of one pass: the wanted ones, and their hidden states [W, hidden]."""
         count, width = height(len(tokens)), height(len(wanted)) if len(wanted) else 0
@@ -246,15 +246,15 @@ class TorchBackend:
         rows = logits[0][: shape[0]].cpu().numpy() if logits else None
         return Drafts(tokens, confidence, lengths, rows)
 
-    def draw(self, logits: Row, sampling: Sampling, position: int) -> int:
+    def draw(self, logits: Row, sampling: SamplingParams, position: int) -> int:
         if isinstance(logits, DeviceRow):
             token = logits.drawn(sampling, position)
             if token is not None:
                 return token
-        return draws.draw(logits, sampling, position)
+        return native_sampler.draw(logits, sampling, position)
 
-    def allowed(self, logits: Row, sampling: Sampling) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        return draws.allowed(logits, sampling)
+    def allowed(self, logits: Row, sampling: SamplingParams) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        return native_sampler.allowed(logits, sampling)
 
     def truncate(self, slot: int, length: int) -> None:
         self._memory.truncate(slot, length)

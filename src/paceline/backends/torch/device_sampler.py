@@ -10,22 +10,22 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from paceline.decode.draw import allowed, draw, gap
-from paceline.types import Float32, Int32, Row, Sampling
+from paceline.decode.sampler import allowed, draw, gap
+from paceline.types import Float32, Int32, Row, SamplingParams
 
 MOST_RANKED = 128  # candidates that a device ranks
 
 TEMPERATURE, TOP_K, TOP_P, MIN_P, GAP, SEED, STREAM, COLUMNS = 0, 1, 2, 4, 6, 7, 9, 10  # columns; 64-bit ones take two
 
 
-def on_device(sampling: Sampling) -> bool:
+def on_device(sampling: SamplingParams) -> bool:
     """Whether devices draw this way: not from a nucleus of the whole vocabulary, which would have to be sorted."""
     return (
         sampling.temperature == 0 or 0 < sampling.top_k <= MOST_RANKED or (not sampling.top_k and sampling.top_p >= 1)
     )
 
 
-def pack_settings(samplings: Sequence[Sampling], streams: Sequence[int], rows: int) -> Int32:
+def pack_settings(samplings: Sequence[SamplingParams], streams: Sequence[int], rows: int) -> Int32:
     """Settings of draws as 32-bit words [rows, COLUMNS]; rows beyond the given ones are greedy."""
     packed = np.zeros((rows, COLUMNS), np.int32)
     for row, (s, stream) in enumerate(zip(samplings, streams, strict=True)):
@@ -39,12 +39,12 @@ def pack_settings(samplings: Sequence[Sampling], streams: Sequence[int], rows: i
     return packed
 
 
-def unpack_settings(words: Int32) -> tuple[Sampling, int]:
+def unpack_settings(words: Int32) -> tuple[SamplingParams, int]:
     """A row of `pack_settings`: how to draw, and the stream of the noise."""
     temperature = float(words[TEMPERATURE : TEMPERATURE + 1].view(np.float32)[0])
     top_p, min_p = words[TOP_P:GAP].copy().view(np.float64).tolist()
     seed = int(words[SEED:STREAM].copy().view(np.uint64)[0])
-    return Sampling(temperature, int(words[TOP_K]), top_p, min_p, seed=seed), int(words[STREAM])
+    return SamplingParams(temperature, int(words[TOP_K]), top_p, min_p, seed=seed), int(words[STREAM])
 
 
 def draw_rows(logits: Float32, settings: Int32, positions: NDArray[Any]) -> tuple[NDArray[np.int64], Float32]:
@@ -56,7 +56,7 @@ def draw_rows(logits: Float32, settings: Int32, positions: NDArray[Any]) -> tupl
     return tokens, sure
 
 
-def guess(logits: Float32, sampling: Sampling, stream: int, position: int) -> tuple[int, float]:
+def guess(logits: Float32, sampling: SamplingParams, stream: int, position: int) -> tuple[int, float]:
     """The token drawn from logits [vocabulary], and its probability among those it could be."""
     token = draw(logits, sampling, position, stream)
     if sampling.temperature == 0:
@@ -71,10 +71,10 @@ class DeviceRow:
 
     logits: Tensor  # [vocabulary]
     token: int  # -1: not drawn
-    sampling: Sampling | None = None  # it was drawn with
+    sampling: SamplingParams | None = None  # it was drawn with
     position: int = 0  # it was drawn for
 
-    def drawn(self, sampling: Sampling, position: int) -> int | None:
+    def drawn(self, sampling: SamplingParams, position: int) -> int | None:
         """The token, if that is how it was drawn."""
         same = self.token >= 0 and sampling == self.sampling and position == self.position
         return self.token if same else None

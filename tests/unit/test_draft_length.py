@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paceline.decode.control import (
+from paceline.decode.draft_length import (
     MAX_DEPTH,
     Costs,
     Drift,
