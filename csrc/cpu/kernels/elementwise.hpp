@@ -1,12 +1,12 @@
 // What is done to one row at a time: norms, rotary embedding, residuals, soft cap, arg max.
-// Included by kernels.cpp inside the namespace of an instruction set.
+// Included by kernels.cpp.
 #pragma once
 
 #include <cmath>
 
-#include "vec.hpp"
+#include "kernels/vec.hpp"
 
-namespace PACELINE_ISA {
+namespace PACELINE_NAMESPACE {
 
 void rms_norm(const float* x, const float* weight, int64_t n, float eps, float* out) {
   f32x16 squares = splat(0.0f);
@@ -81,4 +81,4 @@ uint32_t checksum(const uint8_t* data, int64_t n) {
   return total;
 }
 
-}  // namespace PACELINE_ISA
+}  // namespace PACELINE_NAMESPACE

@@ -5,7 +5,7 @@
 #include <mutex>
 #include <vector>
 
-#include "layers.hpp"
+#include "model/layers.hpp"
 
 namespace paceline {
 
@@ -41,13 +41,13 @@ class Target {
   int64_t logits_ld() const { return round_up(weights_.vocab, kPanel); }
 
   void set_threads(int threads);
-  int threads() const { return team_->size(); }
+  int threads() const { return pool_->size(); }
 
   const TargetWeights& weights() const { return weights_; }
   const Kernels& kernels() const { return kernels_; }
   Cache& cache() { return cache_; }
   std::mutex& busy() { return busy_; }  // held while a pass or a draft round runs: one at a time
-  Team& team() { return *team_; }
+  ThreadPool& pool() { return *pool_; }
   RopeTable& rope(bool sliding) { return sliding ? rope_sliding_ : rope_full_; }
   // Views of a layer's cache, a slot.
   const std::vector<CacheView>& views(int64_t layer) const { return views_[size_t(layer)]; }
@@ -56,13 +56,13 @@ class Target {
 
  private:
   std::vector<Row> check(const int32_t* slots, const int32_t* positions, const int32_t* tokens, int64_t rows) const;
-  void embed_rows(const Member& m, const int32_t* tokens, int64_t rows);
-  void head(const Member& m, int64_t rows);
+  void embed_rows(const Worker& w, const int32_t* tokens, int64_t rows);
+  void head(const Worker& w, int64_t rows);
 
   std::mutex busy_;
   TargetWeights weights_;
   const Kernels& kernels_;
-  std::unique_ptr<Team> team_;
+  std::unique_ptr<ThreadPool> pool_;
   Cache cache_;
   std::vector<std::vector<CacheView>> views_;  // [layer][slot]: the cache its queries read
   RopeTable rope_sliding_, rope_full_;

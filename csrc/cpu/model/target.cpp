@@ -1,4 +1,4 @@
-#include "target.hpp"
+#include "model/target.hpp"
 
 #include <algorithm>
 #include <cmath>
@@ -15,16 +15,16 @@ std::vector<Cache::Layer> cache_layers(const TargetWeights& weights) {
 }
 
 float element(const Table& table, int64_t index) {
-  if (table.type == Source::f32) return static_cast<const float*>(table.data)[index];
+  if (table.type == Element::f32) return static_cast<const float*>(table.data)[index];
   const uint16_t bits = static_cast<const uint16_t*>(table.data)[index];
-  return table.type == Source::bf16 ? bf16_to_float(bits) : half_to_float(bits);
+  return table.type == Element::bf16 ? bf16_to_float(bits) : half_to_float(bits);
 }
 
 }  // namespace
 
 Target::Target(TargetWeights weights, const Kernels& kernels, int threads, int64_t slots, int64_t context,
                int64_t max_rows, bool bf16_cache)
-    : weights_(std::move(weights)), kernels_(kernels), team_(std::make_unique<Team>(threads)),
+    : weights_(std::move(weights)), kernels_(kernels), pool_(std::make_unique<ThreadPool>(threads)),
       cache_(cache_layers(weights_), slots, context, weights_.window, max_rows, bf16_cache),
       rope_sliding_(weights_.rope_sliding), rope_full_(weights_.rope_full), runner_(kernels, weights_.shape) {
   for (size_t i = 0; i < weights_.layers.size(); ++i) {
@@ -37,7 +37,7 @@ Target::Target(TargetWeights weights, const Kernels& kernels, int threads, int64
 
 void Target::set_threads(int threads) {
   const std::lock_guard lock(busy_);
-  team_ = std::make_unique<Team>(threads);
+  pool_ = std::make_unique<ThreadPool>(threads);
 }
 
 int64_t Target::last_layer(bool sliding) const {
@@ -84,21 +84,21 @@ int64_t Target::forward(const int32_t* slots, const int32_t* positions, const in
   rope_sliding_.cover(top);
   rope_full_.cover(top);
   const int64_t ple_row = weights_.ple_size * int64_t(weights_.layers.size());
-  runner_.reserve(weights_.layers, count, cache_.context(), team_->size(), kept == count);
+  runner_.reserve(weights_.layers, count, cache_.context(), pool_->size(), kept == count);
   ple_.reserve(size_t(count * round_up(ple_row, kPanel) * 4));
   hidden_.reserve(size_t(kept * weights_.shape.hidden * 4));
   logits_.reserve(size_t(kept * logits_ld() * 4));
 
-  team_->run([&](const Member& m) {
-    embed_rows(m, tokens, count);
+  pool_->run([&](const Worker& w) {
+    embed_rows(w, tokens, count);
     for (size_t i = 0; i < weights_.layers.size(); ++i) {
       const Layer& layer = weights_.layers[i];
       const LayerRunner::Call call{layer, views_[i], rope(layer.sliding), ple_.floats() + int64_t(i) * weights_.ple_size,
                                    round_up(ple_row, kPanel), int64_t(i) == last_kv_ && kept < count, &keep};
-      runner_.run(m, call, rows);
+      runner_.run(w, call, rows);
       if (rows.empty()) break;
     }
-    if (kept) head(m, kept);
+    if (kept) head(w, kept);
   });
   for (int64_t r = 0; r < count; ++r) cache_.extend(slots[r], positions[r] + 1);
   return kept;
@@ -106,17 +106,17 @@ int64_t Target::forward(const int32_t* slots, const int32_t* positions, const in
 
 // x = embedding * scale, and the per-layer inputs of all layers:
 // (norm(projection(x) * hidden^-0.5) + table row * scale) * 2^-0.5.
-void Target::embed_rows(const Member& m, const int32_t* tokens, int64_t rows) {
-  runner_.keep(m, rows, [&](int64_t r) { embed(tokens[r], runner_.x(m, r)); });
+void Target::embed_rows(const Worker& w, const int32_t* tokens, int64_t rows) {
+  runner_.for_owned_rows(w, rows, [&](int64_t r) { embed(tokens[r], runner_.x(w, r)); });
   if (!weights_.ple_size) return;
   const int64_t size = weights_.ple_size, layers = int64_t(weights_.layers.size());
   const int64_t ld = round_up(size * layers, kPanel), hidden = weights_.shape.hidden;
-  runner_.gather(m);
-  const ActView act = runner_.prepare_rows(m, *weights_.ple_projection, rows, runner_.x(m, 0), hidden);
-  runner_.project(m, *weights_.ple_projection, act, rows, ple_.floats(), ld);
-  m.barrier();
+  runner_.sync_rows(w);
+  const ActView act = runner_.pack_activations(w, *weights_.ple_projection, rows, runner_.x(w, 0), hidden);
+  runner_.project(w, *weights_.ple_projection, act, rows, ple_.floats(), ld);
+  w.barrier();
   const float root = 1.0f / std::sqrt(float(hidden)), half = std::sqrt(0.5f);
-  LayerRunner::each(m, rows, [&](int64_t r) {
+  w.for_share(rows, [&](int64_t r) {
     for (int64_t layer = 0; layer < layers; ++layer) {
       float* p = ple_.floats() + r * ld + layer * size;
       for (int64_t i = 0; i < size; ++i) p[i] *= root;
@@ -128,18 +128,18 @@ void Target::embed_rows(const Member& m, const int32_t* tokens, int64_t rows) {
 }
 
 // The wanted rows are the first of x: final norm, LM head, soft cap.
-void Target::head(const Member& m, int64_t rows) {
+void Target::head(const Worker& w, int64_t rows) {
   const int64_t hidden = weights_.shape.hidden;
-  runner_.norm_rows(m, rows, weights_.final_norm);
-  LayerRunner::each(m, rows, [&](int64_t r) {
-    std::copy_n(runner_.temporary(m, r), hidden, hidden_.floats() + r * hidden);
+  runner_.norm_rows(w, rows, weights_.final_norm);
+  w.for_share(rows, [&](int64_t r) {
+    std::copy_n(runner_.temporary(w, r), hidden, hidden_.floats() + r * hidden);
   });
-  const ActView act = runner_.prepare_rows(m, *weights_.embedding, rows, runner_.temporary(m, 0), hidden);
-  const MatrixView& w = weights_.embedding->view();
-  m.deal(w.units(), 1, [&](int64_t begin, int64_t end) {
-    kernels_.matmul(w, act, rows, begin, end, logits_.floats(), logits_ld());
+  const ActView act = runner_.pack_activations(w, *weights_.embedding, rows, runner_.temporary(w, 0), hidden);
+  const MatrixView& matrix = weights_.embedding->view();
+  w.parallel_for(matrix.units(), 1, [&](int64_t begin, int64_t end) {
+    kernels_.matmul(matrix, act, rows, begin, end, logits_.floats(), logits_ld());
     if (weights_.softcap == 0) return;
-    const int64_t first = begin * kGroup, last = std::min(end * kGroup, logits_ld());
+    const int64_t first = begin * kUnit, last = std::min(end * kUnit, logits_ld());
     for (int64_t r = 0; r < rows; ++r)
       kernels_.softcap(logits_.floats() + r * logits_ld() + first, last - first, weights_.softcap);
   });

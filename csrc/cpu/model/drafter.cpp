@@ -1,4 +1,4 @@
-#include "drafter.hpp"
+#include "model/drafter.hpp"
 
 #include <algorithm>
 #include <cmath>
@@ -14,8 +14,6 @@ Drafter::Drafter(DrafterWeights weights, std::shared_ptr<Target> target)
     if (source < 0) throw std::invalid_argument("the target has no cache for one of the drafter's layers");
     views_.push_back(&target_->views(source));
   }
-  if (first_head().view().format != weights_.post_projection->view().format)
-    throw std::invalid_argument("a drafter's head and post projection have one format: they meet the same rows");
 }
 
 void Drafter::draft(const DraftRequest& request, const DraftResult& result) {
@@ -34,11 +32,12 @@ void Drafter::draft(const DraftRequest& request, const DraftResult& result) {
     top = std::max(top, position + 1);
   }
   for (bool sliding : {true, false}) target_->rope(sliding).cover(top);
-  const int64_t width = weights_.head->view().panels() * kPanel;
-  const int threads = target_->team().size();
-  runner_.reserve(weights_.layers, anchors, target_->cache().context(), threads, true);
-  inputs_.reserve(round_up(anchors, kTile), round_up(2 * backbone, kBlock), threads);
-  rows_.reserve(anchors, round_up(weights_.shape.hidden, kBlock));
+  const int64_t width = weights_.head->view().padded_rows();
+  const int threads = target_->pool().size();
+  runner_.reserve(weights_.layers, anchors, target_->cache().context(), threads, true,
+                  act_formats({weights_.post_projection.get(), &first_head()}));
+  inputs_.reserve(round_up(anchors, kTile), round_up(2 * backbone, kMaxBlock), threads);
+  rows_.reserve(anchors, round_up(weights_.shape.hidden, kMaxBlock));
   both_.reserve(size_t(threads * anchors * 2 * backbone * 4));
   next_.reserve(size_t(anchors * round_up(backbone, kPanel) * 4));
   x_.reserve(size_t(anchors * round_up(weights_.shape.hidden, kPanel) * 4));
@@ -49,16 +48,16 @@ void Drafter::draft(const DraftRequest& request, const DraftResult& result) {
   for (int64_t r = 0; r < anchors; ++r) drawn.push_back({request.newest[r], 1.0f});
   std::fill_n(result.lengths, anchors, int32_t(depth));
 
-  target_->team().run([&](const Member& m) {
-    std::vector<float> chance(size_t(anchors), 1.0f);  // the same on every member
+  target_->pool().run([&](const Worker& w) {
+    std::vector<float> chance(size_t(anchors), 1.0f);  // the same on every worker
     for (int64_t step = 0, going = anchors; step < depth && going > 0; ++step) {
-      enter(m, drawn, step ? next_.floats() : request.hidden, anchors);
+      enter(w, drawn, step ? next_.floats() : request.hidden, anchors);
       for (size_t i = 0; i < weights_.layers.size(); ++i) {
         const Layer& layer = weights_.layers[i];
-        runner_.run(m, LayerRunner::Call{layer, *views_[i], target_->rope(layer.sliding)}, rows);
+        runner_.run(w, LayerRunner::Call{layer, *views_[i], target_->rope(layer.sliding)}, rows);
       }
-      choose(m, request, step, drawn);
-      LayerRunner::each(m, anchors, [&](int64_t r) {
+      choose(w, request, step, drawn);
+      w.for_share(anchors, [&](int64_t r) {
         result.tokens[r * depth + step] = drawn[size_t(r)].token;
         result.confidence[r * depth + step] = drawn[size_t(r)].probability;
         if (result.logits) last_logits(r, result.logits + (r * depth + step) * weights_.vocab);
@@ -71,44 +70,45 @@ void Drafter::draft(const DraftRequest& request, const DraftResult& result) {
         if (p >= request.floors[r * depth + step]) continue;
         p = -1.0f;
         --going;
-        if (m.id == 0) result.lengths[r] = int32_t(step + 1);
+        if (w.id == 0) result.lengths[r] = int32_t(step + 1);
       }
     }
   });
 }
 
 // x = pre_projection(concat(target embedding of the newest token, hidden)).
-void Drafter::enter(const Member& m, const std::vector<Drawn>& newest, const float* hidden, int64_t rows) {
+void Drafter::enter(const Worker& w, const std::vector<Drawn>& newest, const float* hidden, int64_t rows) {
   const int64_t backbone = weights_.backbone, width = weights_.shape.hidden;
-  float* both = both_.floats() + runner_.copy(m) * rows * 2 * backbone;
-  runner_.keep(m, rows, [&](int64_t r) {
+  float* both = both_.floats() + runner_.copy(w) * rows * 2 * backbone;
+  runner_.for_owned_rows(w, rows, [&](int64_t r) {
     target_->embed(newest[size_t(r)].token, both + r * 2 * backbone);
     std::copy_n(hidden + r * backbone, backbone, both + r * 2 * backbone + backbone);
   });
-  runner_.gather(m);
-  const ActView act = runner_.prepare_rows(m, inputs_, *weights_.pre_projection, rows, both, 2 * backbone);
-  runner_.project(m, *weights_.pre_projection, act, rows, x_.floats(), round_up(width, kPanel));
-  m.barrier();
-  runner_.keep(m, rows, [&](int64_t r) {
-    std::copy_n(x_.floats() + r * round_up(width, kPanel), width, runner_.x(m, r));
+  runner_.sync_rows(w);
+  const ActView act = runner_.pack_activations(w, inputs_, *weights_.pre_projection, rows, both, 2 * backbone);
+  runner_.project(w, *weights_.pre_projection, act, rows, x_.floats(), round_up(width, kPanel));
+  w.barrier();
+  runner_.for_owned_rows(w, rows, [&](int64_t r) {
+    std::copy_n(x_.floats() + r * round_up(width, kPanel), width, runner_.x(w, r));
   });
 }
 
 // Final norm, the hidden state of the next step, and the token drawn from the head. Ends with a barrier.
-void Drafter::choose(const Member& m, const DraftRequest& request, int64_t step, std::vector<Drawn>& drawn) {
-  const int64_t rows = request.anchors, ld = weights_.head->view().panels() * kPanel;
-  runner_.norm_rows(m, rows, weights_.final_norm);
-  const ActView act = runner_.prepare_rows(m, first_head(), rows, runner_.temporary(m, 0), weights_.shape.hidden);
-  runner_.project(m, *weights_.post_projection, act, rows, next_.floats(), weights_.backbone);
-  runner_.project(m, first_head(), act, rows, logits_.floats(), ld);
-  m.barrier();
-  if (weights_.centroids) centroid_head(m, rows);
-  LayerRunner::each(m, rows, [&](int64_t r) {
+void Drafter::choose(const Worker& w, const DraftRequest& request, int64_t step, std::vector<Drawn>& drawn) {
+  const int64_t rows = request.anchors, ld = weights_.head->view().padded_rows();
+  runner_.norm_rows(w, rows, weights_.final_norm);
+  const std::array<const Matrix*, 2> matrices = {weights_.post_projection.get(), &first_head()};
+  const auto acts = runner_.pack_activations(w, matrices, rows, runner_.temporary(w, 0), weights_.shape.hidden);
+  runner_.project(w, *matrices[0], acts[0], rows, next_.floats(), weights_.backbone);
+  runner_.project(w, *matrices[1], acts[1], rows, logits_.floats(), ld);
+  w.barrier();
+  if (weights_.centroids) centroid_head(w, rows);
+  w.for_share(rows, [&](int64_t r) {
     const std::vector<int32_t>& ids = ids_[size_t(r)];
     const int64_t n = weights_.centroids ? int64_t(ids.size()) : weights_.vocab;
     drawn[size_t(r)] = draw({logits_.floats() + r * ld, ids.empty() ? nullptr : ids.data(), n}, request, r, step);
   });
-  m.barrier();
+  w.barrier();
 }
 
 // Damaged weights may leave nothing to choose from, or no probability; the target will not mind.
@@ -132,15 +132,15 @@ Drawn Drafter::draw(const Logits& logits, const DraftRequest& request, int64_t r
 }
 
 // The best centroids (their scores are in logits_) select the rows of the head that are computed; the others cannot be
-// drafted. Members go on with the rows that they would share.
-void Drafter::centroid_head(const Member& m, int64_t rows) {
+// drafted. Workers go on with the rows that they would share.
+void Drafter::centroid_head(const Worker& w, int64_t rows) {
   const Kernels& kernels = target_->kernels();
   const MatrixView& head = weights_.head->view();
   const MatrixView& centroids = weights_.centroids->view();
-  const int64_t ld = head.panels() * kPanel, top_k = weights_.centroid_top_k;
+  const int64_t ld = head.padded_rows(), top_k = weights_.centroid_top_k;
   const int64_t panels = head.panels() / centroids.rows, width = panels * kPanel;  // a centroid
   const ActView single = rows_.view(*weights_.head, 1);  // each row meets other rows of the head: tiles of one
-  LayerRunner::each(m, rows, [&](int64_t r) {
+  w.for_share(rows, [&](int64_t r) {
     float* score = logits_.floats() + r * ld;
     for (int64_t i = 0; i < centroids.rows; ++i)
       if (std::isnan(score[i])) score[i] = -3e38f;  // damaged weights must not break the ordering below
@@ -152,20 +152,20 @@ void Drafter::centroid_head(const Member& m, int64_t rows) {
     });
     chosen.resize(size_t(top_k));
     std::sort(chosen.begin(), chosen.end());
-    kernels.prepare(single, r, runner_.temporary(m, r), weights_.shape.hidden, 0, single.padded_cols / kGroup);
+    kernels.pack_activations(single, r, runner_.temporary(w, r), weights_.shape.hidden, 0, single.groups());
   });
-  m.barrier();
+  w.barrier();
 
-  LayerRunner::each(m, rows * top_k, [&](int64_t i) {
+  w.for_share(rows * top_k, [&](int64_t i) {
     const int64_t r = i / top_k, cluster = clusters_[size_t(r)][size_t(i % top_k)];
     MatrixView part = head;
     part.rows = width;
     part.data = head.panel(cluster * panels);
     kernels.matmul(part, single.tile(r), 1, 0, part.units(), logits_.floats() + r * ld + i % top_k * width, ld);
   });
-  m.barrier();
+  w.barrier();
 
-  LayerRunner::each(m, rows, [&](int64_t r) {
+  w.for_share(rows, [&](int64_t r) {
     float* logit = logits_.floats() + r * ld;
     std::vector<int32_t>& ids = ids_[size_t(r)];
     ids.clear();
@@ -177,7 +177,7 @@ void Drafter::centroid_head(const Member& m, int64_t rows) {
 }
 
 void Drafter::last_logits(int64_t row, float* out) const {
-  const int64_t ld = weights_.head->view().panels() * kPanel;
+  const int64_t ld = weights_.head->view().padded_rows();
   const float* logit = logits_.floats() + row * ld;
   if (!weights_.centroids) {
     std::copy_n(logit, weights_.vocab, out);

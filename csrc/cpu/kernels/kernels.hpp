@@ -7,37 +7,35 @@
 #include <string>
 #include <vector>
 
-#include "formats.hpp"
-#include "sample.hpp"
+#include "formats/cache_view.hpp"
+#include "formats/formats.hpp"
+#include "kernels/sampler.hpp"
 
 namespace paceline {
 
-// Where the keys and values of one layer and slot lie. Rows live at position % ring (ring is a multiple of 16).
-struct CacheView {
-  bool bf16 = true;
-  int64_t ring = 0, head_dim = 0;
-  void* keys = nullptr;    // [kv head][ring / 16][head_dim][16]: sixteen keys side by side
-  void* values = nullptr;  // [kv head][ring][head_dim]
-
-  int64_t element() const { return bf16 ? 2 : 4; }
-  uint8_t* key_head(int64_t h) const { return static_cast<uint8_t*>(keys) + h * ring * head_dim * element(); }
-  uint8_t* value_head(int64_t h) const { return static_cast<uint8_t*>(values) + h * ring * head_dim * element(); }
+// What a gate multiplies: the product of a second matrix of the gate's shape, or given numbers [rows][ld].
+struct GateFactor {
+  const MatrixView* up = nullptr;
+  ActView up_act;  // the gate's rows, packed for `up`
+  const float* given = nullptr;
+  int64_t ld = 0;
 };
 
 struct Kernels {
   const char* name;
 
-  // Put groups [begin, end) of 32 columns of row x [n] into lane `row % lanes` of its tile of `act`; columns past n are
+  // Pack groups [begin, end) of columns of row x [n] into lane `row % lanes` of its tile of `act`; columns past n are
   // zeros.
-  void (*prepare)(const ActView& act, int64_t row, const float* x, int64_t n, int64_t begin, int64_t end);
+  void (*pack_activations)(const ActView& act, int64_t row, const float* x, int64_t n, int64_t begin, int64_t end);
 
-  // out [rows][ld]: out[r][32 u ..] = W a_r for units u in [begin, end) of 32 outputs. ld covers whole panels.
+  // out [rows][ld]: out[r][u kUnit ..] = W a_r for units u in [begin, end). ld covers whole panels.
+  // Throws std::invalid_argument if `act` is packed for another format or width; so does `gated`.
   void (*matmul)(const MatrixView& w, const ActView& act, int64_t rows, int64_t begin, int64_t end, float* out,
                  int64_t ld);
 
-  // gelu(gate a_r) * (up a_r), prepared for the next matrix; `up` may be empty, then `factor` [rows][ld] multiplies.
-  void (*gated)(const MatrixView& gate, const MatrixView* up, const float* factor, int64_t ld, const ActView& act,
-                int64_t rows, int64_t begin, int64_t end, const ActView& out);
+  // gelu(gate a_r) * factor, packed into `out` for the next matrix.
+  void (*gated)(const MatrixView& gate, const ActView& act, const GateFactor& factor, int64_t rows, int64_t begin,
+                int64_t end, const ActView& out);
 
   // out = x / rms(x) * weight (weight may be null); n is a multiple of 16 or the rows are padded with zeros.
   void (*rms_norm)(const float* x, const float* weight, int64_t n, float eps, float* out);

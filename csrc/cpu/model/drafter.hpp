@@ -4,8 +4,8 @@
 #include <memory>
 #include <vector>
 
-#include "layers.hpp"
-#include "target.hpp"
+#include "model/layers.hpp"
+#include "model/target.hpp"
 
 namespace paceline {
 
@@ -59,11 +59,11 @@ class Drafter {
   const float* last_hidden(int64_t row) const { return next_.floats() + row * weights_.backbone; }
 
  private:
-  void enter(const Member& m, const std::vector<Drawn>& newest, const float* hidden, int64_t rows);
-  void choose(const Member& m, const DraftRequest& request, int64_t step, std::vector<Drawn>& drawn);
+  void enter(const Worker& w, const std::vector<Drawn>& newest, const float* hidden, int64_t rows);
+  void choose(const Worker& w, const DraftRequest& request, int64_t step, std::vector<Drawn>& drawn);
   Drawn draw(const Logits& logits, const DraftRequest& request, int64_t row, int64_t step) const;
   const Matrix& first_head() const { return weights_.centroids ? *weights_.centroids : *weights_.head; }
-  void centroid_head(const Member& m, int64_t rows);
+  void centroid_head(const Worker& w, int64_t rows);
 
   DrafterWeights weights_;
   std::shared_ptr<Target> target_;
@@ -72,7 +72,7 @@ class Drafter {
   std::vector<std::vector<int64_t>> clusters_;        // a row: the centroids chosen
   std::vector<std::vector<int32_t>> ids_;             // a row: the tokens of its logits
   Buffer both_, x_, next_, logits_;
-  Prepared inputs_, rows_;
+  PackedRows inputs_, rows_;
 };
 
 }  // namespace paceline

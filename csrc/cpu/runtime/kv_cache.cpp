@@ -1,4 +1,4 @@
-#include "memory.hpp"
+#include "runtime/kv_cache.hpp"
 
 #include <algorithm>
 #include <cmath>
@@ -6,89 +6,7 @@
 #include <stdexcept>
 #include <string>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 namespace paceline {
-
-void Buffer::reserve(size_t bytes, bool huge) {
-  if (bytes <= bytes_) return;
-  const size_t align = huge && bytes >= (size_t(4) << 20) ? size_t(2) << 20 : 4096;
-  bytes = (bytes + 4095) / 4096 * 4096;
-  memory_.reset();
-  memory_.reset(static_cast<uint8_t*>(std::aligned_alloc(align, (bytes + align - 1) / align * align)));
-  if (!memory_) throw std::bad_alloc();
-  bytes_ = bytes;
-#if defined(__linux__)
-  if (align > 4096) madvise(memory_.get(), bytes_, MADV_HUGEPAGE);
-#endif
-}
-
-namespace {
-
-MatrixView shape_of(Format format, int64_t rows, int64_t cols) {
-  if (rows <= 0 || cols <= 0) throw std::invalid_argument("a matrix needs at least one row and one column");
-  const int64_t padded = pad_cols(format, cols);
-  return {format, rows, cols, padded, panel_bytes(format, padded), nullptr};
-}
-
-}  // namespace
-
-int64_t Matrix::bytes_of(Format format, int64_t rows, int64_t cols) {
-  const MatrixView view = shape_of(format, rows, cols);
-  return view.panels() * view.stride;
-}
-
-Matrix::Matrix(Format format, int64_t rows, int64_t cols) : view_(shape_of(format, rows, cols)) {
-  memory_.reserve(bytes(), true);
-  view_.data = memory_.data();
-  if (rows % kPanel)  // the lanes past the end
-    std::fill_n(memory_.data() + (view_.panels() - 1) * view_.stride, view_.stride, uint8_t(0));
-}
-
-Matrix::Matrix(Format format, int64_t rows, int64_t cols, const uint8_t* packed) : view_(shape_of(format, rows, cols)) {
-  view_.data = packed;
-}
-
-void Matrix::pack(Source type, const void* source, int64_t first, int64_t count) {
-  if (!memory_.data()) throw std::invalid_argument("a mapped matrix cannot be packed");
-  if (first < 0 || count < 0 || first + count > view_.rows)
-    throw std::invalid_argument("rows " + std::to_string(first) + " to " + std::to_string(first + count) +
-                                " of a matrix of " + std::to_string(view_.rows));
-  pack_rows(view_, memory_.data(), type, source, first, count);
-}
-
-void Matrix::fill_random(uint64_t seed) {
-  if (!memory_.data()) throw std::invalid_argument("a mapped matrix cannot be filled");
-  const Format format = view_.format;
-  const float spread = 1.0f / std::sqrt(float(view_.cols));
-  uint64_t state = seed * 0x9e3779b97f4a7c15u + 1;
-  const auto next = [&] {  // xorshift64
-    state ^= state << 13;
-    state ^= state >> 7;
-    return state ^= state << 17;
-  };
-  for (int64_t i = 0; i < view_.panels(); ++i) {
-    uint8_t* panel = memory_.data() + i * view_.stride;
-    const uint16_t scale = float_to_half(spread / (format == Format::q8 ? 64 : 4));
-    if (quantised(format)) {
-      for (int64_t j = 0; j < view_.stride; j += 8) {
-        const uint64_t bits = next();
-        std::memcpy(panel + j, &bits, 8);
-      }
-      for (int64_t j = 0; j < view_.stride; j += block_bytes(format))
-        for (int64_t k = 0; k < kScaleBytes; k += 2) std::memcpy(panel + j + k, &scale, 2);
-      continue;
-    }
-    for (int64_t j = 0; j < view_.padded_cols * kPanel; ++j) {
-      const float value = (float(next() >> 40) / float(1 << 23) - 1.0f) * spread;
-      const uint16_t narrow = float_to_bf16(value);
-      if (format == Format::f32) std::memcpy(panel + j * 4, &value, 4);
-      else std::memcpy(panel + j * 2, &narrow, 2);
-    }
-  }
-}
 
 Cache::Cache(const std::vector<Layer>& layers, int64_t slots, int64_t context, int64_t window, int64_t max_rows,
              bool bf16)

@@ -1,13 +1,13 @@
 // Attention of one batch row over the cache, for up to four query heads that share a K/V head.
 //
 // Scores are computed for blocks of sixteen keys at absolute positions, values are summed in ascending positions: the
-// order depends on the row's position alone. Included by kernels.cpp inside the namespace of an instruction set.
+// order depends on the row's position alone. Included by kernels.cpp.
 #pragma once
 
-#include "kernels.hpp"
-#include "vec.hpp"
+#include "formats/cache_view.hpp"
+#include "kernels/vec.hpp"
 
-namespace PACELINE_ISA {
+namespace PACELINE_NAMESPACE {
 
 using paceline::CacheView;
 
@@ -120,4 +120,4 @@ void attend(const CacheView& cache, int64_t head, const float* q, int heads, int
   else attend_as<float>(cache, head, q, heads, first, last, scratch, out);
 }
 
-}  // namespace PACELINE_ISA
+}  // namespace PACELINE_NAMESPACE

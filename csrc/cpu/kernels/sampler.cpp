@@ -5,14 +5,14 @@
 // multiplications, divisions and comparisons of floats are used, and probabilities are summed as integers, so that every
 // instruction set draws the same token from the same logits, and so does the NumPy twin, decode/draw.py, which says the
 // same in fewer lines. Tokens rank by logit, of equals the lowest id first; the allowed ones are a prefix of that ranking.
-#include "sample.hpp"
+#include "kernels/sampler.hpp"
 
 #include <algorithm>
 #include <cmath>
 
-#include "vec.hpp"
+#include "kernels/vec.hpp"
 
-namespace PACELINE_ISA {
+namespace PACELINE_NAMESPACE {
 namespace {
 
 using paceline::Allowed;
@@ -23,34 +23,6 @@ using paceline::Logits;
 constexpr float kLowest = -3e38f;   // stands for NaN and minus infinity too; -kLowest stands for infinity
 constexpr float kUnit = 1073741824; // 2^30, weight of the most likely token
 constexpr float kDeepest = 21.0f;   // e^-21 is less than one unit
-
-// Low and high halves of the products of lanes with m.
-inline void multiply(u32x16 a, uint32_t m, u32x16& low, u32x16& high) {
-#if PACELINE_AVX512
-  const __m512i factor = _mm512_set1_epi32(int32_t(m));
-  const __m512i even = _mm512_mul_epu32((__m512i)a, factor);
-  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64((__m512i)a, 32), factor);
-  low = (u32x16)_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
-  high = (u32x16)_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
-#elif PACELINE_AVX2
-  for (int i = 0; i < 2; ++i) {
-    const __m256i factor = _mm256_set1_epi32(int32_t(m)), x = (__m256i)a.part[i];
-    const __m256i even = _mm256_mul_epu32(x, factor), odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), factor);
-    low.part[i] = (u32)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
-    high.part[i] = (u32)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
-  }
-#else
-  uint32_t x[16], l[16], h[16];
-  store(x, a);
-  for (int i = 0; i < 16; ++i) {
-    const uint64_t product = uint64_t(x[i]) * m;
-    l[i] = uint32_t(product);
-    h[i] = uint32_t(product >> 32);
-  }
-  low = load<u32x16>(l);
-  high = load<u32x16>(h);
-#endif
-}
 
 // Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): sixteen counters
 // (counter, position, stream, 0) under the key `seed`, to four words each.
@@ -414,4 +386,4 @@ std::vector<Allowed> allowed_tokens(const Logits& logits, const Draw& draw) {
 extern const paceline::Sampler sampler;
 const paceline::Sampler sampler = {draw_token, allowed_tokens};
 
-}  // namespace PACELINE_ISA
+}  // namespace PACELINE_NAMESPACE
