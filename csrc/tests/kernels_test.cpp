@@ -418,12 +418,12 @@ void test_checksum(const Kernels& kernels, int64_t n) {
   check(kernels.checksum(memory.get(), n) != total, kernels.name, "checksum of damaged bytes");
 }
 
-// Draws from logits that integers give exactly: the tokens of decode/sampler.py, folded into one number.
+// Samples from logits that integers give exactly: the tokens of decode/sampler.py, folded into one number.
 void test_sampler(const Kernels& kernels) {
   Floats x(1000);
   for (uint32_t i = 0; i < 1000; ++i) x[i] = float(int32_t(i * 2654435761u >> 8) - (1 << 23)) / float(1 << 21);
   struct Case {
-    Draw draw;
+    SamplingParams params;
     uint32_t tokens;
   };
   constexpr float off = std::numeric_limits<float>::infinity();
@@ -435,11 +435,9 @@ void test_sampler(const Kernels& kernels) {
   for (const Case& c : cases) {
     uint32_t tokens = 0;
     for (uint32_t position = 0; position < 50; ++position) {
-      Draw draw = c.draw;
-      draw.stream = position % 3;
-      tokens = tokens * 31 + uint32_t(kernels.sampler->draw({x.data(), nullptr, 1000}, draw, position, false).token);
+      tokens = tokens * 31 + uint32_t(kernels.sample({x.data(), nullptr, 1000}, c.params, position, false).token);
     }
-    check(tokens == c.tokens, kernels.name, "drawn tokens");
+    check(tokens == c.tokens, kernels.name, "sampled tokens");
   }
 }
 

@@ -12,10 +12,10 @@ from paceline.backends.cpu.backend import CpuBackend
 from paceline.backends.cpu.weights import CheckpointWeights
 from paceline.checkpoint import Checkpoint, resolve
 from paceline.quant import blocks
-from paceline.types import Batch
+from paceline.types import GREEDY, Work
 from tests.unit.checkpoints import TARGET, target_weights, write
 
-ROWS = 20
+PROMPT, ROWS = 12, 24
 PARTS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 Mix = tuple[str, str, str]
 
@@ -42,10 +42,11 @@ def logits(folder: Path, mix: Mix | None = None) -> np.ndarray:
     if mix:
         weights.mix = mix
     backend = CpuBackend((config, weights), threads=2, context=64, max_rows=32)
-    tokens = np.random.default_rng(0).integers(3, config.vocab_size, ROWS).astype(np.int32)
-    slots = np.full(ROWS, backend.open_slot(), np.int32)
-    batch = Batch(slots, np.arange(ROWS, dtype=np.int32), tokens, np.ones(ROWS, bool))
-    return np.array(backend.forward(batch).logits)
+    tokens = np.random.default_rng(0).integers(3, config.vocab_size, ROWS).tolist()
+    slot = backend.open_slot()
+    works = [Work(slot, 0, tokens[:PROMPT], GREEDY, logits=True)]
+    works += [Work(slot, i, tokens[i : i + 1], GREEDY, logits=True) for i in range(PROMPT, ROWS)]
+    return np.concatenate([backend.run([work])[0].logits for work in works])
 
 
 @pytest.mark.parametrize(

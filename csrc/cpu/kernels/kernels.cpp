@@ -9,13 +9,15 @@
 #define PACELINE_STRING_(x) #x
 #define PACELINE_STRING(x) PACELINE_STRING_(x)
 
-namespace PACELINE_SAMPLER { extern const paceline::Sampler sampler; }
+namespace PACELINE_SAMPLER {
+paceline::Sampled sample(const paceline::Logits&, const paceline::SamplingParams&, uint32_t position, bool probability);
+}
 
 namespace PACELINE_NAMESPACE {
 
 extern const paceline::Kernels table;
 const paceline::Kernels table = {PACELINE_STRING(PACELINE_NAMESPACE), pack_activations, matmul, gated, rms_norm,
                                  add_scaled, axpy, rope, append, attend, softcap, arg_max, checksum,
-                                 &PACELINE_SAMPLER::sampler};
+                                 PACELINE_SAMPLER::sample};
 
 }  // namespace PACELINE_NAMESPACE

@@ -60,13 +60,14 @@ struct Kernels {
   // x = cap * tanh(x / cap); n is a multiple of 16.
   void (*softcap)(float* x, int64_t n, float cap);
 
-  // Index of the largest value (the lowest such index) and its softmax probability among the n.
+  // Index of the largest value (the lowest such index), and its softmax probability among the n unless that is null.
   int64_t (*arg_max)(const float* x, int64_t n, float* probability);
 
   // A check value of `n` bytes, n a multiple of 512, at the speed of memory; it finds damage, not forgery.
   uint32_t (*checksum)(const uint8_t* data, int64_t n);
 
-  const Sampler* sampler;
+  // The token at an absolute position, for a temperature above 0. `probability` is computed only on request, else 0.
+  Sampled (*sample)(const Logits& logits, const SamplingParams& params, uint32_t position, bool probability);
 };
 
 // The kernels of `isa`, or of the best instruction set this processor has if it is empty.

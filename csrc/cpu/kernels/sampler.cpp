@@ -1,23 +1,24 @@
-// Drawing by the Gumbel-max trick: the largest of logit / temperature + noise among the tokens that top-k, top-p and
+// Sampling by the Gumbel-max trick: the largest of logit / temperature + noise among the tokens that top-k, top-p and
 // min-p allow.
 //
 // Compiled once for each instruction set, in a namespace of its own and without contraction. Only single additions,
 // multiplications, divisions and comparisons of floats are used, and probabilities are summed as integers, so that every
-// instruction set draws the same token from the same logits, and so does the NumPy twin, decode/draw.py, which says the
-// same in fewer lines. Tokens rank by logit, of equals the lowest id first; the allowed ones are a prefix of that ranking.
+// instruction set samples the same token from the same logits, and so does the NumPy reference, decode/sampler.py. Tokens rank by logit, of equals the lowest id first; the allowed ones are a prefix of that ranking.
 #include "kernels/sampler.hpp"
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
+#include <limits>
+#include <vector>
 
 #include "kernels/vec.hpp"
 
 namespace PACELINE_NAMESPACE {
 namespace {
 
-using paceline::Allowed;
-using paceline::Draw;
-using paceline::Drawn;
+using paceline::SamplingParams;
+using paceline::Sampled;
 using paceline::Logits;
 
 constexpr float kLowest = -3e38f;   // stands for NaN and minus infinity too; -kLowest stands for infinity
@@ -25,10 +26,10 @@ constexpr float kUnit = 1073741824; // 2^30, weight of the most likely token
 constexpr float kDeepest = 21.0f;   // e^-21 is less than one unit
 
 // Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): sixteen counters
-// (counter, position, stream, 0) under the key `seed`, to four words each.
-inline void philox(u32x16 counter, const Draw& draw, uint32_t position, u32x16 word[4]) {
-  u32x16 c0 = counter, c1 = fill<u32x16>(position), c2 = fill<u32x16>(draw.stream), c3 = fill<u32x16>(0);
-  uint32_t k0 = uint32_t(draw.seed), k1 = uint32_t(draw.seed >> 32);
+// (counter, position, 0, 0) under the key `seed`, to four words each.
+inline void philox(u32x16 counter, const SamplingParams& params, uint32_t position, u32x16 word[4]) {
+  u32x16 c0 = counter, c1 = fill<u32x16>(position), c2 = fill<u32x16>(0), c3 = fill<u32x16>(0);
+  uint32_t k0 = uint32_t(params.seed), k1 = uint32_t(params.seed >> 32);
   for (int round = 0; round < 10; ++round, k0 += 0x9e3779b9u, k1 += 0xbb67ae85u) {
     u32x16 low0, high0, low1, high1;
     multiply(c0, 0xd2511f53u, low0, high0);
@@ -108,11 +109,11 @@ struct Entry {
 
 inline bool ahead(const Entry& a, const Entry& b) { return a.x != b.x ? a.x > b.x : a.id < b.id; }
 
-// A row being drawn from.
+// The row of logits.
 class Row {
  public:
-  Row(const Logits& logits, const Draw& draw)
-      : stretch_(logits.n > 65536 ? 128 : 16), logits_(logits), draw_(draw) {
+  Row(const Logits& logits, const SamplingParams& params)
+      : stretch_(logits.n > 65536 ? 128 : 16), logits_(logits), params_(params) {
     for (int64_t i = 0; i < logits.n; i += stretch_) {
       f32x16 best = values(logits, i);
       for (int64_t j = i + 16; j < std::min(i + stretch_, logits.n); j += 16) best = max(values(logits, j), best);
@@ -122,8 +123,8 @@ class Row {
   }
 
   // How far below the best, in nats.
-  f32x16 depth(f32x16 x) const { return (x - splat(top_)) / splat(draw_.temperature); }
-  float depth(float x) const { return (x - top_) / draw_.temperature; }
+  f32x16 depth(f32x16 x) const { return (x - splat(top_)) / splat(params_.temperature); }
+  float depth(float x) const { return (x - top_) / params_.temperature; }
   i32x16 weight(f32x16 x) const { return convert<i32x16>(exp(depth(x)) * splat(kUnit)); }
 
   // Call f(i, logits i..i+15) for stretches whose maximum reaches `least`.
@@ -166,7 +167,7 @@ class Row {
   }
 
   // Logits at which weights begin to be less than one unit, or a little lower.
-  float floor() const { return top_ - kDeepest * draw_.temperature * 1.0001f; }
+  float floor() const { return top_ - kDeepest * params_.temperature * 1.0001f; }
 
   // The last entry of the smallest prefix of the ranking that holds top-p of the weight, over the whole row.
   Entry nucleus_end() const {
@@ -187,7 +188,7 @@ class Row {
       for (int i = 0; i < 4; ++i) mass[size_t(bin)] += part[size_t(i * kBins + bin)];
       total += mass[size_t(bin)];
     }
-    const double enough = draw_.top_p * double(total);
+    const double enough = params_.top_p * double(total);
     int bin = 0;
     while (double(sum + mass[size_t(bin)]) < enough) sum += mass[size_t(bin++)];
     std::vector<Entry> entries;
@@ -210,7 +211,7 @@ class Row {
     std::sort(entries.begin(), entries.end(), ahead);
     int64_t total = 0;
     for (const Entry& e : entries) total += weight_of(e.x);
-    entries.erase(prefix_end(entries, 0, draw_.top_p * double(total)) + 1, entries.end());
+    entries.erase(prefix_end(entries, 0, params_.top_p * double(total)) + 1, entries.end());
   }
 
   int32_t weight_of(float x) const {
@@ -219,7 +220,7 @@ class Row {
     return w[0];
   }
 
-  float least_depth() const { return -draw_.gap; }  // by min-p
+  float least_depth() const { return -params_.min_p_depth; }  // by min-p
   bool near_enough(float x) const { return depth(x) >= least_depth(); }
 
   float top() const { return top_; }
@@ -239,7 +240,7 @@ class Row {
 
   const int64_t stretch_;  // logits with a common maximum, so that most need not be looked at again
   const Logits& logits_;
-  const Draw& draw_;
+  const SamplingParams& params_;
   std::vector<float> maxima_;  // a stretch
   float top_ = kLowest;
 };
@@ -251,13 +252,13 @@ struct Choice {
   Entry last{kLowest, std::numeric_limits<int32_t>::max()};
 };
 
-Choice choose(const Row& row, const Logits& logits, const Draw& draw) {
+Choice choose(const Row& row, const Logits& logits, const SamplingParams& params) {
   Choice choice;
-  if (draw.top_k > 0 && draw.top_k < logits.n) {
+  if (params.top_k > 0 && params.top_k < logits.n) {
     choice.listed = true;
-    choice.list = row.best(draw.top_k);
-    if (draw.top_p < 1) row.cut_nucleus(choice.list);
-  } else if (draw.top_p < 1) {
+    choice.list = row.best(params.top_k);
+    if (params.top_p < 1) row.cut_nucleus(choice.list);
+  } else if (params.top_p < 1) {
     choice.last = row.nucleus_end();
   }
   if (!choice.listed && logits.ids) {  // ids in any order: make a list
@@ -279,7 +280,7 @@ struct Best {
   }
 };
 
-Entry draw_from_list(const Row& row, const std::vector<Entry>& list, const Draw& draw, uint32_t position) {
+Entry sample_list(const Row& row, const std::vector<Entry>& list, const SamplingParams& params, uint32_t position) {
   Best best;
   float x_of_best = row.top();
   for (size_t at = 0; at < list.size(); at += 16) {
@@ -289,7 +290,7 @@ Entry draw_from_list(const Row& row, const std::vector<Entry>& list, const Draw&
     for (size_t j = 0; j < 16; ++j) x[j] = list[at + std::min(j, count - 1)].x, id[j] = uint32_t(list[at + std::min(j, count - 1)].id);
     const u32x16 ids = load<u32x16>(id);
     u32x16 word[4];
-    philox(((ids >> 6) << 4) + (ids & 15), draw, position, word);
+    philox(((ids >> 6) << 4) + (ids & 15), params, position, word);
     float score[4][16];
     for (int w = 0; w < 4; ++w) store(score[w], row.depth(load<f32x16>(x)) + gumbel(uniform(word[w])));
     for (size_t j = 0; j < count; ++j) {
@@ -303,7 +304,7 @@ Entry draw_from_list(const Row& row, const std::vector<Entry>& list, const Draw&
 
 // The same over a whole row. Most stretches cannot hold the best, or would need more noise than is there: of noise
 // g <= -log(u), one that lifts a logit from `depth` above `best` has u <= e^(depth - best).
-Entry draw_from_row(const Row& row, const Logits& logits, const Entry& last, const Draw& draw, uint32_t position) {
+Entry sample_row(const Row& row, const Logits& logits, const Entry& last, const SamplingParams& params, uint32_t position) {
   Best best;
   const f32x16 none = splat(kNothing);
   for (int64_t i = 0; i < logits.n; i += 64) {
@@ -312,7 +313,7 @@ Entry draw_from_row(const Row& row, const Logits& logits, const Entry& last, con
     uint32_t counter[16];
     for (int64_t j = 0; j < 16; ++j) counter[j] = uint32_t(i / 4 + j);
     u32x16 word[4];
-    philox(load<u32x16>(counter), draw, position, word);
+    philox(load<u32x16>(counter), params, position, word);
     f32x16 u[4], least = splat(1.0f);
     for (int w = 0; w < 4; ++w) {
       u[w] = uniform(word[w]);
@@ -325,7 +326,7 @@ Entry draw_from_row(const Row& row, const Logits& logits, const Entry& last, con
       const f32x16 x = values(logits, first), depth = row.depth(x);
       f32x16 score = depth + gumbel(u[w]);
       score = where_greater(splat(last.x), x, none, score);
-      score = where_greater(splat(-draw.gap), depth, none, score);
+      score = where_greater(splat(-params.min_p_depth), depth, none, score);
       if (max_lane(score) < best.score) continue;
       float scores[16], xs[16];
       store(scores, score);
@@ -338,18 +339,7 @@ Entry draw_from_row(const Row& row, const Logits& logits, const Entry& last, con
   return {clean(logits.x[best.id]), best.id};
 }
 
-std::vector<Allowed> list_of(const Row& row, const Choice& choice) {
-  std::vector<Entry> entries = choice.list;
-  if (!choice.listed) {
-    entries = row.gather(choice.last.x, [&](float x) { return x >= choice.last.x && row.near_enough(x); });
-    std::erase_if(entries, [&](const Entry& e) { return ahead(choice.last, e); });
-  }
-  std::vector<Allowed> out;
-  for (const Entry& e : entries) out.push_back({e.x, e.id, row.weight_of(e.x)});
-  return out;
-}
-
-// The weight of all tokens that can be drawn, without a list of them where there is none.
+// The weight of all tokens that can be sampled, without a list of them where there is none.
 int64_t weight_of_all(const Row& row, const Logits& logits, const Choice& choice) {
   int64_t total = 0;
   for (const Entry& e : choice.list) total += row.weight_of(e.x);
@@ -366,24 +356,16 @@ int64_t weight_of_all(const Row& row, const Logits& logits, const Choice& choice
   return total;
 }
 
-Drawn draw_token(const Logits& logits, const Draw& draw, uint32_t position, bool probability) {
-  const Row row(logits, draw);
-  const Choice choice = choose(row, logits, draw);
-  const Entry drawn = choice.listed ? draw_from_list(row, choice.list, draw, position)
-                                    : draw_from_row(row, logits, choice.last, draw, position);
-  if (!probability) return {drawn.id, 0.0f};
-  const int64_t total = weight_of_all(row, logits, choice);
-  return {drawn.id, total > 0 ? float(double(row.weight_of(drawn.x)) / double(total)) : 0.0f};
-}
-
-std::vector<Allowed> allowed_tokens(const Logits& logits, const Draw& draw) {
-  const Row row(logits, draw);
-  return list_of(row, choose(row, logits, draw));
-}
-
 }  // namespace
 
-extern const paceline::Sampler sampler;
-const paceline::Sampler sampler = {draw_token, allowed_tokens};
+Sampled sample(const Logits& logits, const SamplingParams& params, uint32_t position, bool probability) {
+  const Row row(logits, params);
+  const Choice choice = choose(row, logits, params);
+  const Entry best = choice.listed ? sample_list(row, choice.list, params, position)
+                                   : sample_row(row, logits, choice.last, params, position);
+  if (!probability) return {best.id, 0.0f};
+  const int64_t total = weight_of_all(row, logits, choice);
+  return {best.id, total > 0 ? float(double(row.weight_of(best.x)) / double(total)) : 0.0f};
+}
 
 }  // namespace PACELINE_NAMESPACE

@@ -1,20 +1,19 @@
-// How a token is drawn from a row of logits.
+// How a token is sampled from a row of logits.
 #pragma once
 
 #include <cstdint>
 #include <limits>
-#include <vector>
 
 namespace paceline {
 
-// Settings of a draw. The noise is a pure function of seed, stream, position and token.
-struct Draw {
+// The noise is a pure function of seed, position and token.
+struct SamplingParams {
   float temperature = 0;  // 0: the largest logit
   int64_t top_k = 0;      // 0: off
   double top_p = 1;       // 1: off
-  float gap = std::numeric_limits<float>::infinity();  // min-p as the largest (max - logit) / temperature; infinite: off
+  // min-p as the largest (max - logit) / temperature; infinite: off
+  float min_p_depth = std::numeric_limits<float>::infinity();
   uint64_t seed = 0;
-  uint32_t stream = 0;
 };
 
 // Logits [n] and the tokens they belong to, their indices if `ids` is null. Entries of negative ids must be at -3e38.
@@ -24,24 +23,9 @@ struct Logits {
   int64_t n;
 };
 
-struct Drawn {
+struct Sampled {
   int32_t token;
-  float probability;  // among the tokens that could be drawn
-};
-
-// A token that can be drawn, and its share of the probability in units of 2^-30 of the most likely one's.
-struct Allowed {
-  float x;
-  int32_t id;
-  int64_t weight;
-};
-
-struct Sampler {
-  // The token at `position`. `probability` is computed only where wanted, else 0.
-  Drawn (*draw)(const Logits& logits, const Draw& draw, uint32_t position, bool probability);
-
-  // All tokens that can be drawn, in no particular order.
-  std::vector<Allowed> (*allowed)(const Logits& logits, const Draw& draw);
+  float probability;  // among the tokens that can be sampled
 };
 
 }  // namespace paceline
