@@ -20,7 +20,7 @@ std::vector<Result> Decoder::run(std::vector<Work>& works) {
   for (size_t i = 0; i < works.size(); ++i) {
     if (!works[i].samples) continue;
     verify(works[i], row, results[i]);
-    row += int64_t(works[i].draft.size()) + 1;
+    row += int64_t(results[i].drafted.size()) + 1;
   }
   return results;
 }
