@@ -43,8 +43,8 @@ class Decoder {
   int64_t length(int64_t slot) const { return target_->cache().length(slot); }
   void truncate(int64_t slot, int64_t length);
   void clear(int64_t slot);
-  Cache::Snapshot save(int64_t slot);
-  void restore(int64_t slot, const Cache::Snapshot& snapshot);
+  KvCache::Snapshot save(int64_t slot);
+  void restore(int64_t slot, const KvCache::Snapshot& snapshot);
   void set_threads(int threads);
 
   const Target& target() const { return *target_; }
