@@ -301,6 +301,12 @@ NB_MODULE(_cpu, module) {
       .def_prop_rw("threads", [](const Decoder& d) { return d.target().threads(); }, &Decoder::set_threads)
       .def_prop_ro("isa", [](const Decoder& d) { return d.target().kernels().name; })
       .def_prop_ro("cache_bytes", [](const Decoder& d) { return d.target().cache().bytes(); })
+      .def("hidden", [](const Decoder& decoder, int64_t slot) {
+        const size_t size = size_t(decoder.target().weights().config.hidden);
+        auto out = std::make_unique<float[]>(size);
+        std::copy_n(decoder.hidden(slot), size, out.get());
+        return owned<float, 1>(out.release(), {size});
+      }, "slot"_a, "The target's state [hidden] at the slot's last accepted row.")
       .def("last_draft_step", [](const Decoder& decoder, int64_t row) {
         const Drafter* drafter = decoder.drafter();
         if (!drafter) throw std::invalid_argument("no drafter is loaded");

@@ -14,10 +14,10 @@ from paceline import _cpu
 from paceline.backends.base import Backend
 from paceline.checkpoint import Checkpoint, resolve
 from paceline.quant import blocks
-from paceline.types import Anchors, Batch, Output, Plan, SamplingParams
+from paceline.types import GREEDY, Draft, Result, Work
 from tests.parity.fixtures import SHAPES, VOCABULARY, WINDOW, _randomise, write_pair
 from tests.parity.test_torch_truth import head_of, read_pair
-from tests.support import any_backend, only_native, run, sequence
+from tests.support import all_logits, any_backend, only_native, run, sequence
 
 ROWS = 5 * WINDOW
 DEPTH = 5
@@ -42,15 +42,9 @@ def prompt(rows: int = ROWS, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(3, VOCABULARY, rows).astype(np.int32)
 
 
-def feed(backend: Backend, slot: int, tokens: np.ndarray, start: int = 0, wanted: bool = True):
-    count = len(tokens)
-    positions = np.arange(start, start + count, dtype=np.int32)
-    output = backend.forward(Batch(np.full(count, slot, np.int32), positions, tokens, np.full(count, wanted)))
-    return Output(np.array(output.logits), output.hidden)
-
-
-def anchors(at: tuple[np.ndarray, np.ndarray], token: int, hidden: np.ndarray, depth: int) -> Anchors:
-    return Anchors(*at, np.array([token], np.int32), hidden, (SamplingParams(),), (Plan(depth),), (0,))
+def feed(backend: Backend, slot: int, tokens: np.ndarray, start: int = 0) -> np.ndarray:
+    """Logits [tokens, vocabulary] of all rows in one pass."""
+    return all_logits(backend, slot, tokens.tolist(), start)
 
 
 def assert_close(ours: np.ndarray, theirs: torch.Tensor) -> None:
@@ -64,21 +58,21 @@ def test_logits(case: Case, chunk: int) -> None:
     backend = any_backend(case.target, None, max_rows=ROWS)
     slot = backend.open_slot()
     tokens = prompt()
-    parts = [feed(backend, slot, tokens[i : i + chunk], i).logits.copy() for i in range(0, ROWS, chunk)]
+    parts = [feed(backend, slot, tokens[i : i + chunk], i) for i in range(0, ROWS, chunk)]
     theirs = case.hf_target(input_ids=torch.from_numpy(tokens).long()[None]).logits[0]
     assert theirs.std() > 0.5
     assert_close(np.concatenate(parts), theirs)
 
 
 @torch.no_grad()
-def test_rows_without_logits_fill_the_cache_alike(case: Case) -> None:
-    """Rows that nobody wants stop early in the stack; what they leave in the cache must be the same."""
+def test_rows_that_are_not_sampled(case: Case) -> None:
+    """Rows that are not sampled from stop early in the stack; what they leave in the KV cache must be the same."""
     backend = any_backend(case.target, None, max_rows=ROWS)
     slot = backend.open_slot()
     tokens = prompt()
-    feed(backend, slot, tokens[:-1], wanted=False)
-    output = feed(backend, slot, tokens[-1:], ROWS - 1)
-    assert_close(output.logits, case.hf_target(input_ids=torch.from_numpy(tokens).long()[None]).logits[0, -1:])
+    backend.run([Work(slot, 0, tokens[:-1].tolist())])
+    logits = feed(backend, slot, tokens[-1:], ROWS - 1)
+    assert_close(logits, case.hf_target(input_ids=torch.from_numpy(tokens).long()[None]).logits[0, -1:])
 
 
 @torch.no_grad()
@@ -89,8 +83,8 @@ def test_rollback_leaves_no_trace(case: Case) -> None:
     for start in range(0, ROWS, 4):
         feed(backend, slot, prompt(11, seed=start + 1), start)
         backend.truncate(slot, start)
-        output = feed(backend, slot, tokens[start : start + 4], start)
-    assert_close(output.logits, case.hf_target(input_ids=torch.from_numpy(tokens).long()[None]).logits[0, -4:])
+        logits = feed(backend, slot, tokens[start : start + 4], start)
+    assert_close(logits, case.hf_target(input_ids=torch.from_numpy(tokens).long()[None]).logits[0, -4:])
 
 
 @only_native  # PyTorch's drafts are compared with these
@@ -107,30 +101,34 @@ def test_draft_steps(case: Case, position: int) -> None:
     embed = case.hf_target.get_input_embeddings()
 
     backend = any_backend(case.target, case.drafter, max_rows=ROWS)
-    slot = backend.open_slot()
-    output = feed(backend, slot, tokens)
-    assert_close(output.hidden[-1:], hidden[0])
-    our_hidden = output.hidden[-1:].copy()
-    token = int(output.logits[-1].argmax())
-    at = np.array([slot], np.int32), np.array([position], np.int32)
-    whole = backend.draft(anchors(at, token, our_hidden, DEPTH))
+
+    def draft(length: int) -> tuple[Result, np.ndarray, np.ndarray]:
+        """A round after the prompt, and the logits and next hidden state of its last draft step."""
+        slot = backend.open_slot()
+        (first,) = backend.run([Work(slot, 0, tokens.tolist(), GREEDY)])
+        assert_close(backend._decoder.hidden(slot), theirs.hidden_states[-1][0, -1])
+        (result,) = backend.run([Work(slot, position, first.sampled, GREEDY, Draft(length=length))])
+        backend.close_slot(slot)
+        return result, *backend._decoder.last_draft_step(0)
+
+    token = int(theirs.logits[0, -1].argmax())
+    whole, *_ = draft(DEPTH)
     for step in range(DEPTH):
         reference = case.hf_drafter(
             inputs_embeds=torch.cat((embed(torch.tensor([[token]])), hidden), dim=-1),
             position_ids=torch.tensor([[position]]),
             shared_kv_states=shared,
         )
-        drafts = backend.draft(anchors(at, token, our_hidden, 1))
-        logits, next_hidden = backend._drafter.last_step(0)
-        hidden, our_hidden = reference.last_hidden_state, next_hidden[None]
+        result, logits, next_hidden = draft(step + 1)
+        hidden = reference.last_hidden_state
         assert_close(next_hidden, hidden[0, 0])
         scored = logits > -1e38
         assert_close(logits[scored], reference.logits[0, 0][torch.from_numpy(scored)])
         token = int(reference.logits[0, 0].argmax())
-        assert drafts.tokens[0, 0] == token == whole.tokens[0, step]
+        assert result.drafted[step] == token == whole.drafted[step]
         shares = np.exp(logits[scored] - logits[scored].max())
-        assert drafts.confidence[0, 0] == pytest.approx(shares.max() / shares.sum(), rel=1e-4)
-        assert whole.confidence[0, step] == drafts.confidence[0, 0]
+        assert result.confidence[step] == pytest.approx(shares.max() / shares.sum(), rel=1e-4)
+        assert whole.confidence[step] == result.confidence[step]
 
 
 @torch.no_grad()
@@ -157,7 +155,7 @@ def test_bfloat16_checkpoints(tmp_path: Path, shape: str) -> None:
     with torch.no_grad():
         theirs = exact(input_ids=torch.from_numpy(tokens).long()[None]).logits[0]
     backend = any_backend(target, None, max_rows=ROWS)
-    ours = feed(backend, backend.open_slot(), tokens).logits
+    ours = feed(backend, backend.open_slot(), tokens)
     assert np.abs(ours - theirs.numpy()).max() <= 2e-3 * np.abs(theirs.numpy()).max()
 
 
@@ -196,21 +194,24 @@ def test_odd_shapes(tmp_path: Path, odd: dict) -> None:
     for chunk in (1, 7, ROWS):
         backend = any_backend(tmp_path, None, max_rows=ROWS, threads=2)
         slot = backend.open_slot()
-        parts = [feed(backend, slot, tokens[i : i + chunk], i).logits.copy() for i in range(0, ROWS, chunk)]
+        parts = [feed(backend, slot, tokens[i : i + chunk], i) for i in range(0, ROWS, chunk)]
         assert_close(np.concatenate(parts), theirs)
 
 
 @only_native
 @pytest.mark.parametrize("isa", _cpu.usable_isas())
 @pytest.mark.parametrize("quant", blocks.FORMATS)
-def test_logits_are_the_oracles_product(tmp_path: Path, quant: str, isa: str) -> None:
+def test_logits_are_exact_integer_sums(tmp_path: Path, quant: str, isa: str) -> None:
     """From the hidden states on, logits are exact integer sums in q8 and q4, up to float rounding."""
     target, _ = write_pair(tmp_path, "e2b", seed=5)
     checkpoint = Checkpoint.open(target)
     config = checkpoint.target_config()
     table = resolve(checkpoint, config)["embed_tokens.weight"].read()
     backend = any_backend(target, None, quant, max_rows=ROWS, isa=isa)
-    output = feed(backend, backend.open_slot(), prompt())
-    product = blocks.matmul(table, output.hidden, quant)
+    slot, logits, hidden = backend.open_slot(), [], []
+    for position, token in enumerate(prompt().tolist()):
+        logits.append(feed(backend, slot, np.array([token]), position)[0])
+        hidden.append(backend._decoder.hidden(slot))
+    product = blocks.matmul(table, np.array(hidden), quant)
     expected = config.softcap * np.tanh(product / config.softcap) if config.softcap else product
-    assert np.abs(output.logits - expected).max() <= 2e-6 * np.abs(expected).max()
+    assert np.abs(np.array(logits) - expected).max() <= 2e-6 * np.abs(expected).max()

@@ -47,6 +47,8 @@ class Decoder {
   void restore(int64_t slot, const KvCache::Snapshot& snapshot);
   void set_threads(int threads);
 
+  // [hidden] the target's state at the slot's last accepted row, which a drafter continues from.
+  const float* hidden(int64_t slot) const { return hidden_.floats() + slot * target_->weights().config.hidden; }
   const Target& target() const { return *target_; }
   const Drafter* drafter() const { return drafter_.get(); }
 
