@@ -102,7 +102,7 @@ def test_checkpoint_types_pack_like_their_values(dtype: str) -> None:
 def test_bad_arguments_are_refused() -> None:
     matrix = _cpu.Matrix("q4", 16, 32)
     with pytest.raises(ValueError, match="unknown weight format"):
-        _cpu.Matrix("q5", 16, 32)
+        _cpu.Matrix("q1", 16, 32)
     with pytest.raises(ValueError, match="columns"):
         matrix.pack(np.zeros((16, 31), np.float32))
     with pytest.raises(ValueError, match="rows"):
