@@ -72,7 +72,7 @@ def measure(engine: paceline.Engine, sampling: SamplingParams, way: str, rounds:
             rule=RULES[name](replace(sampling, seed=seed), engine.backend),
             draft_tokens=depth,
             max_tokens=1 << 30,  # no round is shortened
-            limit=engine.backend.context,
+            limit=engine.backend.info.context,
             stop_ids=frozenset(),
             detokenizer=Silent(),
             slot=engine.backend.open_slot(),

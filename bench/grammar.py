@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=60)
     arguments = parser.parse_args()
     engine = paceline.load(arguments.model, quant=arguments.quant)
-    grammars = Grammars(engine.tokenizer.dumps(), engine.backend.vocab_size, engine.stop_ids)
+    grammars = Grammars(engine.tokenizer.dumps(), engine.backend.info.vocab_size, engine.stop_ids)
     whole = grammars.json_schema(SCHEMA)
     ways = {"plain": (Quiet, 0), "drafter": (Quiet, "auto"), "drafter and grammar": (Constraint.copy, "auto")}
     seen: dict[str, list[tuple[str, float, int, int]]] = {way: [] for way in ways}

@@ -79,7 +79,7 @@ def main() -> None:
         "longest_pause_s": round(max(first), 3),
         "prompt_s": round(sum(first), 2),
         "prompt_again_s": round(sum(again), 3),
-        "kept_mb": round(scheduler.prefixes.nbytes / 1e6, 1) if scheduler.prefixes else 0,
+        "kept_mb": round(scheduler.prefix_cache.nbytes / 1e6, 1) if scheduler.prefix_cache else 0,
     }
     print(json.dumps(report))
 

@@ -75,8 +75,8 @@ def main() -> None:
         "all, 1 draft": (arguments.streams, 1),
         "all, 2 drafts": (arguments.streams, 2),
     }
-    report = {"model": arguments.model, "streams": arguments.streams, "threads": engine.threads, "quant": engine.quant}
-    bandwidth = ReadBandwidth(engine.threads)
+    report = {"model": arguments.model, "streams": arguments.streams, "threads": engine.backend.threads, "quant": engine.backend.info.quant}
+    bandwidth = ReadBandwidth(engine.backend.threads)
     for _ in range(5):
         bandwidth.measure()
     report["bandwidth_gb_per_s"] = round(bandwidth.median, 1)

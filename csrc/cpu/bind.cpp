@@ -1,18 +1,17 @@
 // The Python module paceline._cpu. No arithmetic here: types in, types out, the GIL released around the work.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
-#include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <array>
+#include <cmath>
+#include <limits>
 #include <memory>
-#include <optional>
 
-#include "drafter.hpp"
-#include "target.hpp"
+#include "round.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -24,7 +23,7 @@ template <class T, int N>
 using Array = nb::ndarray<const T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
 using AnyRows = nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 template <class T, int N>
-using Result = nb::ndarray<nb::numpy, T, nb::ndim<N>>;
+using Numpy = nb::ndarray<nb::numpy, T, nb::ndim<N>>;
 
 // bfloat16 has no NumPy type: its bits come as uint16.
 Source source_of(const nb::dlpack::dtype& type) {
@@ -41,12 +40,12 @@ void check_cols(int64_t got, int64_t want) {
 
 // An array that frees `data` (from new[]) when Python drops it.
 template <class T, int N>
-Result<T, N> owned(T* data, const std::array<size_t, N>& shape) {
+Numpy<T, N> owned(T* data, const std::array<size_t, N>& shape) {
   nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<T*>(p); });
-  return Result<T, N>(data, N, shape.data(), owner);
+  return Numpy<T, N>(data, N, shape.data(), owner);
 }
 
-Result<float, 1> row_of(const Matrix& matrix, int64_t i) {
+Numpy<float, 1> row_of(const Matrix& matrix, int64_t i) {
   if (i < 0 || i >= matrix.view().rows) throw std::out_of_range("no such row");
   const size_t cols = size_t(matrix.view().cols);
   float* out = new float[cols];
@@ -101,78 +100,83 @@ struct Snapshot {
   int64_t shortest;
 };
 
-nb::tuple forward(nb::handle self, const Array<int32_t, 1>& slots, const Array<int32_t, 1>& positions,
-                  const Array<int32_t, 1>& tokens, const Array<bool, 1>& wanted) {
-  Target& target = nb::cast<Target&>(self);
-  check_cols(int64_t(slots.size()), int64_t(tokens.size()));
-  check_cols(int64_t(positions.size()), int64_t(tokens.size()));
-  check_cols(int64_t(wanted.size()), int64_t(tokens.size()));
-  int64_t rows;
-  {
-    nb::gil_scoped_release release;
-    rows = target.forward(slots.data(), positions.data(), tokens.data(),
-                          reinterpret_cast<const uint8_t*>(wanted.data()), int64_t(tokens.size()));
-  }
-  const auto& w = target.weights();
-  const auto view = [&](const float* data, int64_t cols, int64_t ld) {
-    return Result<const float, 2>(data, {size_t(rows), size_t(cols)}, self, {ld, 1});
-  };
-  return nb::make_tuple(view(target.logits(), w.vocab, target.logits_ld()),
-                        view(target.hidden(), w.shape.hidden, w.shape.hidden));
+// The sampling parameters of paceline.types; min-p becomes a distance from the best logit, in nats.
+Draw params_of(nb::handle params) {
+  const auto get = [&](const char* name) { return params.attr(name); };
+  const double min_p = nb::cast<double>(get("min_p"));
+  const nb::object seed = get("seed");
+  return {nb::cast<float>(get("temperature")), nb::cast<int64_t>(get("top_k")), nb::cast<double>(get("top_p")),
+          min_p > 0 ? float(-std::log(min_p)) : std::numeric_limits<float>::infinity(),
+          seed.is_none() ? 0 : nb::cast<uint64_t>(seed)};
 }
 
-int32_t draw(const Array<float, 1>& logits, const Draw& draw, uint32_t position, const std::string& isa) {
+int32_t sample(const Array<float, 1>& logits, nb::handle params, uint32_t position, const std::string& isa) {
   if (logits.size() == 0) throw std::invalid_argument("no logits");
-  const Sampler& sampler = *select_kernels(isa).sampler;
-  return sampler.draw({logits.data(), nullptr, int64_t(logits.size())}, draw, position, false).token;
+  const Kernels& kernels = select_kernels(isa);
+  const Draw draw = params_of(params);
+  const int64_t n = int64_t(logits.size());
+  if (draw.temperature == 0) return int32_t(kernels.arg_max(logits.data(), n, nullptr));
+  return kernels.sampler->draw({logits.data(), nullptr, n}, draw, position, false).token;
 }
 
-nb::tuple allowed(const Array<float, 1>& logits, const Draw& draw, const std::string& isa) {
-  if (logits.size() == 0) throw std::invalid_argument("no logits");
-  const auto list = select_kernels(isa).sampler->allowed({logits.data(), nullptr, int64_t(logits.size())}, draw);
-  auto* ids = new int32_t[list.size()];
-  auto* weights = new int64_t[list.size()];
-  const auto id_array = owned<int32_t, 1>(ids, {list.size()});
-  const auto weight_array = owned<int64_t, 1>(weights, {list.size()});
-  for (size_t i = 0; i < list.size(); ++i) ids[i] = list[i].id, weights[i] = list[i].weight;
-  return nb::make_tuple(id_array, weight_array);
-}
-
-nb::tuple draft(Drafter& drafter, const Array<int32_t, 1>& slots, const Array<int32_t, 1>& positions,
-                const Array<int32_t, 1>& newest, const Array<float, 2>& hidden, int64_t depth,
-                const std::vector<Draw>& draws, const std::optional<Array<float, 2>>& floors,
-                const std::optional<Array<float, 2>>& acceptance, bool with_logits) {
-  const size_t anchors = newest.size();
-  check_cols(int64_t(draws.size()), int64_t(anchors));
-  if (floors.has_value() != acceptance.has_value()) throw std::invalid_argument("floors come with acceptance");
-  if (floors) {
-    check_cols(int64_t(floors->shape(0)), int64_t(anchors));
-    check_cols(int64_t(floors->shape(1)), depth);
-    check_cols(int64_t(acceptance->shape(0)), int64_t(anchors));
-    check_cols(int64_t(acceptance->shape(1)), kConfidenceBins);
+// A paceline.types.Work. Its constraint is called with the GIL, which a run does not hold otherwise.
+Work work_of(nb::handle given, int64_t vocab) {
+  const auto get = [&](const char* name) { return given.attr(name); };
+  Work work{nb::cast<int64_t>(get("slot")), nb::cast<int64_t>(get("position")),
+            nb::cast<std::vector<int32_t>>(get("tokens"))};
+  const nb::object params = get("params"), draft = get("draft"), constraint = get("constraint");
+  work.samples = !params.is_none();
+  if (!work.samples) return work;
+  work.params = params_of(params);
+  work.draft = nb::cast<std::vector<int32_t>>(draft.attr("tokens"));
+  work.limit = {nb::cast<int64_t>(draft.attr("length")), nb::cast<std::vector<float>>(draft.attr("floors")),
+                nb::cast<std::vector<float>>(draft.attr("acceptance"))};
+  if (!work.limit.floors.empty() && (int64_t(work.limit.floors.size()) != work.limit.length ||
+                                     work.limit.acceptance.size() != size_t(kConfidenceBins)))
+    throw std::invalid_argument("a draft needs a floor for each token, and acceptance by confidence");
+  const nb::object simulated = draft.attr("simulated");
+  if (!simulated.is_none()) work.simulated = nb::cast<int64_t>(simulated);
+  work.logits = nb::cast<bool>(get("logits"));
+  if (!constraint.is_none()) {
+    work.constrain = [apply = nb::object(constraint.attr("apply")), vocab](float* logits) {
+      const nb::gil_scoped_acquire gil;
+      apply(nb::cast(Numpy<float, 1>(logits, {size_t(vocab)}), nb::rv_policy::reference));
+    };
+    work.commit = [commit = nb::object(constraint.attr("commit"))](int32_t token) {
+      const nb::gil_scoped_acquire gil;
+      commit(token);
+    };
   }
-  check_cols(int64_t(slots.size()), int64_t(anchors));
-  check_cols(int64_t(positions.size()), int64_t(anchors));
-  check_cols(int64_t(hidden.shape(0)), int64_t(anchors));
-  check_cols(int64_t(hidden.shape(1)), drafter.backbone());
-  if (depth < 1) throw std::invalid_argument("a draft needs at least one step");
-  const size_t count = anchors * size_t(depth);
-  auto* tokens = new int32_t[count];
-  auto* confidence = new float[count];
-  const auto token_array = owned<int32_t, 2>(tokens, {anchors, size_t(depth)});
-  const auto confidence_array = owned<float, 2>(confidence, {anchors, size_t(depth)});
-  auto* lengths = new int32_t[anchors];
-  const auto length_array = owned<int32_t, 1>(lengths, {anchors});
-  const size_t vocab = with_logits ? size_t(drafter.vocab()) : 0;
-  auto* logits = new float[count * vocab];
-  const auto logit_array = owned<float, 3>(logits, {anchors, size_t(depth), vocab});
+  return work;
+}
+
+template <class T>
+nb::tuple tuple_of(const std::vector<T>& values) {
+  return nb::tuple(nb::cast(values));
+}
+
+// [(sampled, drafted, confidence, logits or None)]
+nb::list run(Decoder& decoder, const nb::typed<nb::sequence, nb::object>& given) {
+  const int64_t vocab = decoder.target().weights().vocab;
+  std::vector<Work> works;
+  for (nb::handle work : given) works.push_back(work_of(work, vocab));
+  std::vector<Result> results;
   {
-    nb::gil_scoped_release release;
-    drafter.draft({slots.data(), positions.data(), newest.data(), hidden.data(), int64_t(anchors), depth, draws.data(),
-                   floors ? floors->data() : nullptr, acceptance ? acceptance->data() : nullptr},
-                  {tokens, confidence, lengths, with_logits ? logits : nullptr});
+    const nb::gil_scoped_release release;
+    results = decoder.run(works);
   }
-  return nb::make_tuple(token_array, confidence_array, length_array, logit_array);
+  nb::list out;
+  for (size_t i = 0; i < results.size(); ++i) {
+    Result& result = results[i];
+    nb::object logits = nb::none();
+    if (works[i].logits) {
+      float* rows = new float[result.logits.size()];
+      std::copy(result.logits.begin(), result.logits.end(), rows);
+      logits = nb::cast(owned<float, 2>(rows, {result.sampled.size(), size_t(vocab)}));
+    }
+    out.append(nb::make_tuple(tuple_of(result.sampled), tuple_of(result.drafted), tuple_of(result.confidence), logits));
+  }
+  return out;
 }
 
 }  // namespace
@@ -207,17 +211,11 @@ NB_MODULE(_cpu, module) {
       .def_prop_ro("format", [](const Matrix& self) { return format_name(self.view().format); })
       .def_prop_ro("nbytes", &Matrix::bytes)
       .def("packed", [](const Matrix& self) {
-        return Result<const uint8_t, 1>(self.view().data, {self.bytes()});
+        return Numpy<const uint8_t, 1>(self.view().data, {self.bytes()});
       }, nb::rv_policy::reference_internal, "The packed bytes, in place.");
 
-  nb::class_<Draw>(module, "Draw", "How a token is drawn from logits.")
-      .def("__init__", [](Draw* self, float temperature, int64_t top_k, double top_p, float gap, uint64_t seed,
-                          uint32_t stream) { new (self) Draw{temperature, top_k, top_p, gap, seed, stream}; },
-           nb::kw_only(), "temperature"_a, "top_k"_a, "top_p"_a, "gap"_a, "seed"_a, "stream"_a);
-  module.def("draw", &draw, "logits"_a, "draw"_a, "position"_a, "isa"_a = "",
-             "The token drawn from logits [vocab], temperature above 0.");
-  module.def("allowed", &allowed, "logits"_a, "draw"_a, "isa"_a = "",
-             "Tokens [n] that can be drawn and their weights [n], in units of 2^-30 of the largest.");
+  module.def("sample", &sample, "logits"_a, "params"_a, "position"_a, "isa"_a = "",
+             "The token sampled from logits [vocab] at an absolute position.");
 
   nb::class_<Experts>(module, "Experts").def(nb::init<>())
       .def_rw("active", &Experts::active).def_rw("router", &Experts::router)
@@ -261,31 +259,6 @@ NB_MODULE(_cpu, module) {
       .def_prop_ro("length", [](const Snapshot& s) { return s.rows.length; }, "Positions it holds.")
       .def_ro("shortest", &Snapshot::shortest, "The shortest length it can be cut back to.");
 
-  nb::class_<Target>(module, "Target", "A loaded target and its KV cache.")
-      .def("__init__", [](Target* self, const TargetWeights& weights, const std::string& isa, int threads,
-                          int64_t slots, int64_t context, int64_t max_rows, bool bf16_cache) {
-        new (self) Target(weights, select_kernels(isa), threads, slots, context, max_rows, bf16_cache);
-      }, "weights"_a, nb::kw_only(), "isa"_a, "threads"_a, "slots"_a, "context"_a, "max_rows"_a, "bf16_cache"_a,
-         nb::keep_alive<1, 2>())
-      .def("forward", &forward, "slots"_a, "positions"_a, "tokens"_a, "wanted"_a,
-           "Logits [wanted, vocab] and hidden states [wanted, hidden], valid until the next call.")
-      .def("length", [](Target& t, int64_t slot) { return t.cache().length(slot); }, "slot"_a)
-      .def("truncate", [](Target& t, int64_t slot, int64_t n) { t.cache().truncate(slot, n); }, "slot"_a, "length"_a)
-      .def("clear", [](Target& t, int64_t slot) { t.cache().clear(slot); }, "slot"_a)
-      .def("save", [](Target& t, int64_t slot) {
-        const nb::gil_scoped_release release;
-        Cache::Snapshot rows = t.cache().save(slot);
-        const int64_t shortest = t.cache().shortest(rows);
-        return Snapshot{std::move(rows), shortest};
-      }, "slot"_a, "Copy a slot's rows out.")
-      .def("restore", [](Target& t, int64_t slot, const Snapshot& snapshot) {
-        const nb::gil_scoped_release release;
-        t.cache().restore(slot, snapshot.rows);
-      }, "slot"_a, "snapshot"_a, "Copy rows into an empty slot.")
-      .def_prop_rw("threads", &Target::threads, &Target::set_threads)
-      .def_prop_ro("isa", [](const Target& t) { return t.kernels().name; })
-      .def_prop_ro("cache_bytes", [](Target& t) { return t.cache().bytes(); });
-
   nb::class_<DrafterWeights>(module, "DrafterWeights").def(nb::init<>())
       .def_rw("vocab", &DrafterWeights::vocab).def_rw("backbone", &DrafterWeights::backbone)
       .def_prop_rw("hidden", [](const DrafterWeights& w) { return w.shape.hidden; },
@@ -300,17 +273,40 @@ NB_MODULE(_cpu, module) {
       .def_rw("head", &DrafterWeights::head).def_rw("centroids", &DrafterWeights::centroids)
       .def_rw("centroid_top_k", &DrafterWeights::centroid_top_k).def_rw("tokens", &DrafterWeights::tokens);
 
-  nb::class_<Drafter>(module, "Drafter", "A loaded drafter over a target's cache.")
-      .def(nb::init<DrafterWeights, std::shared_ptr<Target>>(), "weights"_a, "target"_a)
-      .def("draft", &draft, "slots"_a, "positions"_a, "newest"_a, "hidden"_a, "depth"_a, "draws"_a,
-           "floors"_a = nb::none(), "acceptance"_a = nb::none(), "with_logits"_a = false,
-           "Tokens and confidence [anchors, depth], lengths [anchors], logits [anchors, depth, vocab] if wanted.")
-      .def("last_step", [](const Drafter& self, int64_t row) {
-        auto logits = std::make_unique<float[]>(size_t(self.vocab()));
-        auto hidden = std::make_unique<float[]>(size_t(self.backbone()));
-        self.last_logits(row, logits.get());
-        std::copy_n(self.last_hidden(row), self.backbone(), hidden.get());
-        return nb::make_tuple(owned<float, 1>(logits.release(), {size_t(self.vocab())}),
-                              owned<float, 1>(hidden.release(), {size_t(self.backbone())}));
+  nb::class_<Decoder>(module, "Decoder", "A loaded pair and its KV cache.")
+      .def("__init__", [](Decoder* self, const TargetWeights& weights, const DrafterWeights* drafter,
+                          const std::string& isa, int threads, int64_t slots, int64_t context, int64_t max_rows,
+                          bool bf16_cache) {
+        auto target = std::make_shared<Target>(weights, select_kernels(isa), threads, slots, context, max_rows, bf16_cache);
+        auto pair = drafter ? std::make_unique<Drafter>(*drafter, target) : nullptr;
+        new (self) Decoder(std::move(target), std::move(pair));
+      }, "weights"_a, "drafter"_a.none(), nb::kw_only(), "isa"_a, "threads"_a, "slots"_a, "context"_a, "max_rows"_a,
+         "bf16_cache"_a, nb::keep_alive<1, 2>())
+      .def("run", &run, "works"_a, "One step: see paceline.backends.base.Backend.run.")
+      .def("length", &Decoder::length, "slot"_a)
+      .def("truncate", &Decoder::truncate, "slot"_a, "length"_a, nb::call_guard<nb::gil_scoped_release>())
+      .def("clear", &Decoder::clear, "slot"_a, nb::call_guard<nb::gil_scoped_release>())
+      .def("save", [](Decoder& decoder, int64_t slot) {
+        const nb::gil_scoped_release release;
+        Cache::Snapshot rows = decoder.save(slot);
+        const int64_t shortest = decoder.target().cache().shortest(rows);
+        return Snapshot{std::move(rows), shortest};
+      }, "slot"_a, "Copy a slot's rows out.")
+      .def("restore", [](Decoder& decoder, int64_t slot, const Snapshot& snapshot) {
+        const nb::gil_scoped_release release;
+        decoder.restore(slot, snapshot.rows);
+      }, "slot"_a, "snapshot"_a, "Copy rows into an empty slot.")
+      .def_prop_rw("threads", [](const Decoder& d) { return d.target().threads(); }, &Decoder::set_threads)
+      .def_prop_ro("isa", [](const Decoder& d) { return d.target().kernels().name; })
+      .def_prop_ro("cache_bytes", [](const Decoder& d) { return d.target().cache().bytes(); })
+      .def("last_draft_step", [](const Decoder& decoder, int64_t row) {
+        const Drafter* drafter = decoder.drafter();
+        if (!drafter) throw std::invalid_argument("no drafter is loaded");
+        auto logits = std::make_unique<float[]>(size_t(drafter->vocab()));
+        auto hidden = std::make_unique<float[]>(size_t(drafter->backbone()));
+        drafter->last_logits(row, logits.get());
+        std::copy_n(drafter->last_hidden(row), drafter->backbone(), hidden.get());
+        return nb::make_tuple(owned<float, 1>(logits.release(), {size_t(drafter->vocab())}),
+                              owned<float, 1>(hidden.release(), {size_t(drafter->backbone())}));
       }, "row"_a, "Logits [vocab] (-3e38 where the head did not look) and next hidden state of the last draft step.");
 }

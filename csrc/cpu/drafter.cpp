@@ -18,72 +18,77 @@ Drafter::Drafter(DrafterWeights weights, std::shared_ptr<Target> target)
     throw std::invalid_argument("a drafter's head and post projection have one format: they meet the same rows");
 }
 
-void Drafter::draft(const DraftRequest& request, const DraftResult& result) {
-  const std::lock_guard lock(target_->busy());
-  const int64_t window = target_->weights().window, backbone = weights_.backbone;
-  const int64_t anchors = request.anchors, depth = request.depth;
+// The position is that of the newest token, which is not cached; sliding layers see the window of rows before it.
+std::vector<Row> Drafter::check(const std::vector<DraftRequest>& requests) const {
   std::vector<Row> rows;
-  int64_t top = 0;
-  for (int64_t r = 0; r < anchors; ++r) {
-    const int64_t slot = request.slots[r], position = request.positions[r], newest = request.newest[r];
-    if (slot < 0 || slot >= target_->cache().slots() || position < 1 || position != target_->cache().length(slot) ||
-        newest < 0 || newest >= target_->weights().vocab)
-      throw std::invalid_argument("an anchor does not continue its slot");
-    // The position is that of the newest token, which is not cached; sliding layers see the window of rows before it.
-    rows.push_back({slot, position, position - 1, std::max(int64_t(0), position - window), r});
-    top = std::max(top, position + 1);
+  for (const DraftRequest& r : requests) {
+    const Cache& cache = target_->cache();
+    if (r.slot < 0 || r.slot >= cache.slots() || r.position < 1 || r.position != cache.length(r.slot) || r.newest < 0 ||
+        r.newest >= target_->weights().vocab)
+      throw std::invalid_argument("a draft that does not continue its slot");
+    const int64_t first = std::max(int64_t(0), r.position - target_->weights().window);
+    rows.push_back({r.slot, r.position, r.position - 1, first, int64_t(rows.size())});
   }
-  for (bool sliding : {true, false}) target_->rope(sliding).cover(top);
-  const int64_t width = weights_.head->view().panels() * kPanel;
-  const int threads = target_->team().size();
-  runner_.reserve(weights_.layers, anchors, target_->cache().context(), threads, true);
-  inputs_.reserve(round_up(anchors, kTile), round_up(2 * backbone, kBlock), threads);
-  rows_.reserve(anchors, round_up(weights_.shape.hidden, kBlock));
-  both_.reserve(size_t(threads * anchors * 2 * backbone * 4));
-  next_.reserve(size_t(anchors * round_up(backbone, kPanel) * 4));
-  x_.reserve(size_t(anchors * round_up(weights_.shape.hidden, kPanel) * 4));
-  logits_.reserve(size_t(anchors * width * 4));
-  clusters_.resize(size_t(anchors));
-  ids_.resize(size_t(anchors));
-  std::vector<Drawn> drawn;
-  for (int64_t r = 0; r < anchors; ++r) drawn.push_back({request.newest[r], 1.0f});
-  std::fill_n(result.lengths, anchors, int32_t(depth));
+  return rows;
+}
 
+void Drafter::reserve(int64_t rows) {
+  const int64_t backbone = weights_.backbone, width = weights_.head->view().panels() * kPanel;
+  const int threads = target_->team().size();
+  runner_.reserve(weights_.layers, rows, target_->cache().context(), threads, true);
+  inputs_.reserve(round_up(rows, kTile), round_up(2 * backbone, kBlock), threads);
+  rows_.reserve(rows, round_up(weights_.shape.hidden, kBlock));
+  both_.reserve(size_t(threads * rows * 2 * backbone * 4));
+  next_.reserve(size_t(rows * round_up(backbone, kPanel) * 4));
+  x_.reserve(size_t(rows * round_up(weights_.shape.hidden, kPanel) * 4));
+  logits_.reserve(size_t(rows * width * 4));
+  clusters_.resize(size_t(rows));
+  ids_.resize(size_t(rows));
+}
+
+// All sequences take their steps together until the last one stops; what a stopped one computes is void.
+std::vector<DraftResult> Drafter::draft(const std::vector<DraftRequest>& requests) {
+  const int64_t count = int64_t(requests.size());
+  std::vector<Row> rows = check(requests);
+  reserve(count);
+  std::vector<Drawn> drawn;
+  for (int64_t r = 0; r < count; ++r) {
+    for (bool sliding : {true, false}) target_->rope(sliding).cover(requests[size_t(r)].position + 1);
+    std::copy_n(requests[size_t(r)].hidden, weights_.backbone, next_.floats() + r * weights_.backbone);
+    drawn.push_back({requests[size_t(r)].newest, 1.0f});
+  }
+  std::vector<DraftResult> results(requests.size());
   target_->team().run([&](const Member& m) {
-    std::vector<float> chance(size_t(anchors), 1.0f);  // the same on every member
-    for (int64_t step = 0, going = anchors; step < depth && going > 0; ++step) {
-      enter(m, drawn, step ? next_.floats() : request.hidden, anchors);
+    std::vector<float> chance(requests.size(), 1.0f);  // of each draft so far, -1 once it has stopped; alike on all
+    for (int64_t step = 0, going = count; going > 0; ++step) {
+      enter(m, drawn, count);
       for (size_t i = 0; i < weights_.layers.size(); ++i) {
         const Layer& layer = weights_.layers[i];
         runner_.run(m, LayerRunner::Call{layer, *views_[i], target_->rope(layer.sliding)}, rows);
       }
-      choose(m, request, step, drawn);
-      LayerRunner::each(m, anchors, [&](int64_t r) {
-        result.tokens[r * depth + step] = drawn[size_t(r)].token;
-        result.confidence[r * depth + step] = drawn[size_t(r)].probability;
-        if (result.logits) last_logits(r, result.logits + (r * depth + step) * weights_.vocab);
-      });
-      for (int64_t r = 0; request.floors && r < anchors; ++r) {
-        float& p = chance[size_t(r)];
-        if (p < 0) continue;
-        const int bin = std::min(kConfidenceBins - 1, int(drawn[size_t(r)].probability * kConfidenceBins));
-        p *= request.acceptance[r * kConfidenceBins + bin];
-        if (p >= request.floors[r * depth + step]) continue;
-        p = -1.0f;
-        --going;
-        if (m.id == 0) result.lengths[r] = int32_t(step + 1);
+      choose(m, requests, step, drawn);
+      for (size_t r = 0; r < requests.size(); ++r) {
+        if (chance[r] < 0) continue;
+        const DraftLimit& limit = requests[r].limit;
+        const float confidence = drawn[r].probability;
+        if (m.id == 0) results[r].tokens.push_back(drawn[r].token), results[r].confidence.push_back(confidence);
+        if (!limit.floors.empty())
+          chance[r] *= limit.acceptance[size_t(std::min(kConfidenceBins - 1, int(confidence * kConfidenceBins)))];
+        const bool hopeless = !limit.floors.empty() && chance[r] < limit.floors[size_t(step)];
+        if (hopeless || step + 1 >= limit.length) chance[r] = -1.0f, --going;
       }
     }
   });
+  return results;
 }
 
 // x = pre_projection(concat(target embedding of the newest token, hidden)).
-void Drafter::enter(const Member& m, const std::vector<Drawn>& newest, const float* hidden, int64_t rows) {
+void Drafter::enter(const Member& m, const std::vector<Drawn>& newest, int64_t rows) {
   const int64_t backbone = weights_.backbone, width = weights_.shape.hidden;
   float* both = both_.floats() + runner_.copy(m) * rows * 2 * backbone;
   runner_.keep(m, rows, [&](int64_t r) {
     target_->embed(newest[size_t(r)].token, both + r * 2 * backbone);
-    std::copy_n(hidden + r * backbone, backbone, both + r * 2 * backbone + backbone);
+    std::copy_n(next_.floats() + r * backbone, backbone, both + r * 2 * backbone + backbone);
   });
   runner_.gather(m);
   const ActView act = runner_.prepare_rows(m, inputs_, *weights_.pre_projection, rows, both, 2 * backbone);
@@ -95,8 +100,9 @@ void Drafter::enter(const Member& m, const std::vector<Drawn>& newest, const flo
 }
 
 // Final norm, the hidden state of the next step, and the token drawn from the head. Ends with a barrier.
-void Drafter::choose(const Member& m, const DraftRequest& request, int64_t step, std::vector<Drawn>& drawn) {
-  const int64_t rows = request.anchors, ld = weights_.head->view().panels() * kPanel;
+void Drafter::choose(const Member& m, const std::vector<DraftRequest>& requests, int64_t step,
+                     std::vector<Drawn>& drawn) {
+  const int64_t rows = int64_t(requests.size()), ld = weights_.head->view().panels() * kPanel;
   runner_.norm_rows(m, rows, weights_.final_norm);
   const ActView act = runner_.prepare_rows(m, first_head(), rows, runner_.temporary(m, 0), weights_.shape.hidden);
   runner_.project(m, *weights_.post_projection, act, rows, next_.floats(), weights_.backbone);
@@ -106,18 +112,18 @@ void Drafter::choose(const Member& m, const DraftRequest& request, int64_t step,
   LayerRunner::each(m, rows, [&](int64_t r) {
     const std::vector<int32_t>& ids = ids_[size_t(r)];
     const int64_t n = weights_.centroids ? int64_t(ids.size()) : weights_.vocab;
-    drawn[size_t(r)] = draw({logits_.floats() + r * ld, ids.empty() ? nullptr : ids.data(), n}, request, r, step);
+    drawn[size_t(r)] = draw({logits_.floats() + r * ld, ids.empty() ? nullptr : ids.data(), n}, requests[size_t(r)], step);
   });
   m.barrier();
 }
 
 // Damaged weights may leave nothing to choose from, or no probability; the target will not mind.
-Drawn Drafter::draw(const Logits& logits, const DraftRequest& request, int64_t row, int64_t step) const {
+Drawn Drafter::draw(const Logits& logits, const DraftRequest& request, int64_t step) const {
   const Kernels& kernels = target_->kernels();
-  const Draw& settings = request.draws[row];
+  const Draw& settings = request.params;
   Drawn drawn{0, 0.0f};
   if (settings.temperature > 0) {
-    drawn = kernels.sampler->draw(logits, settings, uint32_t(request.positions[row] + 1 + step), true);
+    drawn = kernels.sampler->draw(logits, settings, uint32_t(request.position + 1 + step), true);
   } else {
     const int64_t best = kernels.arg_max(logits.x, logits.n, &drawn.probability);
     drawn.token = logits.ids ? -1 : int32_t(best);

@@ -26,30 +26,34 @@ struct DrafterWeights {
 
 constexpr int kConfidenceBins = 16;
 
-// What to draft: `depth` tokens at most for each of `anchors` sequences.
+// How far to draft.
+struct DraftLimit {
+  int64_t length = 0;  // tokens at most
+  // [length]: stop after a token when the draft's chance of acceptance is below this; empty: never. The chance is the
+  // product of `acceptance` [kConfidenceBins] by each token's confidence.
+  std::vector<float> floors, acceptance;
+};
+
+// A sequence to draft for.
 struct DraftRequest {
-  const int32_t *slots, *positions, *newest;  // [anchors]
-  const float* hidden;                        // [anchors][backbone]
-  int64_t anchors, depth;
-  const Draw* draws;  // [anchors]
-  // [anchors][depth]: no drafting behind a depth when the line's chance of being accepted so far is below this; null: no
-  // early stop. The chance is the product of `acceptance` [anchors][kConfidenceBins] by each draft's confidence.
-  const float* floors;
-  const float* acceptance;
+  int64_t slot, position;  // of the newest token, which is not in the KV cache yet
+  int32_t newest;
+  const float* hidden;  // [backbone] the target's state at the row before it
+  Draw params;
+  const DraftLimit& limit;
 };
 
 struct DraftResult {
-  int32_t* tokens;    // [anchors][depth]
-  float* confidence;  // [anchors][depth]: the probability of each draft among those it was drawn from
-  int32_t* lengths;   // [anchors]: drafts made; what stands behind them is void
-  float* logits;      // [anchors][depth][vocab], null if not wanted
+  std::vector<int32_t> tokens;
+  std::vector<float> confidence;  // the probability of each token among those it was sampled from
 };
 
 class Drafter {
  public:
   Drafter(DrafterWeights weights, std::shared_ptr<Target> target);
 
-  void draft(const DraftRequest& request, const DraftResult& result);
+  // One result a request.
+  std::vector<DraftResult> draft(const std::vector<DraftRequest>& requests);
   int64_t backbone() const { return weights_.backbone; }
   int64_t vocab() const { return weights_.vocab; }
 
@@ -59,9 +63,11 @@ class Drafter {
   const float* last_hidden(int64_t row) const { return next_.floats() + row * weights_.backbone; }
 
  private:
-  void enter(const Member& m, const std::vector<Drawn>& newest, const float* hidden, int64_t rows);
-  void choose(const Member& m, const DraftRequest& request, int64_t step, std::vector<Drawn>& drawn);
-  Drawn draw(const Logits& logits, const DraftRequest& request, int64_t row, int64_t step) const;
+  void reserve(int64_t rows);
+  std::vector<Row> check(const std::vector<DraftRequest>& requests) const;
+  void enter(const Member& m, const std::vector<Drawn>& newest, int64_t rows);
+  void choose(const Member& m, const std::vector<DraftRequest>& requests, int64_t step, std::vector<Drawn>& drawn);
+  Drawn draw(const Logits& logits, const DraftRequest& request, int64_t step) const;
   const Matrix& first_head() const { return weights_.centroids ? *weights_.centroids : *weights_.head; }
   void centroid_head(const Member& m, int64_t rows);
 

@@ -62,7 +62,7 @@ struct Kernels {
   // x = cap * tanh(x / cap); n is a multiple of 16.
   void (*softcap)(float* x, int64_t n, float cap);
 
-  // Index of the largest value (the lowest such index) and its softmax probability among the n.
+  // Index of the largest value (the lowest such index), and its softmax probability among the n unless that is null.
   int64_t (*arg_max)(const float* x, int64_t n, float* probability);
 
   // A check value of `n` bytes, n a multiple of 512, at the speed of memory; it finds damage, not forgery.

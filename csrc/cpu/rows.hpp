@@ -2,6 +2,7 @@
 // Included by kernels.cpp inside the namespace of an instruction set.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "vec.hpp"
@@ -52,16 +53,23 @@ inline f32x16 load_tail(const float* x, int64_t i, int64_t n) {
 }
 
 int64_t arg_max(const float* x, int64_t n, float* probability) {
-  f32x16 top = splat(-3e38f);
-  for (int64_t i = 0; i < n; i += 16) top = max(load_tail(x, i, n), top);
-  const float best = max_lane(top);
-  f32x16 total = splat(0.0f);
-  int64_t index = n;
-  for (int64_t i = 0; i < n; i += 16) total = total + exp(load_tail(x, i, n) - splat(best));
-  for (int64_t i = 0; i < n && index == n; ++i)
-    if (x[i] == best) index = i;
-  *probability = 1.0f / sum(total);
-  return index == n ? 0 : index;
+  constexpr int64_t kStretch = 1024;
+  float best = -3e38f;
+  int64_t stretch = 0;  // where the first of the largest is
+  for (int64_t begin = 0; begin < n; begin += kStretch) {
+    f32x16 top = splat(-3e38f);
+    for (int64_t i = begin; i < std::min(begin + kStretch, n); i += 16) top = max(load_tail(x, i, n), top);
+    const float largest = max_lane(top);
+    if (largest > best) best = largest, stretch = begin;
+  }
+  if (probability) {
+    f32x16 total = splat(0.0f);
+    for (int64_t i = 0; i < n; i += 16) total = total + exp(load_tail(x, i, n) - splat(best));
+    *probability = 1.0f / sum(total);
+  }
+  for (int64_t i = stretch; i < std::min(stretch + kStretch, n); ++i)
+    if (x[i] == best) return i;
+  return 0;
 }
 
 uint32_t checksum(const uint8_t* data, int64_t n) {

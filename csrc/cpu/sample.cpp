@@ -15,7 +15,6 @@
 namespace PACELINE_ISA {
 namespace {
 
-using paceline::Allowed;
 using paceline::Draw;
 using paceline::Drawn;
 using paceline::Logits;
@@ -53,9 +52,9 @@ inline void multiply(u32x16 a, uint32_t m, u32x16& low, u32x16& high) {
 }
 
 // Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): sixteen counters
-// (counter, position, stream, 0) under the key `seed`, to four words each.
+// (counter, position, 0, 0) under the key `seed`, to four words each.
 inline void philox(u32x16 counter, const Draw& draw, uint32_t position, u32x16 word[4]) {
-  u32x16 c0 = counter, c1 = fill<u32x16>(position), c2 = fill<u32x16>(draw.stream), c3 = fill<u32x16>(0);
+  u32x16 c0 = counter, c1 = fill<u32x16>(position), c2 = fill<u32x16>(0), c3 = fill<u32x16>(0);
   uint32_t k0 = uint32_t(draw.seed), k1 = uint32_t(draw.seed >> 32);
   for (int round = 0; round < 10; ++round, k0 += 0x9e3779b9u, k1 += 0xbb67ae85u) {
     u32x16 low0, high0, low1, high1;
@@ -366,17 +365,6 @@ Entry draw_from_row(const Row& row, const Logits& logits, const Entry& last, con
   return {clean(logits.x[best.id]), best.id};
 }
 
-std::vector<Allowed> list_of(const Row& row, const Choice& choice) {
-  std::vector<Entry> entries = choice.list;
-  if (!choice.listed) {
-    entries = row.gather(choice.last.x, [&](float x) { return x >= choice.last.x && row.near_enough(x); });
-    std::erase_if(entries, [&](const Entry& e) { return ahead(choice.last, e); });
-  }
-  std::vector<Allowed> out;
-  for (const Entry& e : entries) out.push_back({e.x, e.id, row.weight_of(e.x)});
-  return out;
-}
-
 // The weight of all tokens that can be drawn, without a list of them where there is none.
 int64_t weight_of_all(const Row& row, const Logits& logits, const Choice& choice) {
   int64_t total = 0;
@@ -404,14 +392,9 @@ Drawn draw_token(const Logits& logits, const Draw& draw, uint32_t position, bool
   return {drawn.id, total > 0 ? float(double(row.weight_of(drawn.x)) / double(total)) : 0.0f};
 }
 
-std::vector<Allowed> allowed_tokens(const Logits& logits, const Draw& draw) {
-  const Row row(logits, draw);
-  return list_of(row, choose(row, logits, draw));
-}
-
 }  // namespace
 
 extern const paceline::Sampler sampler;
-const paceline::Sampler sampler = {draw_token, allowed_tokens};
+const paceline::Sampler sampler = {draw_token};
 
 }  // namespace PACELINE_ISA

@@ -7,14 +7,13 @@
 
 namespace paceline {
 
-// Settings of a draw. The noise is a pure function of seed, stream, position and token.
+// Settings of a draw. The noise is a pure function of seed, position and token.
 struct Draw {
   float temperature = 0;  // 0: the largest logit
   int64_t top_k = 0;      // 0: off
   double top_p = 1;       // 1: off
   float gap = std::numeric_limits<float>::infinity();  // min-p as the largest (max - logit) / temperature; infinite: off
   uint64_t seed = 0;
-  uint32_t stream = 0;
 };
 
 // Logits [n] and the tokens they belong to, their indices if `ids` is null. Entries of negative ids must be at -3e38.
@@ -29,19 +28,9 @@ struct Drawn {
   float probability;  // among the tokens that could be drawn
 };
 
-// A token that can be drawn, and its share of the probability in units of 2^-30 of the most likely one's.
-struct Allowed {
-  float x;
-  int32_t id;
-  int64_t weight;
-};
-
 struct Sampler {
   // The token at `position`. `probability` is computed only where wanted, else 0.
   Drawn (*draw)(const Logits& logits, const Draw& draw, uint32_t position, bool probability);
-
-  // All tokens that can be drawn, in no particular order.
-  std::vector<Allowed> (*allowed)(const Logits& logits, const Draw& draw);
 };
 
 }  // namespace paceline

@@ -36,7 +36,6 @@ Target::Target(TargetWeights weights, const Kernels& kernels, int threads, int64
 }
 
 void Target::set_threads(int threads) {
-  const std::lock_guard lock(busy_);
   team_ = std::make_unique<Team>(threads);
 }
 
@@ -74,7 +73,6 @@ std::vector<Row> Target::check(const int32_t* slots, const int32_t* positions, c
 
 int64_t Target::forward(const int32_t* slots, const int32_t* positions, const int32_t* tokens, const uint8_t* wanted,
                         int64_t count) {
-  const std::lock_guard lock(busy_);
   std::vector<Row> rows = check(slots, positions, tokens, count);
   if (rows.empty()) return 0;
   const std::vector<uint8_t> keep(wanted, wanted + count);

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <memory>
-#include <mutex>
 #include <vector>
 
 #include "layers.hpp"
@@ -36,7 +35,7 @@ class Target {
   int64_t forward(const int32_t* slots, const int32_t* positions, const int32_t* tokens, const uint8_t* wanted,
                   int64_t rows);
 
-  const float* logits() const { return logits_.floats(); }
+  float* logits() { return logits_.floats(); }
   const float* hidden() const { return hidden_.floats(); }
   int64_t logits_ld() const { return round_up(weights_.vocab, kPanel); }
 
@@ -46,7 +45,7 @@ class Target {
   const TargetWeights& weights() const { return weights_; }
   const Kernels& kernels() const { return kernels_; }
   Cache& cache() { return cache_; }
-  std::mutex& busy() { return busy_; }  // held while a pass or a draft round runs: one at a time
+  const Cache& cache() const { return cache_; }
   Team& team() { return *team_; }
   RopeTable& rope(bool sliding) { return sliding ? rope_sliding_ : rope_full_; }
   // Views of a layer's cache, a slot.
@@ -59,7 +58,6 @@ class Target {
   void embed_rows(const Member& m, const int32_t* tokens, int64_t rows);
   void head(const Member& m, int64_t rows);
 
-  std::mutex busy_;
   TargetWeights weights_;
   const Kernels& kernels_;
   std::unique_ptr<Team> team_;

@@ -400,7 +400,6 @@ void test_sampler(const Kernels& kernels) {
     uint32_t tokens = 0;
     for (uint32_t position = 0; position < 50; ++position) {
       Draw draw = c.draw;
-      draw.stream = position % 3;
       tokens = tokens * 31 + uint32_t(kernels.sampler->draw({x.data(), nullptr, 1000}, draw, position, false).token);
     }
     check(tokens == c.tokens, kernels.name, "drawn tokens");

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
 
+from paceline.backends.base import Backend
 from paceline.backends.cpu.backend import CpuBackend, default_threads
 from paceline.backends.cpu.pack_cache import cache_folder
 from paceline.backends.cpu.sources import Source, open_source
@@ -18,15 +18,14 @@ from paceline.checkpoint import Checkpoint, locate, locate_drafter
 from paceline.config import DrafterConfig, TargetConfig, check_pair, token_ids
 from paceline.decode.sampling_params import check_sampling_params
 from paceline.engine.cost_model import load_costs
-from paceline.engine.engine import DraftTokens, Engine, Experience, check_draft_tokens
-from paceline.engine.prefix import PrefixCache
+from paceline.engine.engine import DraftTokens, Engine, check_draft_tokens
+from paceline.engine.prefix_cache import PrefixCache
+from paceline.engine.proposers import DrafterProposer, GrammarProposer, Proposer
 from paceline.engine.scheduler import Scheduler
 from paceline.errors import BackendError, CheckpointError, SettingsError
 from paceline.text.chat import ChatTemplate
 from paceline.text.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from paceline.backends.torch.backend import TorchBackend
+from paceline.types import MAX_DRAFT, SamplingParams
 
 MAX_SLOTS = 64
 MAX_THREADS = 255  # what the native team can count
@@ -34,27 +33,16 @@ DEFAULT_CONTEXT = 32768  # positions; memory is taken as they are used
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What a backend is to be made of."""
+class Parts:
+    """What a backend is made of."""
 
     target: tuple[Checkpoint, TargetConfig]
     drafter: tuple[Checkpoint, DrafterConfig] | None
     quant: str
     threads: int | None
-    sizes: dict[str, int]  # context: positions of a slot; slots; max_rows: of one slot in one batch
+    sizes: dict[str, int]  # context: positions of a slot; slots; max_rows: of one slot in one pass
     notify: Callable[[str], None]
     progress: Callable[[int], None]
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A backend, and what is to be said of it."""
-
-    backend: CpuBackend | TorchBackend
-    quant: str
-    threads: int
-    weight_bytes: int
-    machine: str  # instruction set or device
 
 
 def load(
@@ -119,7 +107,7 @@ def load(
     sampling = check_sampling_params(checkpoint.sampling(), config.vocab_size)
     if context and context > config.max_positions:
         notify(f"context: {config.max_positions} tokens, which is all the model can take")
-    wanted = Wanted(
+    parts = Parts(
         target=(checkpoint, config),
         drafter=(draft_checkpoint, draft_config) if draft_checkpoint and draft_config else None,
         quant=quant,
@@ -127,18 +115,17 @@ def load(
         sizes={
             "context": min(context or DEFAULT_CONTEXT, config.max_positions),
             "slots": slots,
-            "max_rows": max(prompt_chunk, 16),
+            "max_rows": max(prompt_chunk, MAX_DRAFT + 1),
         },
         notify=notify,
         progress=progress,
     )
-    loaded = _on_cpu(wanted) if device == "cpu" else _on_torch(wanted, device)
-    backend = loaded.backend
-    about = json.dumps([repr(config), repr(draft_config), loaded.quant, loaded.threads, loaded.machine, slots])
-    experience = Experience(lambda: load_costs(backend, sampling, about, cache_folder(), notify))
-    if backend.can_draft and draft_tokens == "auto":
-        experience.priced()
-    return Engine(
+    backend = _on_cpu(parts) if device == "cpu" else _on_torch(parts, device)
+    proposers: list[Proposer] = [GrammarProposer()]
+    if backend.info.has_drafter:
+        proposers.append(_drafter_proposer(backend, parts, sampling))
+    prefix_cache = PrefixCache(backend, cache_memory) if cache_memory else None
+    engine = Engine(
         backend=backend,
         tokenizer=tokenizer,
         chat_template=template,
@@ -146,34 +133,41 @@ def load(
         drafter_config=draft_config,
         stop_ids=stop_ids,
         sampling=sampling,
-        quant=loaded.quant,
-        threads=loaded.threads,
-        weight_bytes=loaded.weight_bytes,
         draft_tokens=draft_tokens,
-        scheduler=Scheduler(
-            backend, prompt_chunk, most_waiting, PrefixCache(backend, cache_memory) if cache_memory else None
-        ),
-        experience=experience,
-        notify=notify,
+        scheduler=Scheduler(backend, proposers, prompt_chunk, most_waiting, prefix_cache),
+    )
+    if draft_tokens == "auto":
+        engine.warm_up()
+    return engine
+
+
+def _drafter_proposer(backend: Backend, parts: Parts, sampling: SamplingParams) -> DrafterProposer:
+    """The proposer of a pair's drafter; what rounds cost is kept in a file for the machine, pair and settings."""
+    configs = [repr(part[1]) if part else None for part in (parts.target, parts.drafter)]
+    about = json.dumps([*configs, backend.info.quant, backend.threads, backend.info.device, backend.info.slots])
+    return DrafterProposer(
+        lambda: load_costs(backend, sampling, about, cache_folder(), parts.notify),
+        backend.info.stops_early,
+        parts.notify,
     )
 
 
-def _on_cpu(wanted: Wanted) -> Loaded:
-    threads = wanted.threads or min(default_threads(), MAX_THREADS)
+def _on_cpu(parts: Parts) -> Backend:
+    threads = parts.threads or min(default_threads(), MAX_THREADS)
 
     def opened(one: tuple[Checkpoint, TargetConfig | DrafterConfig], quant: str) -> Source:
-        return open_source(*one, quant, threads, notify=wanted.notify, progress=wanted.progress)
+        return open_source(*one, quant, threads, notify=parts.notify, progress=parts.progress)
 
-    sources = [opened(wanted.target, wanted.quant)]
+    sources = [opened(parts.target, parts.quant)]
     weights, pair = sources[0].weights, None
-    if wanted.drafter:
-        sources.append(opened(wanted.drafter, DRAFTER_FORMAT[weights.quant]))
-        pair = (wanted.drafter[1], sources[1].weights)
+    if parts.drafter:
+        sources.append(opened(parts.drafter, DRAFTER_FORMAT[weights.quant]))
+        pair = (parts.drafter[1], sources[1].weights)
     isa = os.environ.get("PACELINE_ISA", "")
-    backend = CpuBackend((wanted.target[1], weights), pair, threads=threads, isa=isa, **wanted.sizes)
+    backend = CpuBackend((parts.target[1], weights), pair, threads=threads, isa=isa, **parts.sizes)
     for source in sources:
-        source.keep(wanted.notify)
-    return Loaded(backend, weights.quant, backend.threads, weights.nbytes, backend.isa)
+        source.keep(parts.notify)
+    return backend
 
 
 def torch_backends(device: str) -> ModuleType:
@@ -189,23 +183,23 @@ def torch_backends(device: str) -> ModuleType:
     return made
 
 
-def _on_torch(wanted: Wanted, device: str) -> Loaded:
+def _on_torch(parts: Parts, device: str) -> Backend:
     loader = torch_backends(device)
-    folder = wanted.target[0]
+    folder = parts.target[0]
     if folder.packed:
         raise CheckpointError(f"{folder.folder}: converted folders are for --device cpu; give the model as published")
     name = device.removeprefix("torch:")
-    backend, quant = loader.load_backend(
-        wanted.target,
-        wanted.drafter,
+    backend: Backend = loader.load_backend(
+        parts.target,
+        parts.drafter,
         device=name,
-        quant=wanted.quant,
-        threads=wanted.threads,
-        progress=wanted.progress,
-        **wanted.sizes,
+        quant=parts.quant,
+        threads=parts.threads,
+        progress=parts.progress,
+        **parts.sizes,
     )
-    wanted.notify(f"device: {name} through PyTorch; weights: {quant}")
-    return Loaded(backend, quant, backend.threads, backend.weight_bytes, loader.device_name(backend.device))
+    parts.notify(f"device: {name} through PyTorch; weights: {backend.info.quant}")
+    return backend
 
 
 def _stop_ids(checkpoint: Checkpoint, config: TargetConfig) -> tuple[int, ...]:

@@ -1,14 +1,14 @@
-"""The nouns that every room shares: rows to run, what came out, what was drafted, what was committed.
+"""The types that all modules share: work for a backend, its result, sampling parameters, events, statistics.
 
-A prompt chunk, a plain decode step and a verification are the same thing, a `Batch` of rows, so the path through the
-model exists once. This module knows nothing of models, files or processors.
+A chunk of a prompt, a plain decode step and a verification are all a `Work`, so the path through the model exists once.
+This module knows nothing of models, files or processors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, overload
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,50 +18,6 @@ Float32 = NDArray[np.float32]
 Bool = NDArray[np.bool_]
 
 FinishReason = Literal["stop", "length", "cancelled"]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A ragged set of R rows to run through the target in one pass.
-
-    The rows of a slot stand together with ascending, adjacent positions; the first continues the slot's cache. A row
-    sees its slot's cache up to and including its own position.
-    """
-
-    slots: Int32  # [R] which cache each row belongs to
-    positions: Int32  # [R] absolute position in the sequence, from 0
-    tokens: Int32  # [R] token ids; negative for one of the last drafts that is not known yet, see `Drafts`
-    wanted: Bool  # [R] rows whose logits and hidden state are needed
-    samplings: tuple[SamplingParams, ...] = ()  # [W] how the token behind each wanted row is likely to be drawn
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-
-class Row(Protocol):
-    """Logits [vocabulary] of one row: an array, or what `numpy.asarray` fetches from a device."""
-
-    def __len__(self) -> int: ...
-    def copy(self) -> Float32: ...
-
-
-class Rows(Protocol):
-    """Logits [W, vocabulary] of W rows."""
-
-    def __len__(self) -> int: ...
-    def __iter__(self) -> Iterator[Row]: ...
-    @overload
-    def __getitem__(self, rows: int) -> Row: ...
-    @overload
-    def __getitem__(self, rows: slice) -> Rows: ...
-
-
-@dataclass(frozen=True)
-class Output:
-    """What a forward pass gives for the W wanted rows of its batch, in batch order."""
-
-    logits: Rows  # [W, vocabulary] after the soft cap
-    hidden: Float32  # [W, hidden] after the final norm: what the drafter continues from
 
 
 @dataclass(frozen=True)
@@ -164,72 +120,11 @@ class BackendInfo:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How far to draft in one round."""
-
-    depth: int  # drafts at most
-    floors: tuple[float, ...] = ()  # [depth]: stop behind a depth when the line's chance is below this; empty: never
-    acceptance: tuple[float, ...] = ()  # [CONFIDENCE_BINS]: chance of a draft by the drafter's confidence
-
-
-@dataclass(frozen=True)
-class Anchors:
-    """Where A sequences stand at the start of a round: each one's newest token, which is not in the cache yet."""
-
-    slots: Int32  # [A]
-    positions: Int32  # [A] position P of the newest token; the drafter sees cache rows below P
-    tokens: Int32  # [A] the newest token
-    hidden: Float32  # [A, hidden] the target's hidden state at the row that produced it (position P - 1)
-    samplings: tuple[SamplingParams, ...]  # [A] how drafts are drawn: as the target draws, but for penalties and bias
-    plans: tuple[Plan, ...]  # [A]
-    streams: tuple[int, ...]  # [A] of the noise: 0 is the target's own
-    with_logits: bool = False
-
-
-@dataclass(frozen=True)
-class Drafts:
-    """Up to K guesses for each of A anchors, K being the depth of the deepest plan.
-
-    A device need not wait for its guesses: it may return negative stand-ins, which the next batch takes in the place of
-    tokens. What they stood for is then said by `settled`.
-    """
-
-    tokens: Int32  # [A, K]
-    confidence: Float32  # [A, K] the drafter's probability of its guess among those it could have drawn, in 0..1
-    lengths: Int32  # [A] guesses made; what stands behind them is void
-    logits: Float32 | None = None  # [A, K, vocabulary], -3e38 where the drafter did not look; only if asked for
-    later: Callable[[], Drafts] | None = None  # waits for the guesses that stand-ins stand for
-
-    def settled(self) -> Drafts:
-        """The guesses themselves."""
-        return self.later() if self.later else self
-
-
-@dataclass(frozen=True)
-class Line:
-    """What was drafted for one sequence: K tokens, by the drafter or because a grammar leaves nothing else."""
-
-    tokens: tuple[int, ...] = ()
-    confidence: tuple[float, ...] = ()
-    logits: Float32 | None = None  # [K, vocabulary]
-    forced: bool = False  # by a grammar: says nothing of the drafter
-
-
-@dataclass(frozen=True)
 class Logprobs:
     """What the target thought of one committed token: logarithms of probabilities after temperature alone."""
 
     token: float
     top: tuple[tuple[int, float], ...]  # the most likely tokens, best first
-
-
-@dataclass(frozen=True)
-class Commit:
-    """What a verification settled for one sequence: the accepted drafts and then one token of the target's own."""
-
-    tokens: tuple[int, ...]
-    accepted: int  # how many of them were drafted; always len(tokens) - 1
-    logprobs: tuple[Logprobs, ...] = ()  # one a token, if asked for
 
 
 @dataclass(frozen=True)

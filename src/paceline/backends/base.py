@@ -1,6 +1,7 @@
-"""What a backend does for the engine: three verbs over slots of KV memory.
+"""What a backend does for the engine: one step of a model pair over slots of KV cache.
 
-A backend loads a target and perhaps a drafter, owns the KV cache, and knows nothing of text or requests.
+A backend loads a target and perhaps a drafter, owns the KV cache, the hidden states and the sampler, and knows nothing
+of text or requests.
 """
 
 from __future__ import annotations
@@ -8,14 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
-from paceline.types import Anchors, BackendInfo, Batch, Drafts, Output, Result, Row, SamplingParams, Work
+from paceline.types import BackendInfo, Result, Work
 
 
 class Snapshot(Protocol):
-    """The rows of a slot at one moment, in memory of their own."""
+    """A copy of a slot's KV cache."""
 
     @property
     def nbytes(self) -> int: ...
@@ -30,11 +28,24 @@ class Snapshot(Protocol):
 
 
 class Backend(Protocol):
-    """A loaded model pair and its KV memory."""
+    """A loaded model pair and its KV cache."""
 
     @property
     def info(self) -> BackendInfo:
-        """Sizes, formats and device."""
+        """Sizes, format and device."""
+
+    threads: int
+    """Processor threads; results do not depend on how many."""
+
+    def open_slot(self) -> int:
+        """Reserve an empty KV cache and return its number.
+
+        Raises:
+            BackendError: all slots are taken.
+        """
+
+    def close_slot(self, slot: int) -> None:
+        """Free a slot."""
 
     def run(self, works: Sequence[Work]) -> list[Result]:
         """One step: propose, run one pass of the target, sample and accept, roll back rejected rows.
@@ -51,67 +62,15 @@ class Backend(Protocol):
             BackendError: a work that does not continue its slot's cache, or does not fit it.
         """
 
-    @property
-    def vocab_size(self) -> int: ...
-
-    @property
-    def context(self) -> int:
-        """Positions a slot can hold."""
-
-    @property
-    def max_rows(self) -> int:
-        """Most rows of one slot in one batch: the largest prompt chunk and the largest verification."""
-
-    @property
-    def slots(self) -> int:
-        """Sequences held at once."""
-
-    @property
-    def can_draft(self) -> bool:
-        """Whether a drafter is loaded."""
-
-    @property
-    def stops_early(self) -> bool:
-        """Whether drafting stops at the floors of a plan; else it goes to the plan's depth."""
-
-    def open_slot(self) -> int:
-        """Reserve an empty cache and return its number.
-
-        Raises:
-            BackendError: all slots are taken.
-        """
-
-    def close_slot(self, slot: int) -> None:
-        """Give a cache back."""
-
-    def forward(self, batch: Batch) -> Output:
-        """Run all rows through the target, append their keys and values to the caches, return the wanted rows."""
-
-    def draft(self, anchors: Anchors) -> Drafts:
-        """Guess the next tokens of each anchor from the target's cache below the anchor's position."""
-
-    def draw(self, logits: Row, sampling: SamplingParams, position: int) -> int:
-        """The same token as `decode.sampler.draw`, faster."""
-
-    def allowed(self, logits: Row, sampling: SamplingParams) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """The same tokens and weights as `decode.sampler.allowed` in any order, faster; temperature above 0."""
-
     def truncate(self, slot: int, length: int) -> None:
-        """Forget all positions from `length` on.
+        """Forget all positions from `length` on. The hidden state stays as it is, which only drafts can show.
 
         Raises:
             BackendError: the slot is shorter than that, or its sliding rings no longer hold what `length` needs.
         """
 
-
-class Copies(Protocol):
-    """A backend whose slots can be copied."""
-
     def save(self, slot: int) -> Any:
-        """Copy a slot's rows: a `Snapshot` for `restore` of the same backend."""
+        """Copy a slot's KV cache: a `Snapshot` for `restore` of the same backend."""
 
     def restore(self, slot: int, snapshot: Any) -> None:
-        """Fill an empty slot with the rows of a snapshot."""
-
-    def truncate(self, slot: int, length: int) -> None:
-        """See `Backend.truncate`."""
+        """Fill an empty slot with a snapshot."""

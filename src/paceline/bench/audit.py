@@ -1,8 +1,8 @@
 """The audit of a pair: is the text the same, bit for bit, however it is decoded, and does drafting pay as it should?
 
 Every prompt is decoded plainly, which is the reference, and then with several draft lengths, another number of threads
-and small prompt chunks. Every row of logits that a token was settled from is compared with the reference's by its bits,
-and so are the tokens and the text. The engine is driven as users drive it: only its rule is wrapped, to see the rows.
+and small prompt chunks. Every row of logits that a token was sampled from is compared with the reference's by its bits,
+and so are the tokens and the text. The engine is driven as users drive it; a tap on the sequence sees the results.
 """
 
 from __future__ import annotations
@@ -17,13 +17,10 @@ from itertools import product
 
 import numpy as np
 
-from paceline.backends.cpu.backend import CpuBackend
-from paceline.decode.rules import Rule
-from paceline.decode.sampling_params import History
-from paceline.engine.engine import DraftTokens, Engine, Experience
+from paceline.engine.engine import DraftTokens, Engine
 from paceline.engine.scheduler import Scheduler
 from paceline.errors import PromptError
-from paceline.types import GREEDY, FinishReason, Float32, Line, Row, SamplingParams, Statistics
+from paceline.types import GREEDY, FinishReason, Float32, Result, SamplingParams, Statistics
 
 PROMPTS = (  # raw text, so that every checkpoint can continue them
     "def fibonacci(n):\n",
@@ -77,7 +74,7 @@ class Difference:
     Tokens are None where a text had ended. Of rows nothing is kept if only the ends of the texts differ.
     """
 
-    position: int  # absolute, of the token that the rows settle
+    position: int  # absolute, of the token sampled from the rows
     expected_token: int | None
     found_token: int | None
     expected_top: Top = ()
@@ -152,7 +149,7 @@ def audit(
 ) -> Audit:
     """Compare every case with plain decoding, for every prompt and sampling.
 
-    What the engine learns about drafting here is not kept, for watching costs time. A run ends at its first difference.
+    A run ends at its first difference.
 
     Args:
         engine: a loaded model, with or without a drafter; needs a free slot.
@@ -164,30 +161,27 @@ def audit(
         PromptError: a prompt is empty, or too long for the context.
     """
     _check(engine, prompts)
-    aside = replace(engine, experience=Experience(engine.experience.priced), notify=lambda _: None)
     cases = cases_of(engine)
     total = len(prompts) * len(SAMPLINGS) * (1 + len(cases))
     runs: list[Run] = []
     for done, (prompt, name) in enumerate(product(prompts, SAMPLINGS)):
-        reference = _Keeper(aside.rule("coupled", SAMPLINGS[name]))
-        expected = _write(aside, prompt, reference, Case(0), max_tokens)
+        reference = _Recording()
+        expected = _decode(engine, prompt, name, Case(0), max_tokens, reference)
         for case in cases:
             progress("comparing", len(runs) + done + 1, total)
-            rule = _Comparer(aside.rule("coupled", SAMPLINGS[name]), reference)
-            found = _write(aside, prompt, rule, case, max_tokens)
-            difference = rule.difference or _difference_of_ends(expected, found, rule)
-            runs.append(Run(prompt, name, case, rule.compared, found.statistics, difference))
+            comparison = _Comparison(reference, expected.start)
+            found = _decode(engine, prompt, name, case, max_tokens, comparison)
+            difference = comparison.difference or _difference_of_ends(expected, found, comparison)
+            runs.append(Run(prompt, name, case, comparison.compared, found.statistics, difference))
     return Audit(tuple(runs))
 
 
 def cases_of(engine: Engine) -> tuple[Case, ...]:
-    """What is compared with plain decoding; threads where the backend lets their number be changed."""
-    drafts = engine.backend.can_draft
-    cases = [Case(depth) for depth in DEPTHS if drafts]
+    """What is compared with plain decoding."""
+    drafts = engine.backend.info.has_drafter
     usual = USUAL_DEPTH if drafts else 0
-    if isinstance(engine.backend, CpuBackend):
-        cases.append(Case(usual, threads=1 if engine.threads > 1 else 2))
-    return (*cases, Case(usual, chunk=SMALL_CHUNK))
+    cases = [Case(depth) for depth in DEPTHS if drafts]
+    return (*cases, Case(usual, threads=1 if engine.backend.threads > 1 else 2), Case(usual, chunk=SMALL_CHUNK))
 
 
 def measure_speeds(
@@ -208,7 +202,7 @@ def measure_speeds(
         PromptError: a prompt is empty, or too long for the context.
     """
     _check(engine, prompts)
-    if not engine.backend.can_draft:
+    if not engine.backend.info.has_drafter:
         return None
     speeds: dict[DraftTokens, list[float]] = {depth: [] for depth in TIMED_DEPTHS}
     texts = list(product(prompts, TIMED))
@@ -231,81 +225,53 @@ def measure_speeds(
 
 
 @dataclass
-class _Watcher:
-    """A rule that settles as another one does."""
-
-    rule: Rule
-
-    @property
-    def sampling(self) -> SamplingParams:
-        return self.rule.sampling
-
-    @property
-    def stream(self) -> int:
-        return self.rule.stream
-
-    @property
-    def with_logits(self) -> bool:
-        return self.rule.with_logits
-
-    def settle(self, logits: Row, position: int, history: History, line: Line, depth: int) -> int:
-        token = self.rule.settle(logits, position, history, line, depth)
-        self.see(np.asarray(logits, np.float32), token, position)
-        return token
-
-    def see(self, logits: Float32, token: int, position: int) -> None:
-        raise NotImplementedError
-
-    @property
-    def satisfied(self) -> bool:
-        """Whether the rest of the run need not be seen."""
-        return False
-
-
-@dataclass
-class _Keeper(_Watcher):
-    """Keeps the rows [vocabulary] and tokens it sees."""
+class _Recording:
+    """Keeps the rows of logits [vocabulary] and the tokens of a run."""
 
     rows: list[Float32] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
+    difference: Difference | None = None
 
-    def see(self, logits: Float32, token: int, position: int) -> None:
-        self.rows.append(logits.copy())
-        self.tokens.append(token)
+    def see(self, result: Result) -> None:
+        assert result.logits is not None
+        self.rows += [*result.logits]
+        self.tokens += result.sampled
 
 
 @dataclass
-class _Comparer(_Watcher):
-    """Compares the rows and tokens it sees with those of a reference.
+class _Comparison:
+    """Compares the rows and tokens of a run with those of a reference.
 
-    A round settles all accepted drafts, also those behind a stop token; of these the reference has none, and they are
+    A round samples all accepted drafts, also those after a stop token; of these the reference has none, and they are
     not compared.
     """
 
-    reference: _Keeper
+    reference: _Recording
+    start: int  # position of the first sampled token
     compared: int = 0
     difference: Difference | None = None
 
-    def see(self, logits: Float32, token: int, position: int) -> None:
-        if self.difference or self.compared == len(self.reference.rows):
-            return
-        expected, expected_token = self.reference.rows[self.compared], self.reference.tokens[self.compared]
-        self.compared += 1
-        if token != expected_token or not np.array_equal(expected.view(np.uint32), logits.view(np.uint32)):
-            with np.errstate(invalid="ignore"):
-                apart = np.abs(expected.astype(np.float64) - logits)
-            at = int(apart.argmax())  # NaN counts as the largest
-            tops = top_of(expected), top_of(logits)
-            self.difference = Difference(position, expected_token, token, *tops, float(apart[at]), at)
+    def see(self, result: Result) -> None:
+        assert result.logits is not None
+        for logits, token in zip(result.logits, result.sampled, strict=True):
+            if self.difference is None and self.compared < len(self.reference.rows):
+                self.difference = self._compare(logits, token)
+                self.compared += 1
 
-    @property
-    def satisfied(self) -> bool:
-        return self.difference is not None
+    def _compare(self, logits: Float32, token: int) -> Difference | None:
+        expected, expected_token = self.reference.rows[self.compared], self.reference.tokens[self.compared]
+        if token == expected_token and np.array_equal(expected.view(np.uint32), logits.view(np.uint32)):
+            return None
+        with np.errstate(invalid="ignore"):
+            apart = np.abs(expected.astype(np.float64) - logits)
+        at = int(apart.argmax())  # NaN counts as the largest
+        tops = top_of(expected), top_of(logits)
+        return Difference(self.start + self.compared, expected_token, token, *tops, float(apart[at]), at)
 
 
 @dataclass(frozen=True)
-class _Written:
-    """What a run wrote."""
+class _Decoded:
+    """The text of a run."""
 
     start: int  # position of the first token
     tokens: tuple[int, ...]
@@ -314,29 +280,30 @@ class _Written:
     statistics: Statistics
 
 
-def _write(engine: Engine, prompt: str, rule: _Watcher, case: Case, max_tokens: int) -> _Written:
+def _decode(
+    engine: Engine, prompt: str, sampling: str, case: Case, max_tokens: int, tap: _Recording | _Comparison
+) -> _Decoded:
     text = ""
+    params, drafts = SAMPLINGS[sampling], case.draft_tokens
     with (
         _as_in(engine, case) as changed,
-        changed.stream(
-            prompt, raw=True, sampling=rule.sampling, max_tokens=max_tokens, draft_tokens=case.draft_tokens
-        ) as stream,
+        changed.stream(prompt, raw=True, sampling=params, max_tokens=max_tokens, draft_tokens=drafts) as stream,
     ):
-        stream.sequence.rule = rule
+        sequence = stream.sequence
+        sequence.tap = tap.see
         for event in stream:
             text += event.text
-            if rule.satisfied:
+            if tap.difference:
                 break
-        sequence = stream.sequence
-        return _Written(sequence.prompt_length, tuple(sequence.generated), text, sequence.finish, stream.statistics)
+        return _Decoded(sequence.prompt_length, tuple(sequence.generated), text, sequence.finish, stream.statistics)
 
 
 @contextmanager
 def _as_in(engine: Engine, case: Case) -> Iterator[Engine]:
     """The engine with a case's chunk and threads; the threads are put back afterwards."""
-    backend = engine.backend
-    changed = replace(engine, scheduler=Scheduler(backend, case.chunk or engine.scheduler.chunk))
-    if case.threads is None or not isinstance(backend, CpuBackend):
+    backend, usual = engine.backend, engine.scheduler
+    changed = replace(engine, scheduler=Scheduler(backend, usual.proposers, case.chunk or usual.chunk))
+    if case.threads is None:
         yield changed
         return
     before, backend.threads = backend.threads, case.threads
@@ -346,15 +313,15 @@ def _as_in(engine: Engine, case: Case) -> Iterator[Engine]:
         backend.threads = before
 
 
-def _difference_of_ends(expected: _Written, found: _Written, rule: _Comparer) -> Difference | None:
+def _difference_of_ends(expected: _Decoded, found: _Decoded, comparison: _Comparison) -> Difference | None:
     """How texts differ whose compared rows are all the same: one goes on for longer, or is cut in another place."""
     same = (expected.tokens, expected.text, expected.finish) == (found.tokens, found.text, found.finish)
-    if same and rule.compared == len(rule.reference.rows):
+    if same and comparison.compared == len(comparison.reference.rows):
         return None
     pairs = zip(expected.tokens, found.tokens, strict=False)
     shorter = min(len(expected.tokens), len(found.tokens))
     index = next((i for i, (a, b) in enumerate(pairs) if a != b), shorter)
-    tokens = [written.tokens[index] if index < len(written.tokens) else None for written in (expected, found)]
+    tokens = [run.tokens[index] if index < len(run.tokens) else None for run in (expected, found)]
     return Difference(expected.start + index, tokens[0], tokens[1])
 
 
@@ -367,11 +334,10 @@ def top_of(logits: Float32) -> Top:
 def _check(engine: Engine, prompts: Items[str]) -> None:
     """Find prompts that cannot be used before the first run."""
     for prompt in prompts:
-        count = len(engine.encode(prompt, raw=True))
-        if count >= engine.backend.context:
+        count, context = len(engine.encode(prompt, raw=True)), engine.backend.info.context
+        if count >= context:
             raise PromptError(
-                f"the prompt {shortened(prompt)} has {count} tokens and the context holds {engine.backend.context}; "
-                "shorten it"
+                f"the prompt {shortened(prompt)} has {count} tokens and the context holds {context}; shorten it"
             )
 
 

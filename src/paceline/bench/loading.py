@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from paceline import build
+from paceline.backends.base import Backend
 from paceline.backends.cpu.backend import CpuBackend, default_threads
 from paceline.backends.formats import DRAFTER_FORMAT
 from paceline.bench import machine
@@ -19,9 +20,6 @@ from paceline.checkpoint.sizes import count_parameters
 from paceline.config import TargetConfig
 from paceline.errors import SettingsError
 
-if TYPE_CHECKING:
-    from paceline.backends.torch.backend import TorchBackend
-
 CHUNK = 256  # prompt rows read in one pass
 
 
@@ -31,7 +29,6 @@ class Pair:
 
     bench: Bench
     config: TargetConfig
-    weight_bytes: int  # of the target
     about: dict[str, Any]
     peak_memory: Callable[[], int]
 
@@ -39,7 +36,7 @@ class Pair:
     def pass_bytes(self) -> int:
         """Bytes of weights that a pass of one row reads: all but the experts it is not sent to."""
         parameters = count_parameters(self.config)
-        return self.weight_bytes * parameters.active // parameters.effective
+        return self.bench.backend.info.weight_bytes * parameters.active // parameters.effective
 
     def prompt(self, repeats: int, length: int) -> dict[str, Any]:
         """How fast a prompt is read."""
@@ -57,7 +54,7 @@ class Pair:
             **self.about,
             "context": self.bench.context,
             "read_bandwidth_gb_s": self.bench.bandwidth.median,
-            "weight_bytes": self.weight_bytes,
+            "weight_bytes": self.bench.backend.info.weight_bytes,
             "pass_bytes": self.pass_bytes,
             "peak_memory_bytes": self.peak_memory(),
         }
@@ -84,53 +81,48 @@ def open_pair(
         raise SettingsError(f"unknown shape {shape!r}; use one of {', '.join(TARGETS)}")
     if quant not in DRAFTER_FORMAT and (shape is not None or quant != "auto"):
         raise SettingsError(f"unknown quantisation {quant!r}; use one of {', '.join(DRAFTER_FORMAT)}")
-    backend: CpuBackend | TorchBackend
     if shape is not None:
         config = official_target(shape)
-        backend, weight_bytes = _random_pair(shape, quant, threads, device, room)
+        backend = _random_pair(shape, quant, threads, device, room)
     else:
         assert model is not None
         engine = build.load(
             model, device=device, quant=quant, threads=threads, context=room, prompt_chunk=CHUNK, draft_tokens=0
         )
-        config, weight_bytes, quant = engine.target_config, engine.weight_bytes, engine.quant
-        backend = engine.backend  # type: ignore[assignment]  # the engine asks for less
-    if room > backend.context:
-        raise SettingsError(f"this takes {room} positions and the model has {backend.context}; measure fewer")
+        config, backend = engine.target_config, engine.backend
+    info = backend.info
+    if room > info.context:
+        raise SettingsError(f"this takes {room} positions and the model has {info.context}; measure fewer")
     bandwidth, about, peak = _machine(backend)
-    about = {"model": model or shape, "random_weights": model is None, "quant": quant, **about}
-    return Pair(Bench(backend, context, CHUNK, bandwidth), config, weight_bytes, about, peak)
+    about = {"model": model or shape, "random_weights": model is None, "quant": info.quant, **about}
+    return Pair(Bench(backend, context, CHUNK, bandwidth), config, about, peak)
 
 
-def _random_pair(
-    shape: str, quant: str, threads: int | None, device: str, room: int
-) -> tuple[CpuBackend | TorchBackend, int]:
-    """The backend, and the bytes of the target's weights."""
+def _random_pair(shape: str, quant: str, threads: int | None, device: str, room: int) -> Backend:
     target, drafter = official_target(shape), official_drafter(shape)
     if device != "cpu":
         name = device.removeprefix("torch:")
-        made = build.torch_backends(device).random_backend(
+        made: Backend = build.torch_backends(device).random_backend(
             target, drafter, device=name, quant=quant, context=room, max_rows=CHUNK
         )
-        return made, made.weight_bytes
-    weights, draft_weights = RandomWeights(target, quant), RandomWeights(drafter, DRAFTER_FORMAT[quant])
-    backend = CpuBackend(
-        (target, weights),
-        (drafter, draft_weights),
+        return made
+    return CpuBackend(
+        (target, RandomWeights(target, quant)),
+        (drafter, RandomWeights(drafter, DRAFTER_FORMAT[quant])),
         threads=threads or default_threads(),
         context=room,
         max_rows=CHUNK,
         isa=os.environ.get("PACELINE_ISA", ""),
     )
-    return backend, weights.nbytes
 
 
-def _machine(backend: CpuBackend | TorchBackend) -> tuple[Bandwidth, dict[str, Any], Callable[[], int]]:
+def _machine(backend: Backend) -> tuple[Bandwidth, dict[str, Any], Callable[[], int]]:
     """How fast its memory is, what it is, and what is held of its memory at most."""
     if isinstance(backend, CpuBackend):
-        return ReadBandwidth(backend.threads), {"threads": backend.threads, "isa": backend.isa}, machine.peak_memory
+        about = {"threads": backend.threads, "isa": backend.info.device}
+        return ReadBandwidth(backend.threads), about, machine.peak_memory
     from paceline.backends.torch import measure
 
-    device = backend.device
+    device = backend.device  # type: ignore[attr-defined]  # a TorchBackend
     about = {"threads": backend.threads, "device": measure.device_name(device), "software": measure.software()}
     return measure.CopyBandwidth(device), about, lambda: measure.peak_memory(device) or machine.peak_memory()

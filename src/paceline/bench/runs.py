@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -13,17 +13,17 @@ import numpy as np
 from paceline import _cpu
 from paceline.backends.base import Backend
 from paceline.bench.machine import Bandwidth, ReadBandwidth
-from paceline.bench.simulated import Script
 from paceline.decode.draft_length import Costs
-from paceline.decode.rules import Coupled, Rule
-from paceline.engine.cost_model import Silent, measure_costs
+from paceline.engine.cost_model import NullDecoder, measure_costs
+from paceline.engine.proposers import DrafterProposer, Proposer
 from paceline.engine.sequence import Sequence
 from paceline.engine.step import step
-from paceline.types import Anchors, Batch, Float32, Plan, SamplingParams
+from paceline.types import GREEDY, Draft, Result, Work
 
 KERNEL_ROWS = (1, 2, 3, 4, 6, 8, 12, 16)
 KERNEL_SHAPE = (6144 * 32, 1536)  # far more than any cache in every format
 PASS_ROWS = range(1, 17)
+GOLDEN_RATIO = 0.6180339887498949
 
 
 @dataclass
@@ -46,132 +46,142 @@ class Bench:
     def __post_init__(self) -> None:
         self._random = np.random.default_rng(self.seed)
         self.slot = self.backend.open_slot()
-        self.hidden = self._read(self.context)
+        self._prefill(self.context)
 
     def forward_ms(self, repeats: int) -> dict[int, float]:
-        """Median milliseconds of a pass of 1 to 16 rows, all wanted, the heights taken in turn."""
+        """Median milliseconds of a pass of 1 to 16 rows with a token sampled from each, the heights taken in turn."""
         times: dict[int, list[float]] = {rows: [] for rows in PASS_ROWS}
         for _ in range(repeats):
             self.bandwidth.measure()
             for rows, seen in times.items():
-                batch = self._batch(self.context, rows, wanted=rows)
-                seen.append(milliseconds(partial(self.backend.forward, batch)))
+                seen.append(milliseconds(partial(self._verify, self._tokens(rows))))
                 self.backend.truncate(self.slot, self.context)
         return {rows: statistics.median(seen) for rows, seen in times.items()}
 
     def same_bits(self, rows: int = 16) -> bool:
         """Whether rows of one pass have the logits that passes of one row give them, to the last bit."""
-        batch = self._batch(self.context, rows, wanted=rows)
-        together = np.array(self.backend.forward(batch).logits)
+        tokens = self._tokens(rows)
+        together = self._verify(tokens, logits=True).logits
         self.backend.truncate(self.slot, self.context)
-        same = True
-        for row in range(rows):
-            one = slice(row, row + 1)
-            part = Batch(batch.slots[one], batch.positions[one], batch.tokens[one], batch.wanted[one])
-            alone = np.array(self.backend.forward(part).logits)
-            same = same and np.array_equal(alone.view(np.uint32)[0], together.view(np.uint32)[row])
+        alone = [self._verify([token], self.context + i, logits=True).logits for i, token in enumerate(tokens)]
         self.backend.truncate(self.slot, self.context)
-        return same
+        rows = [np.asarray(found, np.float32).reshape(-1).view(np.uint32) for found in (alone, together)]
+        return np.array_equal(*rows)
 
-    def draft_step_ms(self, repeats: int, depth: int = 4) -> float:
-        """Median milliseconds of one draft step."""
-        anchor = Anchors(
-            slots=np.array([self.slot], np.int32),
-            positions=np.array([self.context], np.int32),
-            tokens=self._tokens(1),
-            hidden=self.hidden,
-            samplings=(SamplingParams(),),
-            plans=(Plan(depth),),
-            streams=(0,),
-        )
-        return statistics.median(
-            milliseconds(lambda: self.backend.draft(anchor).settled()) / depth for _ in range(repeats)
-        )
-
-    def prompt_tokens_per_s(self, repeats: int, tokens: int = 512) -> float:
-        """Median speed of reading a prompt, until its last logits. Leaves the slot as it found it."""
+    def draft_step_ms(self, repeats: int, length: int = 4) -> float:
+        """Median milliseconds of one draft step: what rounds with drafts take beyond the pass that verifies them."""
         seen = []
         for _ in range(repeats):
-            self.backend.close_slot(self.slot)
-            self.slot = self.backend.open_slot()
-            seen.append(tokens / milliseconds(lambda: self._read(tokens)) * 1e3)
-        self._reread()
+            drafting = milliseconds(lambda: self._verify(self._tokens(1), draft=Draft(length=length, simulated=length)))
+            self.backend.truncate(self.slot, self.context)
+            verifying = milliseconds(partial(self._verify, self._tokens(length + 1)))
+            self.backend.truncate(self.slot, self.context)
+            seen.append((drafting - verifying) / length)
+        return statistics.median(seen)
+
+    def _verify(
+        self, tokens: list[int], position: int | None = None, draft: Draft | None = None, logits: bool = False
+    ) -> Result:
+        """A round after the context: all tokens but the first are a draft that is accepted whole."""
+        draft = draft or Draft(tuple(tokens[1:]), simulated=len(tokens) - 1)
+        at = self.context if position is None else position
+        return self.backend.run([Work(self.slot, at, tokens[:1], GREEDY, draft, logits=logits)])[0]
+
+    def prompt_tokens_per_s(self, repeats: int, tokens: int = 512) -> float:
+        """Median speed of prefill, until the first sampled token. Leaves the slot as it found it."""
+        seen = []
+        for _ in range(repeats):
+            self._reopen()
+            seen.append(tokens / milliseconds(lambda: self._prefill(tokens)) * 1e3)
+        self._refill()
         return statistics.median(seen)
 
     def costs(self) -> Costs:
         """Costs of rounds, as the engine measures them at load. Leaves the slot as it found it."""
         self.backend.close_slot(self.slot)
-        costs = measure_costs(self.backend, SamplingParams())
+        costs = measure_costs(self.backend, GREEDY)
         self.slot = self.backend.open_slot()
-        self.hidden = self._read(self.context)
+        self._prefill(self.context)
         return costs
-
-    def _reread(self) -> None:
-        """Fill the slot with `context` tokens again."""
-        self.backend.close_slot(self.slot)
-        self.slot = self.backend.open_slot()
-        self.hidden = self._read(self.context)
 
     def decode_tokens_per_s(
         self, tokens: int, draft_tokens: int | None, shares: tuple[float, ...] | None, costs: Costs | None = None
     ) -> float:
-        """Speed of the real engine loop over about that many tokens.
+        """Speed of the engine's loop over about that many tokens.
 
         Args:
             tokens: how many, at least.
             draft_tokens: a round; None for as many as pay by `costs`, from a cold start.
-            shares: simulated acceptance by depth; None for the pair's own.
+            shares: simulated acceptance by depth; None for the pair's.
             costs: of rounds.
         """
-        backend: Backend = self.backend
-        rule: Rule = Coupled(drawer=self.backend.draw)
-        if shares is not None and draft_tokens != 0:
-            backend = rule = Script(self.backend, shares)
+        proposer: Proposer = DrafterProposer(lambda: costs or Costs(()), self.backend.info.stops_early)
+        if shares is not None:
+            proposer = SimulatedAcceptance(lambda: costs or Costs(()), stops_early=False, shares=shares)
         sequence = Sequence(
             slot=self.slot,
-            tokens=[*self._tokens(self.context).tolist(), int(self._tokens(1)[0])],
-            rule=rule,
+            tokens=self._tokens(self.context + 1),
+            params=GREEDY,
             draft_tokens=draft_tokens,
             max_tokens=1 << 30,
-            limit=self.backend.context,
+            limit=self.backend.info.context,
             stop_ids=frozenset(),
-            detokenizer=Silent(),
+            detokenizer=NullDecoder(),
             cached=self.context,
-            hidden=self.hidden[0],
-            costs=costs,
         )
+        proposer.begin(sequence)
+        step(self.backend, (proposer,), [sequence], self.chunk)  # the end of the prefill
         start, first = time.perf_counter(), len(sequence.tokens)
         while len(sequence.tokens) - first < tokens:
-            step(backend, [sequence], self.chunk)
+            step(self.backend, (proposer,), [sequence], self.chunk)
         speed = (len(sequence.tokens) - first) / (time.perf_counter() - start)
-        if len(sequence.tokens) - first <= tokens_to_undo(self.backend):
+        if len(sequence.tokens) - self.context <= tokens_to_undo(self.backend):
             self.backend.truncate(self.slot, self.context)
         else:  # too far for the sliding rings
-            self._reread()
+            self._refill()
         return speed
 
-    def _read(self, tokens: int) -> Float32:
-        """Run a random prompt through the slot, and return the hidden state of its last row [1, hidden]."""
+    def _reopen(self) -> None:
+        self.backend.close_slot(self.slot)
+        self.slot = self.backend.open_slot()
+
+    def _refill(self) -> None:
+        """Fill the slot with `context` tokens again."""
+        self._reopen()
+        self._prefill(self.context)
+
+    def _prefill(self, tokens: int) -> None:
+        """Run a random prompt in chunks; its last row samples a token, so that rounds can follow."""
         for start in range(0, tokens, self.chunk):
             rows = min(self.chunk, tokens - start)
-            output = self.backend.forward(self._batch(start, rows, wanted=int(start + rows == tokens)))
-        return output.hidden.copy()
+            params = GREEDY if start + rows == tokens else None
+            self.backend.run([Work(self.slot, start, self._tokens(rows), params)])
 
-    def _batch(self, position: int, rows: int, wanted: int) -> Batch:
-        return Batch(
-            slots=np.full(rows, self.slot, np.int32),
-            positions=np.arange(position, position + rows, dtype=np.int32),
-            tokens=self._tokens(rows),
-            wanted=np.arange(rows) >= rows - wanted,
-        )
+    def _tokens(self, count: int) -> list[int]:
+        return [int(token) for token in self._random.integers(0, self.backend.info.vocab_size, count)]
 
-    def _tokens(self, count: int) -> np.typing.NDArray[np.int32]:
-        return self._random.integers(0, self.backend.vocab_size, count, np.int32)
+
+@dataclass
+class SimulatedAcceptance(DrafterProposer):
+    """Rounds run for real, and only how many drafted tokens are accepted is SIMULATED: random weights accept none.
+
+    `shares[i]` is the share of rounds in which the draft at depth i + 1 is accepted; it never rises. Rounds take their
+    outcomes from a low-discrepancy sequence, so the shares hold closely over few rounds.
+    """
+
+    shares: tuple[float, ...] = ()
+    _round: int = 0
+
+    def propose(self, sequence: Sequence, most: int) -> Draft:
+        draft = super().propose(sequence, most)
+        self._round += bool(draft)
+        accepted = sum((self._round * GOLDEN_RATIO) % 1.0 < share for share in self.shares)
+        return replace(draft, simulated=accepted)
 
 
 def tokens_to_undo(backend: Backend) -> int:
     """How many rows can surely be rolled back: what sliding rings hold beyond their window, less a round."""
-    return backend.max_rows - 32
+    return backend.info.max_rows - 32
 
 
 def kernel_gb_per_s(

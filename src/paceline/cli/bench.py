@@ -96,8 +96,8 @@ def decode(
     run = loaded.bench
     forward = run.forward_ms(repeats)
     exact = run.same_bits()
-    step = run.draft_step_ms(repeats) if run.backend.can_draft else None
-    costs = run.costs() if run.backend.can_draft else None
+    step = run.draft_step_ms(repeats) if run.backend.info.has_drafter else None
+    costs = run.costs() if run.backend.info.has_drafter else None
     modes: dict[str, tuple[int | None, tuple[float, ...] | None]] = {
         "plain": (0, None),
         "mtp": (draft_tokens, shares),

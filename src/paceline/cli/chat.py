@@ -86,7 +86,7 @@ def chat(
         bias=logit_bias,
         seed=seed,
     )
-    check_sampling_params(sampling, engine.backend.vocab_size)
+    check_sampling_params(sampling, engine.backend.info.vocab_size)
     conversation = Conversation(engine, sampling, max_tokens, check_stops(stop or ()), system=system)
     interactive = all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
     if not converse(conversation, Terminal(_title(model, engine)) if interactive else Pipe()) and not interactive:
@@ -148,4 +148,5 @@ class Pipe:
 
 def _title(model: str, engine: Engine) -> str:
     pair = "with its drafter" if engine.drafter_config else "without a drafter"
-    return f"{model} {pair}, {engine.quant}, {engine.threads} threads. /help lists commands, Ctrl-D ends."
+    quant, threads = engine.backend.info.quant, engine.backend.threads
+    return f"{model} {pair}, {quant}, {threads} threads. /help lists commands, Ctrl-D ends."

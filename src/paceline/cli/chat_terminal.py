@@ -49,7 +49,7 @@ class Terminal:
 
         def stop(_signal: int, _frame: FrameType | None) -> None:
             nonlocal stopped
-            if stopped or turn.stream.sequence.reading:  # no event comes for long
+            if stopped or turn.stream.sequence.in_prefill:  # no event comes for long
                 raise KeyboardInterrupt
             stopped = True
 

@@ -159,7 +159,7 @@ class Conversation:
             self.max_tokens = _check_max_tokens(value)
         else:
             changed = replace(self.sampling, **{name: value})  # type: ignore[arg-type]
-            self.sampling = check_sampling_params(changed, self.engine.backend.vocab_size)
+            self.sampling = check_sampling_params(changed, self.engine.backend.info.vocab_size)
         return Reply(f"{name} is {self._settings()[name]}")
 
     def stats(self, _: str) -> Reply:

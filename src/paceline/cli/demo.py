@@ -88,7 +88,8 @@ def demo(
     if engine.drafter_config is None:
         raise SettingsError(f"{model}: demo compares with and without a drafter, and there is none; give --drafter")
     console = Console(highlight=False)
-    console.print(f"[dim]{escape(model)}, {engine.quant}, {engine.threads} threads; the prompt is Python code:[/]\n")
+    quant, threads = engine.backend.info.quant, engine.backend.threads
+    console.print(f"[dim]{escape(model)}, {quant}, {threads} threads; the prompt is Python code:[/]\n")
     console.print(PROMPT, markup=False, soft_wrap=True, style="dim")
     shown = []
     many = "as many tokens a round as pay" if drafts == "auto" else f"{drafts} tokens a round"

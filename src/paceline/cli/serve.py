@@ -93,8 +93,7 @@ def serve(
         most_waiting=queue,
         notify=note,
     )
-    if engine.backend.can_draft:
-        engine.experience.priced()  # now, not while others are served: a request may ask for it
+    engine.warm_up()
     create, settings_of = _server()
     settings = settings_of(
         names=tuple(served_name or dict.fromkeys((model, Path(model).name))),

@@ -58,9 +58,9 @@ def verify(
         speeds = measure_speeds(engine, texts, max_tokens, progress)
     about = {
         "model": model,
-        "quant": engine.quant,
-        "threads": engine.threads,
-        "isa": getattr(engine.backend, "isa", None),
+        "quant": engine.backend.info.quant,
+        "threads": engine.backend.threads,
+        "isa": engine.backend.info.device,
         "version": __version__,
         "prompts": len(texts),
         "max_tokens": max_tokens,
@@ -163,7 +163,7 @@ def _print(engine: Engine, about: dict[str, Any], found: Audit, speeds: Speeds |
     out = Console(highlight=False, markup=False, soft_wrap=True)
     what = "{model}, {quant}, threads: {threads}, {isa}; prompts: {prompts}, tokens: up to {max_tokens} each"
     out.print(what.format_map(about))
-    if not engine.backend.can_draft:
+    if not engine.backend.info.has_drafter:
         out.print("There is no drafter: only threads and prompt chunks are compared.")
     out.print(f"Plain decoding against {'; '.join(map(str, cases_of(engine)))}; each {', '.join(SAMPLINGS)}.\n")
     if found.identical:
@@ -175,7 +175,7 @@ def _print(engine: Engine, about: dict[str, Any], found: Audit, speeds: Speeds |
         out.print(f"\nDrafts accepted by depth, share of all rounds:  {shares}")
     if speeds:
         _print_speeds(out, speeds)
-    elif engine.backend.can_draft:
+    elif engine.backend.info.has_drafter:
         out.print("\nAll texts ended at their first token, so there is no speed to measure; try other prompts.")
 
 

@@ -21,7 +21,7 @@ from functools import lru_cache
 from itertools import accumulate
 from operator import mul
 
-from paceline.types import CONFIDENCE_BINS, Line, Plan
+from paceline.types import CONFIDENCE_BINS, Draft, Result
 
 MAX_DEPTH = 8
 KEEP = 1 - 1 / 32  # of what was observed, a new observation's weight being one: about the last 32 rounds count
@@ -73,7 +73,7 @@ class State:
     drafted_rounds: int = 0  # since the last plain one
     drafted: int = 0
     accepted: int = 0
-    plan: Plan | None = None  # in force until it is made anew
+    plan: Draft | None = None  # in force until it is made anew
 
 
 def acceptance(state: State) -> Floats:
@@ -92,7 +92,7 @@ def acceptance(state: State) -> Floats:
     return tuple(estimates)
 
 
-def next_plan(state: State, costs: Costs, early_stop: bool = True) -> Plan:
+def next_plan(state: State, costs: Costs, early_stop: bool = True) -> Draft:
     """The plan of the next round.
 
     Args:
@@ -113,15 +113,15 @@ def next_plan(state: State, costs: Costs, early_stop: bool = True) -> Plan:
     if best == 0 or state.lost > MOST_LOST * plain:
         probe = max(range(1, len(rates)), key=rates.__getitem__, default=0)
         pause = max(LEAST_PAUSE, (prices[probe] / prices[0] - 1) / PROBE_SHARE) if probe else math.inf
-        return Plan(probe if state.fresh or state.plain_rounds >= pause else 0)
+        return Draft(length=probe if state.fresh or state.plain_rounds >= pause else 0)
     if state.drafted_rounds >= min(PLAIN_PAUSE, 8 + state.drafted / 8):
-        return Plan(0)
+        return Draft(length=0)
     if not early_stop:
-        return Plan(best)
+        return Draft(length=best)
     worth = rates[best] / max(0.1, 1 - rates[best] * token)  # of a millisecond, in tokens that must still be drawn
     floors = stop_floors(prices, chance, worth)
     depth = max(best, next((j for j, floor in enumerate(floors, start=1) if floor > 1), costs.deepest))
-    return Plan(depth, floors[:depth], confidence_chances(state))
+    return Draft(length=depth, floors=floors[:depth], acceptance=confidence_chances(state))
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class Drift:
     drafted: float = 0.0  # those with drafts, beyond that
 
 
-def share_out(states: Sequence[State], costs: Costs, drift: Drift = Drift()) -> list[Plan]:
+def share_out(states: Sequence[State], costs: Costs, drift: Drift = Drift()) -> list[Draft]:
     """The plans of sequences that share a round: those draft whose drafts are most likely to be accepted.
 
     Args:
@@ -158,8 +158,8 @@ def share_out(states: Sequence[State], costs: Costs, drift: Drift = Drift()) -> 
                 best, depths = rate, [depth * (i in chosen) for i in range(count)]
     pause = max(LEAST_PAUSE, _extras(costs, count)[0][-1] / plain / PROBE_SHARE)
     if not any(depths) and max(state.plain_rounds for state in states) >= pause:
-        return [Plan(1)] * count  # a probe of all at once: that tells most for its time
-    return [Plan(depth) for depth in depths]
+        return [Draft(length=1)] * count  # a probe of all at once: that tells most for its time
+    return [Draft(length=depth) for depth in depths]
 
 
 def observe_shared(drift: Drift, costs: Costs, depths: Sequence[int], accepted: int, milliseconds: float) -> Drift:
@@ -236,19 +236,18 @@ def confidence_bin(confidence: float) -> int:
     return min(CONFIDENCE_BINS - 1, int(confidence * CONFIDENCE_BINS)) if 0 <= confidence <= 1 else 0
 
 
-def observe(state: State, costs: Costs, line: Line, accepted: int, milliseconds: float | None) -> State:
+def observe(state: State, costs: Costs, result: Result, milliseconds: float | None) -> State:
     """What a round adds.
 
     Args:
         state: what was observed before.
         costs: what was measured.
-        line: what was drafted.
-        accepted: drafts accepted.
-        milliseconds: the round's time; None for a round shared with others, which says nothing about prices.
+        result: what was drafted and accepted.
+        milliseconds: the round's time; None for a round shared with others, which says nothing about costs.
     """
-    depth = min(len(line.tokens), costs.deepest)
+    depth, accepted = min(len(result.drafted), costs.deepest), result.accepted
     if milliseconds is None:
-        return _judge_shared(state, line, accepted)
+        return _observe_shared_round(state, result)
     expected = costs.rounds[depth] * math.exp(state.speed + state.drift[depth]) + accepted * costs.token
     error = min(0.7, max(-0.7, math.log(max(milliseconds, 1e-6) / expected)))
     # Behind a change between plain and drafted rounds the machine is as fast as before it: the prices are wrong.
@@ -279,21 +278,21 @@ def observe(state: State, costs: Costs, line: Line, accepted: int, milliseconds:
         accepted=state.accepted + accepted,
         plan=None if replan else state.plan,
     )
-    return _judge(state, line, accepted, aged) if depth else state
+    return _count_acceptance(state, result, aged) if depth else state
 
 
-def _judge_shared(state: State, line: Line, accepted: int) -> State:
-    if not line.tokens:
-        return state  # the scheduler counts
+def _observe_shared_round(state: State, result: Result) -> State:
+    if not result.drafted:
+        return state  # plain rounds are counted where drafts are shared out
     aged = state.plain_rounds
     state = replace(
         state,
         plain_rounds=0,
-        drafted=state.drafted + len(line.tokens),
-        accepted=state.accepted + accepted,
-        plan=Plan(0) if aged >= LEAST_PAUSE else state.plan,  # a probe is one round
+        drafted=state.drafted + len(result.drafted),
+        accepted=state.accepted + result.accepted,
+        plan=Draft(length=0) if aged >= LEAST_PAUSE else state.plan,  # a probe is one round
     )
-    return _judge(state, line, accepted, aged)
+    return _count_acceptance(state, result, aged)
 
 
 def next_request(state: State) -> State:
@@ -303,23 +302,23 @@ def next_request(state: State) -> State:
     return replace(state, tried=tried, kept=kept, lost=0.0, plain_rounds=0, fresh=True, plan=None)
 
 
-def _judge(state: State, line: Line, accepted: int, plain_rounds: int) -> State:
+def _count_acceptance(state: State, result: Result, plain_rounds: int) -> State:
     old = KEEP_PLAIN ** min(plain_rounds, 1000)
     tried, kept = [old * n for n in state.tried], [old * n for n in state.kept]
     sure_tried, sure_kept = list(state.sure_tried), list(state.sure_kept)
-    for i in range(min(accepted + 1, len(line.tokens))):
-        right = float(i < accepted)
+    for i in range(min(result.accepted + 1, len(result.drafted))):
+        right = float(i < result.accepted)
         if i < len(tried):
             tried[i], kept[i] = KEEP * tried[i] + 1, KEEP * kept[i] + right
-        if line.confidence:
-            b = confidence_bin(line.confidence[i])
+        if result.confidence:
+            b = confidence_bin(result.confidence[i])
             sure_tried[b], sure_kept[b] = KEEP * sure_tried[b] + 1, KEEP * sure_kept[b] + right
     return replace(
         state,
         tried=tuple(tried),
         kept=tuple(kept),
         tried_long=KEEP_LONG * state.tried_long + 1,
-        kept_long=KEEP_LONG * state.kept_long + float(accepted > 0),
+        kept_long=KEEP_LONG * state.kept_long + float(result.accepted > 0),
         sure_tried=tuple(sure_tried),
         sure_kept=tuple(sure_kept),
     )

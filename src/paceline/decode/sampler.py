@@ -1,9 +1,9 @@
-"""Drawing a token from a row of logits: the readable truth that the native sampler is compared with.
+"""Sampling a token from a row of logits: the reference implementation of the native and the device sampler.
 
 The Gumbel-max trick: the largest of `logit / temperature + noise` among the allowed tokens is a sample of their
-softmax. The noise is a pure function of (seed, stream, position, token), from the counter-based generator
+softmax. The noise is a pure function of (seed, position, token), from the counter-based generator
 Philox4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", 2011), so it does not
-matter who draws, when, or how often.
+matter where, when, or how often a token is sampled.
 
 The same token must come out everywhere, so only single additions, multiplications, divisions and comparisons of float32
 are used, in this order, and probabilities are summed as integers.
@@ -16,7 +16,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from paceline.types import Float32, Row, SamplingParams
+from paceline.types import Float32, SamplingParams
 
 LOWEST = np.float32(-3e38)  # stands for NaN and minus infinity too; -LOWEST stands for infinity
 UNIT = 1 << 30  # weight of the most likely token
@@ -42,54 +42,53 @@ EXP_COEFFICIENTS = (  # Cephes' expf
 )
 
 
-def draw(logits: Row, sampling: SamplingParams, position: int, stream: int = 0) -> int:
+def sample(logits: Float32, params: SamplingParams, position: int) -> int:
     """The token at absolute `position`.
 
     Args:
         logits: [vocabulary], penalties and bias applied.
-        sampling: temperature, top-k, top-p, min-p and seed; with temperature 0 the largest logit, of equals the first.
-        position: of the token that is drawn.
-        stream: a number for each use of randomness.
+        params: temperature, top-k, top-p, min-p and seed; with temperature 0 the largest logit, of equals the first.
+        position: of the sampled token.
     """
-    if sampling.temperature == 0:
-        return int(np.asarray(logits, np.float32).argmax())
     x = clean(np.asarray(logits, np.float32))
-    ids = allowed(x, sampling)[0]
-    depth = depths(x, sampling)[ids]
-    score = depth + gumbel(sampling.seed or 0, stream, position, ids)
+    if params.temperature == 0:
+        return int(x.argmax())
+    ids = allowed(x, params)[0]
+    depth = depths(x, params)[ids]
+    score = depth + gumbel(params.seed or 0, position, ids)
     best = score == score.max()
     return int(ids[best].min())
 
 
-def allowed(logits: Row, sampling: SamplingParams) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+def allowed(logits: Float32, params: SamplingParams) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
     """Tokens [n] that can be drawn at a temperature above 0, and their weights [n] in units of 2^-30 of the largest.
 
     Tokens rank by logit, of equals the lowest id first; the allowed ones are a prefix of that ranking.
     """
     x = clean(np.asarray(logits, np.float32))
     ids = np.argsort(-x, kind="stable").astype(np.int32)
-    if 0 < sampling.top_k < len(ids):
-        ids = ids[: sampling.top_k]
-    depth = depths(x, sampling)[ids]
+    if 0 < params.top_k < len(ids):
+        ids = ids[: params.top_k]
+    depth = depths(x, params)[ids]
     weights = (exp(depth) * np.float32(UNIT)).astype(np.int64)
-    if sampling.top_p < 1:
+    if params.top_p < 1:
         sums = weights.cumsum()
-        enough = sampling.top_p * float(sums[-1])
+        enough = params.top_p * float(sums[-1])
         last = int(np.searchsorted(sums.astype(np.float64), enough))
         ids, depth, weights = ids[: last + 1], depth[: last + 1], weights[: last + 1]
-    near = depth >= -gap(sampling)
+    near = depth >= -gap(params)
     return ids[near], weights[near]
 
 
-def gap(sampling: SamplingParams) -> np.float32:
+def gap(params: SamplingParams) -> np.float32:
     """min-p as the largest distance from the best logit, in nats."""
-    return np.float32(-math.log(sampling.min_p) if sampling.min_p > 0 else math.inf)
+    return np.float32(-math.log(params.min_p) if params.min_p > 0 else math.inf)
 
 
-def depths(x: Float32, sampling: SamplingParams) -> Float32:
+def depths(x: Float32, params: SamplingParams) -> Float32:
     """How far each logit is from the best, in nats: 0 or less."""
     with np.errstate(over="ignore"):
-        return np.asarray((x - x.max()) / np.float32(sampling.temperature), np.float32)
+        return np.asarray((x - x.max()) / np.float32(params.temperature), np.float32)
 
 
 def clean(logits: Float32) -> Float32:
@@ -97,9 +96,9 @@ def clean(logits: Float32) -> Float32:
     return np.where(logits > LOWEST, np.minimum(logits, -LOWEST), LOWEST)
 
 
-def gumbel(seed: int, stream: int, position: int, ids: NDArray[np.int32]) -> Float32:
+def gumbel(seed: int, position: int, ids: NDArray[np.int32]) -> Float32:
     """-log(-log(1 - u)) for each token id [n]: dense where it is large, for there lies the noise that wins."""
-    u = (uniform_bits(seed, stream, position, ids) >> np.uint32(1)).astype(np.int32).astype(np.float32)
+    u = (uniform_bits(seed, position, ids) >> np.uint32(1)).astype(np.int32).astype(np.float32)
     u = np.minimum((u + np.float32(0.5)) * np.float32(2**-31), np.float32(1 - 2**-24))
     t, e = _split(np.float32(1) - u)
     near = u < np.float32(0.25)
@@ -107,16 +106,16 @@ def gumbel(seed: int, stream: int, position: int, ids: NDArray[np.int32]) -> Flo
     return -_log(*_split(-_log(t, e)))
 
 
-def uniform_bits(seed: int, stream: int, position: int, ids: NDArray[np.int32]) -> NDArray[np.uint32]:
+def uniform_bits(seed: int, position: int, ids: NDArray[np.int32]) -> NDArray[np.uint32]:
     """32 random bits for each token id [n]: word (id / 16) mod 4 of the counter 16 (id / 64) + id mod 16."""
     ids = ids.astype(np.uint32)
-    words = _philox((ids >> 6 << 4) + (ids & 15), position, stream, seed)
+    words = _philox((ids >> 6 << 4) + (ids & 15), position, seed)
     return np.asarray(np.choose(ids >> 4 & 3, words), np.uint32)
 
 
-def _philox(counter: NDArray[np.uint32], position: int, stream: int, seed: int) -> list[NDArray[np.uint32]]:
-    """Philox4x32-10 of the counters (counter, position, stream, 0) under the key `seed`: four words each."""
-    c = [counter.astype(np.uint64), *(np.full(counter.shape, word, np.uint64) for word in (position, stream, 0))]
+def _philox(counter: NDArray[np.uint32], position: int, seed: int) -> list[NDArray[np.uint32]]:
+    """Philox4x32-10 of the counters (counter, position, 0, 0) under the key `seed`: four words each."""
+    c = [counter.astype(np.uint64), *(np.full(counter.shape, word, np.uint64) for word in (position, 0, 0))]
     k0, k1 = seed & 0xFFFFFFFF, seed >> 32
     low, half = np.uint64(0xFFFFFFFF), np.uint64(32)
     for _ in range(10):

@@ -11,18 +11,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 
 from paceline.backends.base import Backend
 from paceline.decode.draft_length import MAX_DEPTH, Costs
-from paceline.decode.rules import Coupled
-from paceline.decode.sampling_params import History
+from paceline.engine.proposers import Proposer
 from paceline.engine.sequence import Sequence
 from paceline.engine.step import step
 from paceline.files import atomic_file
-from paceline.types import Line, Row, SamplingParams
+from paceline.types import Draft, SamplingParams
 
 CONTEXT = 64  # tokens before the rounds that are measured
 LEAST_REPEATS, MOST_REPEATS = 2, 9
@@ -32,8 +30,8 @@ SLOW_ROUND_MS = 10.0
 SHARED = (1, 2, 4, 8, 16)  # sequences at once
 
 
-class Silent:
-    """A decoder for measurements: ids stay ids."""
+class NullDecoder:
+    """A detokenizer for measurements: tokens give no text."""
 
     def push(self, token: int) -> str:
         return ""
@@ -42,40 +40,36 @@ class Silent:
         return ""
 
 
-@dataclass(frozen=True)
-class _Outcome:
-    """A rule for measurements: draws as another does, and then accepts all drafts or none."""
+@dataclass
+class SimulatedProposer(Proposer):
+    """Rounds of the backend's drafter whose outcome is SIMULATED: for measurements.
 
-    base: Coupled
-    accept: bool = False
-    stream: ClassVar[int] = Coupled.stream
-    with_logits: ClassVar[bool] = False
+    Args:
+        length: tokens drafted a round.
+        accepted: of them, whatever the target samples.
+    """
 
-    @property
-    def sampling(self) -> SamplingParams:
-        return self.base.sampling
+    length: int = 0
+    accepted: int = 0
 
-    def settle(self, logits: Row, position: int, history: History, line: Line, depth: int) -> int:
-        token = self.base.settle(logits, position, history, line, depth)
-        if depth == len(line.tokens):
-            return token
-        return line.tokens[depth] if self.accept else (line.tokens[depth] + 1) % len(logits)
+    def propose(self, sequence: Sequence, most: int) -> Draft:
+        return Draft(length=self.length, simulated=self.accepted)
 
 
 def load_costs(
-    backend: Backend, sampling: SamplingParams, about: str, folder: Path, notify: Callable[[str], None]
+    backend: Backend, params: SamplingParams, about: str, folder: Path, notify: Callable[[str], None]
 ) -> Costs:
     """Costs of rounds from the file that keeps them, or measured now and kept.
 
     Args:
         backend: a pair with a drafter, all slots free.
-        sampling: how tokens are drawn where a request says nothing.
+        params: sampling parameters of requests that give none.
         about: everything the costs depend on beside this machine: weights' formats, settings, threads.
         folder: where files of costs are kept.
         notify: told when measuring takes a while.
     """
     machine = [platform.machine(), _processor(), os.cpu_count()]
-    key = hashlib.sha256(json.dumps([machine, about, repr(sampling), MAX_DEPTH]).encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps([machine, about, repr(params), MAX_DEPTH]).encode()).hexdigest()[:16]
     path = folder / f"costs-{key}.json"
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
         kept = json.loads(path.read_text())
@@ -83,7 +77,7 @@ def load_costs(
         token = float(kept["token_ms"])
         if all(len(rounds) >= 2 and min(rounds) > 0 for rounds in tables.values()) and token >= 0:
             return Costs(tables.pop(1), token, tuple(sorted(tables.items())))
-    costs = measure_costs(backend, sampling, notify)
+    costs = measure_costs(backend, params, notify)
     with contextlib.suppress(OSError):  # a cache that cannot be written costs the next start's time only
         folder.mkdir(parents=True, exist_ok=True)
         rounds_ms = {1: costs.rounds, **dict(costs.shared)}
@@ -92,16 +86,16 @@ def load_costs(
     return costs
 
 
-def measure_costs(backend: Backend, sampling: SamplingParams, notify: Callable[[str], None] = lambda _: None) -> Costs:
+def measure_costs(backend: Backend, params: SamplingParams, notify: Callable[[str], None] = lambda _: None) -> Costs:
     """Milliseconds of whole rounds of depth 0, 1, ..., of one sequence and of several at once.
 
     The least of several measurements: other work on the machine only ever adds to them.
     """
-    counts = [count for count in SHARED if count < backend.slots] + [backend.slots]
+    counts = [count for count in SHARED if count < backend.info.slots] + [backend.info.slots]
     tables = {}
     token = 0.0
     for count in counts:
-        rounds, accepting = _Rounds(backend, sampling, count).measure(notify)
+        rounds, accepting = _Rounds(backend, params, count).measure(notify)
         tables[count] = rounds
         if count == 1:
             token = max(0.0, accepting - rounds[-1]) / (len(rounds) - 1)
@@ -109,35 +103,36 @@ def measure_costs(backend: Backend, sampling: SamplingParams, notify: Callable[[
 
 
 class _Rounds:
-    """Sequences that do the same round again and again, over a short context."""
+    """Sequences that repeat one round over a short context."""
 
-    def __init__(self, backend: Backend, sampling: SamplingParams, count: int) -> None:
+    def __init__(self, backend: Backend, params: SamplingParams, count: int) -> None:
+        info = backend.info
         self._backend = backend
-        self._context = max(1, min(CONTEXT, backend.context // 4))
-        self._deepest = max(1, min(MAX_DEPTH, backend.max_rows - 1, backend.context // 4))
-        self._rule = _Outcome(Coupled(replace(sampling, seed=0), backend.draw))
+        self._context = max(1, min(CONTEXT, info.context // 4))
+        self._deepest = max(1, min(MAX_DEPTH, info.max_rows - 1, info.context // 4))
+        self._proposer = SimulatedProposer()
         random = np.random.default_rng(0)
         self._sequences = [
             Sequence(
-                tokens=random.integers(0, backend.vocab_size, self._context).tolist(),
-                rule=self._rule,
-                draft_tokens=0,
+                tokens=random.integers(0, info.vocab_size, self._context).tolist(),
+                params=replace(params, seed=0),
+                draft_tokens=None,
                 max_tokens=1 << 30,
                 limit=1 << 30,
                 stop_ids=frozenset(),
-                detokenizer=Silent(),
+                detokenizer=NullDecoder(),
             )
             for _ in range(count)
         ]
 
     def measure(self, notify: Callable[[str], None]) -> tuple[tuple[float, ...], float]:
-        """Least milliseconds by depth, and of a round of the deepest whose drafts are all accepted."""
+        """Least milliseconds by draft length, and of a round of the longest whose draft is accepted whole."""
         for sequence in self._sequences:
             sequence.slot = self._backend.open_slot()
         try:
             for sequence in self._sequences:
-                while sequence.reading:
-                    step(self._backend, [sequence], self._backend.max_rows)
+                while sequence.in_prefill:
+                    step(self._backend, (), [sequence], self._backend.info.max_rows)
             return self._measure(notify)
         finally:
             for sequence in self._sequences:
@@ -153,7 +148,7 @@ class _Rounds:
             for depth, seen in enumerate(times):
                 # Of quick rounds a few in a row, as they are when decoding: the first finds caches cold.
                 seen += [self._round(depth) for _ in range(row)][row > 1 :]
-            accepting += [self._round(self._deepest, accept=True) for _ in range(row)][row > 1 :]
+            accepting += [self._round(self._deepest, self._deepest) for _ in range(row)][row > 1 :]
             spent = time.perf_counter() - started
             if repeat == 0 and spent * (LEAST_REPEATS - 1) > SLOW_SECONDS:
                 notify("measuring what drafting costs on this machine (once for this model and settings)")
@@ -161,19 +156,16 @@ class _Rounds:
                 break
         return tuple(min(seen) for seen in times), min(accepting)
 
-    def _round(self, depth: int, accept: bool = False) -> float:
-        """Milliseconds of one round of that depth; the sequences are put back to their start."""
-        for sequence in self._sequences:
-            sequence.draft_tokens = depth
-            sequence.rule = replace(self._rule, accept=accept)
-        hidden = [sequence.hidden for sequence in self._sequences]
+    def _round(self, length: int, accepted: int = 0) -> float:
+        """Milliseconds of one round with a draft of that length; the sequences are put back to where they were."""
+        self._proposer.length, self._proposer.accepted = length, accepted
         started = time.perf_counter()
-        step(self._backend, self._sequences, self._backend.max_rows)
+        step(self._backend, (self._proposer,), self._sequences, self._backend.info.max_rows)
         seconds = time.perf_counter() - started
-        for sequence, old in zip(self._sequences, hidden, strict=True):
+        for sequence in self._sequences:
             self._backend.truncate(sequence.slot, self._context)
             del sequence.tokens[self._context + 1 :]
-            sequence.cached, sequence.hidden = self._context, old
+            sequence.cached = self._context
         return seconds * 1e3
 
 

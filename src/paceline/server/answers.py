@@ -80,7 +80,7 @@ class Choice:
 
     @property
     def sampling(self) -> SamplingParams:
-        return self._sequence.rule.sampling
+        return self._sequence.params
 
     @property
     def report(self) -> dict[str, Any]:

@@ -89,8 +89,8 @@ class Service:
         self.metrics = Metrics(self.engine, self.settings.names[0])
         self.preparer = Preparer(self.engine)
         self.runner = Runner(self.engine, self.metrics, self.settings.most_seconds)
-        draft = "mtp" if self.engine.backend.can_draft else "plain"
-        self.fingerprint = f"paceline-{__version__}-{self.engine.quant}-{draft}"
+        draft = "mtp" if self.engine.backend.info.has_drafter else "plain"
+        self.fingerprint = f"paceline-{__version__}-{self.engine.backend.info.quant}-{draft}"
 
     @property
     def model(self) -> str:
@@ -113,14 +113,13 @@ class Service:
 
     def submit(self, prompts: list[Prepared]) -> tuple[Job, list[Choice]]:
         """Let the choices of some prompts run."""
-        sequences, choices = [], []
-        for prompt in prompts:
-            for request in choices_of(prompt):
-                sequence = self.engine.sequence(prompt.tokens, request)
-                choice = Choice(sequence, self.engine.tokenizer, prompt.in_thought, plain=not request.marks)
-                sequences.append(sequence)
-                choices.append(choice)
-        return self.runner.submit(sequences), choices
+        requests = [(prompt, request) for prompt in prompts for request in choices_of(prompt)]
+        job = self.runner.submit([(prompt.tokens, request) for prompt, request in requests])
+        choices = [
+            Choice(sequence, self.engine.tokenizer, prompt.in_thought, plain=not request.marks)
+            for sequence, (prompt, request) in zip(job.sequences, requests, strict=True)
+        ]
+        return job, choices
 
 
 def create_app(engine: Engine, settings: ServerSettings) -> FastAPI:
@@ -187,7 +186,7 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
 
     def answer_of(body: TokenizeRequest) -> Response:
         tokens = tokens_of(body)
-        answer: dict[str, Any] = {"count": len(tokens), "max_model_len": engine.backend.context, "tokens": tokens}
+        answer: dict[str, Any] = {"count": len(tokens), "max_model_len": engine.backend.info.context, "tokens": tokens}
         if body.return_token_strs:
             texts = [engine.tokenizer.token_bytes(token).decode(errors="replace") for token in tokens]
             answer["token_strs"] = texts
@@ -208,9 +207,9 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
     @app.post("/detokenize", responses=ERRORS)
     async def detokenize(body: DetokenizeRequest) -> Response:
         service.check_model(body.model)
-        beyond = next((token for token in body.tokens if token >= engine.backend.vocab_size), None)
+        beyond = next((token for token in body.tokens if token >= engine.backend.info.vocab_size), None)
         if beyond is not None:
-            raise SettingsError(f"token {beyond} is outside the model's vocabulary of {engine.backend.vocab_size}")
+            raise SettingsError(f"token {beyond} is outside the model's vocabulary of {engine.backend.info.vocab_size}")
         return Json({"prompt": await run_in_threadpool(engine.tokenizer.decode, body.tokens)}, headers=_headers(body))
 
 
@@ -247,13 +246,13 @@ def _model(service: Service, name: str) -> dict[str, Any]:
         "object": "model",
         "created": service.started,
         "owned_by": "paceline",
-        "max_model_len": engine.backend.context,
+        "max_model_len": engine.backend.info.context,
         "paceline": {
             "version": __version__,
-            "quant": engine.quant,
-            "threads": engine.threads,
-            "drafter": engine.backend.can_draft,
-            "slots": engine.backend.slots,
+            "quant": engine.backend.info.quant,
+            "threads": engine.backend.threads,
+            "drafter": engine.backend.info.has_drafter,
+            "slots": engine.backend.info.slots,
             "chat": engine.chat_template is not None,
             "thinks": engine.chat_template is not None and engine.chat_template.knows("enable_thinking"),
             "sampling": {name: getattr(engine.sampling, name) for name in ("temperature", "top_k", "top_p", "min_p")},

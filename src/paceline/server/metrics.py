@@ -113,21 +113,20 @@ class _EngineState(Collector):
         engine, scheduler = self._engine, self._engine.scheduler
         running = list(scheduler.running)
         held = sum(sequence.cached for sequence in running)
-        control = engine.experience.state
         figures = {
             "num_requests_running": ("Texts being written or prompts being read.", len(running)),
             "num_requests_waiting": ("Requests without a cache slot.", scheduler.waiting),
             "kv_cache_usage_perc": (
                 "Share of the cache in use.",
-                held / (engine.backend.slots * engine.backend.context),
+                held / (engine.backend.info.slots * engine.backend.info.context),
             ),
             "prefix_cache_bytes": (
                 "Memory that beginnings of prompts take.",
-                scheduler.prefixes.nbytes if scheduler.prefixes else 0,
+                scheduler.prefix_cache.nbytes if scheduler.prefix_cache else 0,
             ),
             "acceptance_recent": (
                 "Share of first drafts accepted lately.",
-                control.kept_long / control.tried_long if control.tried_long else 0.0,
+                engine.recent_acceptance,
             ),
         }
         metrics: list[Metric] = []

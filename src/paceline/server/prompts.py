@@ -50,7 +50,6 @@ class Preparer:
     """
 
     engine: Engine
-    _grammars: Grammars | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
@@ -117,10 +116,9 @@ class Preparer:
     def _request(self, body: Penalised) -> Request:
         """What both kinds of requests say alike."""
         return Request(
-            sampling=_sampling(self.engine.sampling, body),
+            params=_sampling(self.engine.sampling, body),
             stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
             draft_tokens=body.draft_tokens,
-            acceptance_rule=body.acceptance_rule or "coupled",
         )
 
     def _grammar(
@@ -159,21 +157,18 @@ class Preparer:
 
     def _compiler(self) -> Grammars:
         with self._lock:
-            if self._grammars is None:
-                engine = self.engine
-                self._grammars = Grammars(engine.tokenizer.dumps(), engine.backend.vocab_size, engine.stop_ids)
-            return self._grammars
+            return self.engine.grammars
 
 
 def choices_of(prepared: Prepared) -> list[Request]:
     """One request for each choice: with seeds one after another, so that the first is what it is alone."""
     requests = [prepared.request]
-    sampling = prepared.request.sampling or SamplingParams()
+    sampling = prepared.request.params or SamplingParams()
     for index in range(1, prepared.choices):
         seed = None if sampling.seed is None else (sampling.seed + index) % (1 << 64)
         grammar = prepared.request.grammar
         copy = grammar.copy() if isinstance(grammar, Constraint) else None
-        requests.append(replace(prepared.request, sampling=replace(sampling, seed=seed), grammar=copy))
+        requests.append(replace(prepared.request, params=replace(sampling, seed=seed), grammar=copy))
     return requests
 
 

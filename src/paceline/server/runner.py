@@ -13,9 +13,9 @@ from collections.abc import AsyncIterator, Callable
 from collections.abc import Sequence as Items
 from typing import Protocol
 
-from paceline.engine.engine import Engine
+from paceline.engine.engine import Engine, Request
 from paceline.engine.sequence import Sequence
-from paceline.errors import BusyError, SettingsError, StoppingError
+from paceline.errors import BusyError, PacelineError, SettingsError, StoppingError
 from paceline.types import Event
 
 logger = logging.getLogger("paceline")
@@ -38,12 +38,12 @@ class EngineFault(Exception):
 class Job:
     """Sequences of one request, in flight. Iterate for (index, event), in the order in which they come."""
 
-    def __init__(self, runner: Runner, sequences: Items[Sequence]) -> None:
-        self.sequences = sequences
+    def __init__(self, runner: Runner, count: int) -> None:
+        self.sequences: list[Sequence] = []
         self.timer: asyncio.TimerHandle | None = None
         self._runner = runner
         self._events: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue()
-        self._left = set(range(len(sequences)))  # not read to their ends
+        self._left = set(range(count))  # not read to their ends
         self._running = set(self._left)
 
     def put(self, index: int, event: Event | Exception) -> None:
@@ -119,25 +119,30 @@ class Runner:
         if self._thread:
             await asyncio.to_thread(self._thread.join)
 
-    def submit(self, sequences: Items[Sequence]) -> Job:
-        """Let sequences run.
+    def submit(self, requests: Items[tuple[list[int], Request]]) -> Job:
+        """Let prompts run, each with its settings.
 
         Raises:
             BusyError: too many requests wait already, or the server is being stopped.
-            SettingsError: more sequences than can ever run and wait.
+            SettingsError: a setting out of range, or more sequences than can ever run and wait.
         """
         if self._stopping:
             raise StoppingError("the server is being stopped; try another one, or later")
         assert self._loop is not None
         scheduler = self.engine.scheduler
-        if len(sequences) > scheduler.backend.slots + scheduler.most_waiting:
-            raise SettingsError(f"{len(sequences)} texts in one request are more than this server takes; ask for fewer")
-        if len(sequences) > scheduler.room:
+        if len(requests) > scheduler.backend.info.slots + scheduler.max_waiting:
+            raise SettingsError(f"{len(requests)} texts in one request are more than this server takes; ask for fewer")
+        if len(requests) > scheduler.room:
             raise BusyError(f"{scheduler.waiting} requests are waiting already; try again later")
-        job = Job(self, sequences)
+        job = Job(self, len(requests))
+        try:
+            for index, (tokens, request) in enumerate(requests):
+                job.sequences.append(self.engine.submit(tokens, request, self._deliver(job, index)))
+        except PacelineError:
+            for sequence in job.sequences:
+                scheduler.cancel(sequence)
+            raise
         self._jobs.add(job)
-        for index, sequence in enumerate(sequences):
-            scheduler.submit(sequence, self._deliver(job, index))
         job.timer = self._loop.call_later(self._most_seconds, job.expire)
         self._notify()
         return job
@@ -147,7 +152,6 @@ class Runner:
         self._jobs.discard(job)
         for sequence in sequences:
             self.engine.scheduler.cancel(sequence)
-            self.engine.learn(sequence)
             self._observer.forget(sequence)
         self._notify()
 
@@ -189,4 +193,3 @@ class Runner:
                 self._observer.observe(job.sequences[index], event)
                 if event.finish:
                     self._observer.forget(job.sequences[index])
-                    self.engine.learn(job.sequences[index])

@@ -1,27 +1,23 @@
-"""A model pair on the CPU: the three verbs over the native code.
+"""A model pair on the CPU: slots over the native code, which runs a whole step in one call (`csrc/cpu/round.cpp`).
 
-Holds slots and turns native complaints into `BackendError`. The KV cache is bf16, or f32 with f32 weights, which makes
-that the format to compare with a reference.
+The KV cache is bf16, or f32 with f32 weights, which makes that the format to compare with a reference.
 """
 
 from __future__ import annotations
 
 import os
-
-import numpy as np
-from numpy.typing import NDArray
+from collections.abc import Sequence
 
 from paceline import _cpu
-from paceline.backends import native_sampler
 from paceline.backends.cpu.load import load_drafter, load_target
 from paceline.backends.cpu.weights import Weights
 from paceline.config import DrafterConfig, TargetConfig, check_pair
 from paceline.errors import BackendError
-from paceline.types import CONFIDENCE_BINS, Anchors, Batch, Drafts, Output, Row, SamplingParams
+from paceline.types import BackendInfo, Result, Work
 
 
 class CpuBackend:
-    """A loaded model pair and its KV memory; see `backends.base.Backend` for the verbs."""
+    """A loaded model pair and its KV cache; see `backends.base.Backend` for the methods."""
 
     def __init__(
         self,
@@ -37,12 +33,12 @@ class CpuBackend:
         """Load the weights.
 
         Args:
-            target: settings and weights.
+            target: config and weights.
             drafter: the same of the drafter, or None for plain decoding.
-            threads: worker threads, the caller's included.
-            context: positions a slot can hold.
+            threads: worker threads, including the calling one.
+            context: positions a slot holds.
             slots: sequences held at once.
-            max_rows: most rows of one slot in one batch; sliding rings are that much longer than the window.
+            max_rows: most rows of one slot in one pass; sliding rings are that much longer than the window.
             isa: instruction set, empty for the best one.
 
         Raises:
@@ -55,14 +51,10 @@ class CpuBackend:
             check_pair(config, drafter[0])
         if isa not in ("", *_cpu.usable_isas()):
             raise BackendError(f"no {isa} kernels on this processor; usable here: {', '.join(_cpu.usable_isas())}")
-        self.vocab_size = config.vocab_size
-        self.context = context
-        self.max_rows = max_rows
-        self.slots = slots
-        loaded = load_target(config, weights)
+        native = load_target(config, weights), load_drafter(*drafter) if drafter else None
         try:
-            self._target = _cpu.Target(
-                loaded,
+            self._decoder = _cpu.Decoder(
+                *native,
                 isa=isa,
                 threads=threads,
                 slots=slots,
@@ -72,24 +64,26 @@ class CpuBackend:
             )
         except RuntimeError as error:  # std::system_error
             raise BackendError(f"cannot start {threads} threads ({error}); use fewer") from error
-        self._drafter = _cpu.Drafter(load_drafter(*drafter), self._target) if drafter else None
         self._free = list(range(slots))[::-1]
-
-    @property
-    def can_draft(self) -> bool:
-        return self._drafter is not None
-
-    @property
-    def isa(self) -> str:
-        return self._target.isa
+        self.info = BackendInfo(
+            vocab_size=config.vocab_size,
+            context=context,
+            slots=slots,
+            max_rows=max_rows,
+            has_drafter=drafter is not None,
+            stops_early=True,
+            quant=weights.quant,
+            weight_bytes=weights.nbytes,
+            device=self._decoder.isa,
+        )
 
     @property
     def threads(self) -> int:
-        return self._target.threads
+        return self._decoder.threads
 
     @threads.setter
     def threads(self, count: int) -> None:
-        self._target.threads = count
+        self._decoder.threads = count
 
     def open_slot(self) -> int:
         if not self._free:
@@ -97,67 +91,26 @@ class CpuBackend:
         return self._free.pop()
 
     def close_slot(self, slot: int) -> None:
-        self._target.clear(slot)
+        self._decoder.clear(slot)
         self._free.append(slot)
 
-    def forward(self, batch: Batch) -> Output:
-        """See `Backend.forward`. The arrays returned are overwritten by the next call."""
+    def run(self, works: Sequence[Work]) -> list[Result]:
         try:
-            return Output(*self._target.forward(batch.slots, batch.positions, batch.tokens, batch.wanted))
+            return [Result(*parts) for parts in self._decoder.run(works)]
         except ValueError as error:
-            raise BackendError(f"a batch the caches cannot take: {error}") from error
-
-    stops_early = True
-
-    def draft(self, anchors: Anchors) -> Drafts:
-        if self._drafter is None:
-            raise BackendError("no drafter is loaded")
-        depth = max(plan.depth for plan in anchors.plans)
-        floors = acceptance = None
-        if any(plan.floors for plan in anchors.plans):
-            floors = np.zeros((len(anchors.plans), depth), np.float32)
-            acceptance = np.ones((len(anchors.plans), CONFIDENCE_BINS), np.float32)
-            for row, plan in enumerate(anchors.plans):
-                if plan.floors:
-                    floors[row, : plan.depth] = plan.floors
-                    acceptance[row] = plan.acceptance
-                floors[row, plan.depth - 1 :] = 2  # no chance is that good: the end
-        settings = [
-            native_sampler.native_draw(s, stream) for s, stream in zip(anchors.samplings, anchors.streams, strict=True)
-        ]
-        try:
-            tokens, confidence, lengths, logits = self._drafter.draft(
-                anchors.slots,
-                anchors.positions,
-                anchors.tokens,
-                np.ascontiguousarray(anchors.hidden),
-                depth,
-                settings,
-                floors,
-                acceptance,
-                anchors.with_logits,
-            )
-        except ValueError as error:
-            raise BackendError(f"anchors the caches cannot take: {error}") from error
-        return Drafts(tokens, confidence, lengths, logits if anchors.with_logits else None)
-
-    def draw(self, logits: Row, sampling: SamplingParams, position: int) -> int:
-        return native_sampler.draw(logits, sampling, position)
-
-    def allowed(self, logits: Row, sampling: SamplingParams) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        return native_sampler.allowed(logits, sampling)
-
-    def save(self, slot: int) -> _cpu.Snapshot:
-        return self._target.save(slot)
-
-    def restore(self, slot: int, snapshot: _cpu.Snapshot) -> None:
-        self._target.restore(slot, snapshot)
+            raise BackendError(f"a step that the KV cache cannot take: {error}") from error
 
     def truncate(self, slot: int, length: int) -> None:
         try:
-            self._target.truncate(slot, length)
+            self._decoder.truncate(slot, length)
         except ValueError as error:
             raise BackendError(str(error)) from error
+
+    def save(self, slot: int) -> _cpu.Snapshot:
+        return self._decoder.save(slot)
+
+    def restore(self, slot: int, snapshot: _cpu.Snapshot) -> None:
+        self._decoder.restore(slot, snapshot)
 
 
 def default_threads() -> int:

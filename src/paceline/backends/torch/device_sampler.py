@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from paceline.decode.sampler import allowed, gap
-from paceline.decode.sampler import draw as sample
+from paceline.decode.sampler import allowed, gap, sample
 from paceline.types import Float32, Int32, SamplingParams
 
 MOST_RANKED = 128  # candidates that a device ranks
