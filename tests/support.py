@@ -18,13 +18,10 @@ from paceline.backends.torch.backend import TorchBackend
 from paceline.backends.torch.load import open_device
 from paceline.backends.torch.weights import CheckpointSource
 from paceline.checkpoint import Checkpoint, resolve
-from paceline.decode.rules import Coupled, Rule
-from paceline.decode.sampling_params import History
+from paceline.engine.proposers import DrafterProposer
 from paceline.engine.sequence import Sequence
 from paceline.engine.step import step
-from paceline.types import Anchors, Drafts, Line, SamplingParams, Statistics
-
-GREEDY_RULE = Coupled()
+from paceline.types import GREEDY, Result, Statistics
 
 
 class Ids:
@@ -38,48 +35,13 @@ class Ids:
 
 
 @dataclass
-class Recorder:
-    """A rule (greedy unless told otherwise) that keeps every row of logits a token was settled from."""
+class Tap:
+    """Keeps every row of logits that a token was sampled from."""
 
-    rule: Rule = GREEDY_RULE
     rows: list[np.ndarray] = field(default_factory=list)
 
-    @property
-    def sampling(self) -> SamplingParams:
-        return self.rule.sampling
-
-    @property
-    def stream(self) -> int:
-        return self.rule.stream
-
-    @property
-    def with_logits(self) -> bool:
-        return self.rule.with_logits
-
-    def settle(self, logits: np.ndarray, position: int, history: History, line: Line, depth: int) -> int:
-        self.rows.append(logits.copy())
-        return self.rule.settle(logits, position, history, line, depth)
-
-
-class Oracle:
-    """A backend whose drafter knows the text and lies now and then, so that rounds accept any number of drafts."""
-
-    def __init__(self, backend: Backend, text: list[int], honesty: float, seed: int) -> None:
-        self._backend, self._text, self._honesty = backend, text, honesty
-        self._random = np.random.default_rng(seed)
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._backend, name)
-
-    can_draft = True
-
-    def draft(self, anchors: Anchors) -> Drafts:
-        depth = anchors.plans[0].depth
-        first = int(anchors.positions[0]) + 1
-        line = [*self._text[first : first + depth], *[0] * depth][:depth]
-        lies = self._random.random(depth) >= self._honesty
-        guesses = np.where(lies, self._random.integers(0, self._backend.vocab_size, depth), line)
-        return Drafts(guesses[None].astype(np.int32), np.ones((1, depth), np.float32), np.array([depth], np.int32))
+    def __call__(self, result: Result) -> None:
+        self.rows += list(result.logits)
 
 
 @dataclass(frozen=True)
@@ -92,10 +54,11 @@ class Run:
 def unplaced(backend: Backend, prompt: list[int], **settings: object) -> Sequence:
     """A sequence for a scheduler."""
     defaults = {
-        "rule": Recorder(),
+        "params": GREEDY,
+        "tap": Tap(),
         "draft_tokens": 0,
         "max_tokens": 20,
-        "limit": backend.context,
+        "limit": backend.info.context,
         "stop_ids": frozenset(),
         "detokenizer": Ids(),
     }
@@ -109,11 +72,12 @@ def sequence(backend: Backend, prompt: list[int], **settings: object) -> Sequenc
 
 def run(backend: Backend, sequences: list[Sequence], chunk: int = 8) -> list[Run]:
     """Drive sequences to their ends, all in the same batches, and give their slots back."""
+    proposers = [DrafterProposer(lambda: pytest.fail("no costs"), False)] if backend.info.has_drafter else []
     while running := [s for s in sequences if s.finish is None]:
-        step(backend, running, chunk)
+        step(backend, proposers, running, chunk)
     for s in sequences:
         backend.close_slot(s.slot)
-    return [Run(s.generated, np.array(s.rule.rows), s.statistics) for s in sequences]
+    return [Run(s.generated, np.array(s.tap.rows), s.statistics) for s in sequences]
 
 
 def cpu_backend(

@@ -110,10 +110,6 @@ class TorchBackend:
         self._last_row.pop(slot, None)
         self._free.append(slot)
 
-    def length(self, slot: int) -> int:
-        """Positions in a slot's cache."""
-        return self._memory.length[slot]
-
     def truncate(self, slot: int, length: int) -> None:
         self._memory.truncate(slot, length)
 
@@ -212,13 +208,13 @@ class TorchBackend:
         )
         program = self._target_program(count, width, span, rank)
         outputs, *logits = self._recorder.run(("pass", count, width, span, rank), program, words)
-        on_host = [logits[0][number] for number, p in enumerate(params) if p is None]
+        on_host = [logits[0][number] for number, (_, round, _) in enumerate(sampling) if round.needs_logits]
         found, *fetched = self._recorder.fetch(outputs, *on_host)
         sampled, drafted, confidence = np.split(found, [width, width + len(self._drafted)])
         host_rows = iter(fetched)
         for token, (_, round, _) in zip(sampled.tolist(), sampling, strict=False):
             round.sampled.append(token)
-            if not round.on_device:
+            if round.needs_logits:
                 round.logits.append(next(host_rows))
             mine = slice(round.first_draft, round.first_draft + round.work.draft.length)
             round.drafted, round.confidence = drafted[mine], confidence.view(np.float32)[mine]
@@ -270,18 +266,20 @@ class TorchBackend:
         """Refuse works that do not continue their slot's cache, or do not fit it."""
         info = self.info
         if len({work.slot for work in works}) < len(works):
-            raise BackendError("a step with two works of one slot")
+            raise BackendError("two works of one slot in a step")
         for work in works:
             drafts = len(work.draft.tokens) or work.draft.length
             count = len(work.tokens) + drafts
-            if not 0 <= work.slot < info.slots or work.position != self.length(work.slot):
+            if not 0 <= work.slot < info.slots or work.position != self._memory.length[work.slot]:
                 raise BackendError(f"slot {work.slot} cannot continue at position {work.position}")
             if work.position + count > info.context:
                 raise BackendError(f"{count} rows at position {work.position} do not fit a context of {info.context}")
             if not work.tokens or count > info.max_rows or drafts > MAX_DRAFT:
                 raise BackendError(f"a work of {count} rows, {drafts} of them drafts")
-            if work.draft.length and (len(work.tokens) != 1 or work.slot not in self._last_row or not self._drafter):
-                raise BackendError("nothing to draft from: no drafter, or no token sampled in this slot yet")
+            if work.draft.length and not self._drafter:
+                raise BackendError("no drafter is loaded")
+            if work.draft.length and (len(work.tokens) != 1 or work.slot not in self._last_row):
+                raise BackendError(f"slot {work.slot} has no sampled token to draft after")
 
 
 @dataclass
@@ -291,7 +289,7 @@ class _Round:
     work: Work
     first_draft: int = -1  # number of its first token among those that the drafter left on the device
     sampled: list[int] = field(default_factory=list)  # after each row; void unless `on_device`
-    logits: list[Float32] = field(default_factory=list)  # of each row; empty if `on_device`
+    logits: list[Float32] = field(default_factory=list)  # of each row, if `needs_logits`
     drafted: Int32 = field(default_factory=lambda: np.zeros(0, np.int32))  # by the drafter
     confidence: Float32 = field(default_factory=lambda: np.zeros(0, np.float32))
 
@@ -307,8 +305,12 @@ class _Round:
     @property
     def on_device(self) -> bool:
         """Whether the device samples."""
-        work = self.work
-        return work.params is not None and on_device(work.params) and not (work.constraint or work.logits)
+        return self.work.params is not None and on_device(self.work.params) and not self.work.constraint
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether rows of logits go to the host."""
+        return self.work.logits or not self.on_device
 
     def rows(self) -> Int32:
         """The rows [T + K, 4] that it runs: token, number of the drafted token or -1, slot, position."""
