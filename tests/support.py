@@ -12,7 +12,7 @@ import torch
 
 from paceline.backends.base import Backend
 from paceline.backends.cpu.backend import CpuBackend
-from paceline.backends.cpu.weights import CheckpointWeights
+from paceline.backends.cpu.weights import pack_checkpoint
 from paceline.backends.formats import DRAFTER_FORMAT
 from paceline.checkpoint import Checkpoint, resolve
 from paceline.decode.draft_length import Costs
@@ -124,7 +124,7 @@ def cpu_backend(
     def opened(folder: Path, fmt: str, settings: str) -> tuple:
         checkpoint = Checkpoint.open(folder)
         config = getattr(checkpoint, settings)()
-        return config, CheckpointWeights(resolve(checkpoint, config), fmt)
+        return config, pack_checkpoint(resolve(checkpoint, config), config, fmt)
 
     return CpuBackend(
         opened(target, quant, "target_config"),
