@@ -7,16 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
-from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 import paceline.errors
-from paceline.config import check_pair, drafter_config, target_config
-from paceline.models.drafter import Drafter, load_drafter
-from paceline.models.gemma4 import Gemma4, load_target
+from paceline.models.drafter import Drafter
+from paceline.models.gemma4 import Target
+from paceline.models.sequences import states
 from paceline.train.evaluate import acceptance, greedy, held_out_prompts
 from paceline.train.tokenizer import SPECIAL
-from tests.parity.fixtures import read_config
+from tests.parity.test_models import logits_of, our_pair
 
 TARGET = Path(paceline.errors.__file__).parent / "assets" / "tiny-python"
 DRAFTER = TARGET.with_name("tiny-python-assistant")
@@ -74,17 +73,8 @@ def read(path, encoding=None):
 
 
 @pytest.fixture(scope="module")
-def target() -> Gemma4:
-    model = Gemma4(target_config(read_config(TARGET)))
-    load_target(model, load_file(TARGET / "model.safetensors"))
-    return model
-
-
-@pytest.fixture(scope="module")
-def drafter() -> Drafter:
-    model = Drafter(drafter_config(read_config(DRAFTER)))
-    load_drafter(model, load_file(DRAFTER / "model.safetensors"))
-    return model
+def pair() -> tuple[Target, Drafter]:
+    return our_pair(TARGET, DRAFTER)
 
 
 @pytest.fixture(scope="module")
@@ -93,16 +83,16 @@ def tokenizer() -> Tokenizer:
 
 
 @torch.no_grad()
-def test_transformers_loads_it(target: Gemma4, drafter: Drafter, tokenizer: Tokenizer) -> None:
-    check_pair(target.config, drafter.config)
+def test_transformers_loads_it(pair: tuple[Target, Drafter], tokenizer: Tokenizer) -> None:
+    target, drafter = pair
     reference, report = hf.Gemma4ForCausalLM.from_pretrained(TARGET, dtype=torch.float32, output_loading_info=True)
     assert not any(report.values())
     tokens = torch.tensor([tokenizer.encode(SOURCE).ids])
     theirs = reference(input_ids=tokens).logits
-    assert (target.logits(target(tokens).hidden) - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+    assert (logits_of(target, states(target, tokens)) - theirs).abs().max() <= 1e-4 * theirs.abs().max()
     assistant, report = hf.Gemma4AssistantForCausalLM.from_pretrained(DRAFTER, output_loading_info=True)
     assert not any(report.values())
-    assert torch.equal(assistant.masked_embedding.token_ordering, drafter.masked_embedding.token_ordering)
+    assert torch.equal(assistant.masked_embedding.token_ordering, drafter.tokens.flatten())
 
 
 def test_tokenizer(tokenizer: Tokenizer) -> None:
@@ -120,11 +110,11 @@ def test_size() -> None:
     assert sum(path.stat().st_size for folder in (TARGET, DRAFTER) for path in folder.iterdir()) < 40e6
 
 
-def test_drafting_pays(target: Gemma4, drafter: Drafter, tokenizer: Tokenizer) -> None:
+def test_drafting_pays(pair: tuple[Target, Drafter], tokenizer: Tokenizer) -> None:
     """On source that nobody trained on: about two tokens a round or more, and the same text as without a drafter."""
     prompts = held_out_prompts(tokenizer, {"table.py": SOURCE}, 24, 32)
     assert len(prompts) > 20
-    assert acceptance(target, drafter, prompts, 2).length > 1.8
-    plain, _ = greedy(target, None, prompts[12], 48, 0)
-    drafted, _ = greedy(target, drafter, prompts[12], 48, 4)
+    assert acceptance(*pair, prompts, 2).length > 1.8
+    plain, _ = greedy(pair[0], None, prompts[12], 48, 0)
+    drafted, _ = greedy(*pair, prompts[12], 48, 4)
     assert drafted[:48] == plain

@@ -7,48 +7,102 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import nn
 
-from paceline.config import drafter_config, target_config
-from paceline.models.drafter import Drafter, load_drafter
-from paceline.models.gemma4 import Cache, Gemma4, load_target
+from paceline.checkpoint import Checkpoint, resolve
+from paceline.models.gemma4 import embed
+from paceline.models.sequences import Cache, DraftRows, states
+from paceline.train import drafter as drafters
+from paceline.train import target as targets
 from paceline.train.checkpoint import Progress, trained
 from paceline.train.data import CHAT_SHARE, Corpus, standard_library
-from paceline.train.drafter import balanced_clusters, training_view
-from paceline.train.optimizer import Optimizer, orthogonal
-from paceline.train.target import schedule
+from paceline.train.drafter import balanced_clusters, distillation_loss, new_drafter
+from paceline.train.export import write_drafter, write_target
+from paceline.train.optimizer import Optimizer, Parameters, orthogonal
+from paceline.train.run import Run, replica, schedule
+from paceline.train.target import new_target, next_token_loss, target_of
 from paceline.train.tokenizer import BOS, EOS, MODEL_HEADER, SPECIAL
 from paceline.train.workers import Workers
-from tests.parity.fixtures import VOCABULARY, WINDOW, read_config, tiny_tokenizer, write_pair
+from tests.parity.fixtures import VOCABULARY, WINDOW, tiny_tokenizer, write_pair
+from tests.parity.test_models import our_pair
 
 
 @torch.no_grad()
-def test_all_anchors_at_once_equal_one_anchor_while_decoding(tmp_path: Path) -> None:
-    """Three unrolled steps, given the same tokens, at anchors before and beyond the window."""
-    target_folder, drafter_folder = write_pair(tmp_path, "text", seed=2)
-    target = Gemma4(target_config(read_config(target_folder)))
-    load_target(target, load_file(target_folder / "model.safetensors"))
-    drafter = Drafter(drafter_config(read_config(drafter_folder)))
-    load_drafter(drafter, load_file(drafter_folder / "model.safetensors"))
+def test_all_positions_at_once_draft_as_one_does_while_decoding(tmp_path: Path) -> None:
+    """Three unrolled steps, given the same tokens, at positions before and beyond the window."""
+    target, drafter = our_pair(*write_pair(tmp_path, "text", seed=2))
     tokens = torch.randint(4, VOCABULARY, (2, 3 * WINDOW))
-    anchors, steps = 3 * WINDOW - 3, 3
-    run = target(tokens)
-    embeddings = target.embed_tokens(tokens)
-    view = training_view(drafter, target, run.keys_values, anchors)
-    feedback, states = run.hidden[:, :anchors], []
+    count, steps = 3 * WINDOW - 3, 3
+    cache = Cache()
+    hidden = states(target, tokens, cache)
+    embeddings = embed(target, tokens.flatten()).view(*tokens.shape, -1)
+    rows = DraftRows(drafter, cache, torch.arange(1, count + 1), 2)
+    feedback, together = hidden[:, :count], []
     for step in range(steps):
-        state, feedback = drafter(embeddings[:, 1 + step : 1 + step + anchors], feedback, view)
-        states.append(state)
+        state, feedback = rows.step(embeddings[:, 1 + step : 1 + step + count], feedback)
+        together.append(state)
     for row in range(2):
-        cache = Cache(3 * WINDOW)
-        hidden = target(tokens[row : row + 1], cache).hidden
+        cache = Cache()
+        hidden = states(target, tokens[row : row + 1], cache)
         for position in (1, WINDOW, WINDOW + 1, 2 * WINDOW + 3):
-            view, feedback = drafter.view(target, cache, position), hidden[:, position - 1 : position]
+            one, feedback = DraftRows(drafter, cache, torch.tensor([position])), hidden[:, position - 1 : position]
             for step in range(steps):
                 newest = embeddings[row : row + 1, position + step : position + step + 1]
-                state, feedback = drafter(newest, feedback, view)
-                torch.testing.assert_close(states[step][row, position - 1], state[0, 0], rtol=1e-4, atol=1e-4)
+                state, feedback = one.step(newest, feedback)
+                torch.testing.assert_close(together[step][row, position - 1], state[0, 0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def first_pair() -> tuple[Parameters, Parameters]:
+    target = new_target(0)
+    return target, new_drafter(target, 0)
+
+
+def test_every_weight_is_trained(first_pair: tuple[Parameters, Parameters]) -> None:
+    """A gradient reaches all leaves, and a step against it lowers the loss."""
+    target, drafter = map(replica, first_pair)
+    tokens = torch.randint(0, targets.VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
+    fixed = target_of({name: weights.detach() for name, weights in target.items()})
+    for weights, loss_of in ((target, next_token_loss), (drafter, lambda w, t: distillation_loss(fixed, w, t))):
+        loss = loss_of(weights, tokens)
+        loss.backward()
+        for name, leaf in weights.items():
+            assert not leaf.requires_grad or leaf.grad.abs().sum() > 0, name
+        with torch.no_grad():
+            for leaf in weights.values():
+                if leaf.requires_grad:
+                    leaf -= 0.01 * leaf.grad
+            assert loss_of(weights, tokens) < loss
+
+
+def test_what_is_written_is_read(first_pair: tuple[Parameters, Parameters], tmp_path: Path) -> None:
+    """Under the official names, bit for bit."""
+    write_target(first_pair[0], tiny_tokenizer(), tmp_path / "target", "a card")
+    write_drafter(first_pair[1], tmp_path / "drafter")
+    for weights, folder, config in zip(first_pair, ("target", "drafter"), (targets, drafters), strict=True):
+        read = resolve(Checkpoint.open(tmp_path / folder), config.CONFIG)
+        assert not read.skipped
+        assert read.refs.keys() == weights.keys()
+        assert all(np.array_equal(read[name].read(), tensor.numpy()) for name, tensor in weights.items())
+
+
+def test_a_run_is_compiled_reported_and_resumed(tmp_path: Path) -> None:
+    corpus = Corpus.encode({"a.py": "".join(f"x{i} = {i}\n" for i in range(300))}, tiny_tokenizer())
+    weights = {"w": torch.ones(len(SPECIAL) + 8)}
+
+    def loss(weights: Parameters, tokens: torch.Tensor) -> torch.Tensor:
+        return (weights["w"].float().square() * tokens.shape[1]).sum()
+
+    steps = []
+
+    def batch(share: float, step: int) -> torch.Tensor:
+        steps.append(step)
+        return corpus.batch(np.random.default_rng(step), 2, 16)
+
+    for minutes in (0.01, 0.02):
+        trained_weights = Run(tmp_path / "state.pt", minutes, Workers(2)).train(weights, loss, batch)
+    assert steps == list(range(len(steps)))  # the second run went on where the first one ended
+    assert trained_weights["w"].dtype == torch.bfloat16
+    assert (trained_weights["w"] < 1).all()
 
 
 def test_balanced_clusters() -> None:
@@ -80,38 +134,36 @@ def test_optimizer_resumes_exactly(tmp_path: Path) -> None:
     def run(stops: bool) -> torch.Tensor:
         workers, path = Workers(2), tmp_path / f"{stops}.pt"
         replicas = _replicas()
-        optimizer = Optimizer(replicas, workers, 0.02, 0.01, 0.1)
+        optimizer = Optimizer(replicas, workers, 0.1)
         progress = Progress.resume(path, optimizer)
         for step in range(6):
             if stops and step == 3:
                 progress.save(optimizer)
                 replicas = _replicas()
-                optimizer = Optimizer(replicas, workers, 0.02, 0.01, 0.1)
+                optimizer = Optimizer(replicas, workers, 0.1)
                 progress = Progress.resume(path, optimizer)
-            for number, replica in enumerate(replicas):
+            for number, weights in enumerate(replicas):
                 x = torch.randn(4, 8, generator=torch.Generator().manual_seed(10 * step + number))
-                replica(x).square().sum().backward()
+                (x @ weights["layers.0.weight"] @ weights["layers.1.weight"]).square().sum().backward()
             optimizer.step(schedule(step / 6, step))
             progress.advance(1.0, 32, optimizer)
         progress.save(optimizer)
         assert trained(path) == (6.0, 192)
-        assert torch.equal(replicas[0].layers[0].weight, replicas[1].layers[0].weight)
-        return replicas[0].layers[0].weight.detach()
+        assert torch.equal(replicas[0]["layers.0.weight"], replicas[1]["layers.0.weight"])
+        return replicas[0]["layers.0.weight"].detach()
 
     first, second = run(False), run(True)
     assert torch.equal(first, second)
-    assert not torch.equal(first, _replicas()[0].layers[0].weight)
+    assert not torch.equal(first, _replicas()[0]["layers.0.weight"])
 
 
-def _replicas() -> list[nn.Module]:
-    replicas = []
-    for _ in range(2):
-        torch.manual_seed(0)
-        model = nn.Module()
-        model.layers = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
-        model.forward = model.layers.forward
-        replicas.append(model)
-    return replicas
+def _replicas() -> list[Parameters]:
+    def one() -> Parameters:
+        generator = torch.Generator().manual_seed(0)
+        shapes = {"layers.0.weight": (8, 8), "layers.1.weight": (8, 4)}
+        return {name: torch.randn(shape, generator=generator).requires_grad_() for name, shape in shapes.items()}
+
+    return [one(), one()]
 
 
 def test_schedule() -> None:

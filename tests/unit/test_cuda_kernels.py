@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from paceline.backends.torch import device_sampler  # noqa: E402
-from paceline.backends.torch.kernels import attention, draw, head, matmul, rows  # noqa: E402
+from paceline.backends.torch.kernels import attention, head, matmul, rows, sampler  # noqa: E402
 
 AMPERE, HOPPER = 80, 90
 TYPES = {
@@ -70,7 +70,7 @@ class Compiled:
 def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[list]:
     """What was compiled; each must fit its device and keep its numbers in registers."""
     found: list = []
-    for module in (attention, draw, head, matmul, rows):
+    for module in (attention, head, matmul, rows, sampler):
         for name, value in list(vars(module).items()):
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, Compiled(value, request.param, found))
@@ -91,10 +91,10 @@ def test_products_use_one_instruction_and_fetch_ahead(compiled: list, outputs: i
         "q4": empty(blocks, outputs, 32, dtype=torch.uint8),
     }[fmt]
     scales = None if fmt == "bf16" else empty(blocks, outputs, 2, dtype=torch.float16)
-    matmul.matmul(empty(16, columns), values, scales, outputs)
-    matmul.gate_up(empty(16, columns), values, scales, outputs)
+    matmul.matmul(empty(16, columns), values, scales, fmt)
+    matmul.gate_up(empty(16, columns), values, scales, fmt)
     for cap in (0.0, 30.0):
-        matmul.scores(empty(16, columns), values, scales, empty(16, outputs, dtype=torch.float32), cap)
+        matmul.scores(empty(16, columns), values, scales, fmt, cap)
     for kernel in compiled:
         ptx = kernel.asm["ptx"]
         # One instruction for all heights: the large ones of some devices sum in another order.
@@ -106,10 +106,11 @@ def test_products_use_one_instruction_and_fetch_ahead(compiled: list, outputs: i
 
 def test_experts(compiled: list) -> None:
     x, weights, chosen = empty(16, 2816), empty(16, 8, dtype=torch.float32), empty(16, 8, dtype=torch.int32)
-    matmul.experts(x, weights, chosen, empty(128 * 1408, 2816), None, empty(128 * 2816, 704), None, 128)
+    plain = (empty(128 * 1408, 2816), None, "bf16"), (empty(128 * 2816, 704), None, "bf16")
+    matmul.experts(x, weights, chosen, *plain[0], *plain[1], 128)
     scales = [empty(n, outputs, 2, dtype=torch.float16) for n, outputs in ((44, 128 * 1408), (11, 128 * 2816))]
     q4 = [empty(*s.shape[:2], 32, dtype=torch.uint8) for s in scales]
-    matmul.experts(x, weights, chosen, q4[0], scales[0], q4[1], scales[1], 128)
+    matmul.experts(x, weights, chosen, q4[0], scales[0], "q4", q4[1], scales[1], "q4", 128)
     assert len(compiled) == 6
     assert sum("mma.sync" in kernel.asm["ptx"] for kernel in compiled) == 4
 
@@ -119,8 +120,8 @@ def test_attention(compiled: list, count: int, kv_heads: int, size: int, window:
     keys, at = empty(2, kv_heads, 4096, size), [empty(16, dtype=torch.int64)] * 2
     norm, angles = empty(size), empty(16, size // 2)
     x = empty(16, (count + 2 * kv_heads) * size)
-    queries = attention.heads(x, norm, norm, angles, angles, keys, keys, *at, count, True, 1e-6)
-    attention.heads(x, norm, None, angles, angles, keys, keys, *at, count, False, 1e-6)
+    queries = attention.heads(x, norm, norm, angles, angles, keys, keys, *at, count, 1e-6)
+    attention.heads(x[:, : count * size], norm, None, angles, angles, keys, keys, *at, count, 1e-6)
     attention.attend(queries, keys, keys, *at, window, 4096)
     assert len(compiled) == 4
     assert "wgmma" not in "".join(kernel.asm["ptx"] for kernel in compiled)
@@ -129,8 +130,8 @@ def test_attention(compiled: list, count: int, kv_heads: int, size: int, window:
 def test_rows(compiled: list) -> None:
     x, weight = empty(16, 5376), empty(5376)
     rows.norm(x, weight, 1e-6)
-    rows.join(x, x, weight, weight, 1.0, 1e-6)
-    rows.join(x, x, weight, None, 0.5, 1e-6)
+    rows.join(x, x, weight, weight, empty(1), 1e-6)
+    rows.join(x, x, weight, None, None, 1e-6)
     rows.gated(*empty(16, 43008).chunk(2, dim=-1))
     rows.choose(empty(16, 128, dtype=torch.float32), empty(128), 8)
     head.centroid_scores(
@@ -141,10 +142,10 @@ def test_rows(compiled: list) -> None:
 
 
 @pytest.mark.parametrize("ranked", [False, True])
-def test_draws_round_every_number(compiled: list, ranked: bool) -> None:
+def test_sampling_rounds_every_number(compiled: list, ranked: bool) -> None:
     """No multiplication is fused with an addition, and no division or exponential is approximate."""
     settings = empty(16, device_sampler.COLUMNS, dtype=torch.int32)
-    draw.draw(empty(16, 262144, dtype=torch.float32), settings, empty(16, dtype=torch.int64), ranked)
+    sampler.sample(empty(16, 262144, dtype=torch.float32), settings, empty(16, dtype=torch.int64), ranked)
     assert len(compiled) == 3
     for kernel in compiled[1:]:
         ptx = kernel.asm["ptx"]

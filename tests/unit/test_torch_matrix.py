@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paceline.backends.torch import matrix, ops
+from paceline.backends.torch import ops
 from paceline.backends.torch.device_sampler import on_device, pack_settings, unpack_settings
-from paceline.backends.torch.matrix import pack, stack
+from paceline.models import matrix
+from paceline.models.matrix import pack, stack
 from paceline.quant.blocks import round_trip
 from paceline.types import SamplingParams
 
@@ -33,8 +34,8 @@ def test_values_are_those_of_the_oracle(fmt: str, rows: int, columns: int, seed:
     expected = round_trip(weights, fmt)
     packed = pack(torch.from_numpy(weights), fmt)
     picked = torch.from_numpy(random.integers(0, rows, 5))
-    np.testing.assert_array_equal(packed.rows(torch.arange(rows)).float().numpy(), expected)
-    np.testing.assert_array_equal(packed.rows(picked).float().numpy(), expected[picked.numpy()])
+    np.testing.assert_array_equal(packed.rows(torch.arange(rows), columns).float().numpy(), expected)
+    np.testing.assert_array_equal(packed.rows(picked, columns).float().numpy(), expected[picked.numpy()])
 
 
 def test_matrices_can_be_stacked_and_quantised_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,7 +49,21 @@ def test_matrices_can_be_stacked_and_quantised_in_slices(monkeypatch: pytest.Mon
         assert pieces.nbytes == whole.nbytes
         assert torch.equal(pieces.values, whole.values)
         x = torch.randn(16, 96).bfloat16()
-        assert torch.equal(ops.times(x, pieces), ops.times(x, whole))
+        assert torch.equal(ops.matmul(x, *pieces), ops.matmul(x, *whole))
+
+
+def test_one_matrix_has_one_format() -> None:
+    with pytest.raises(ValueError, match="too many values"):
+        stack([pack(torch.ones(4, 64), fmt) for fmt in ("q8", "q4")])
+
+
+@pytest.mark.parametrize("fmt", matrix.FORMATS)
+def test_random_matrices_keep_the_variance(fmt: str) -> None:
+    made = matrix.random(256, 1024, fmt, torch.device("cpu"))
+    assert (made.outputs, made.fmt) == (256, fmt)
+    assert made.nbytes == pack(torch.zeros(256, 1024), fmt).nbytes
+    products = ops.scores(torch.randn(64, 1024).to(torch.float32 if fmt == "f32" else torch.bfloat16), *made, 0.0)
+    assert 0.7 < products.std() < 1.4
 
 
 @given(
@@ -56,16 +71,15 @@ def test_matrices_can_be_stacked_and_quantised_in_slices(monkeypatch: pytest.Mon
     top_k=st.integers(0, 1 << 31),
     shares=st.tuples(st.floats(0, 1), st.floats(0, 1)),
     seed=st.integers(0, 2**64 - 1),
-    stream=st.integers(0, 2),
 )
-def test_settings_survive_as_words(temperature: float, top_k: int, shares: tuple, seed: int, stream: int) -> None:
-    sampling = SamplingParams(temperature, min(top_k, 2**31 - 1), *shares, seed=seed)
-    words = pack_settings([SamplingParams(), sampling], [0, stream], 4)
-    assert unpack_settings(words[1]) == (sampling, stream)
-    assert unpack_settings(words[3]) == (SamplingParams(seed=0, top_p=0.0), 0)
+def test_settings_survive_as_words(temperature: float, top_k: int, shares: tuple, seed: int) -> None:
+    params = SamplingParams(temperature, min(top_k, 2**31 - 1), *shares, seed=seed)
+    words = pack_settings([SamplingParams(), params], 4)
+    assert unpack_settings(words[1]) == params
+    assert unpack_settings(words[3]) == SamplingParams(seed=0, top_p=0.0)
 
 
-def test_what_devices_draw() -> None:
+def test_what_devices_sample() -> None:
     assert on_device(SamplingParams())
     assert on_device(SamplingParams(1.0))
     assert on_device(SamplingParams(1.0, top_k=64, top_p=0.9))

@@ -1,4 +1,4 @@
-"""The readable truth, in PyTorch: `gemma4` (targets) and `drafter` (their MTP drafters), one file each.
+"""Gemma 4 in PyTorch: `gemma4` (targets), `drafter` (their MTP drafters), and the operations both are made of.
 
-Needs the `torch` extra. Used for training, parity tests and as the oracle of faster backends.
+Needs the `torch` extra. Serves the PyTorch backend, training and parity tests.
 """

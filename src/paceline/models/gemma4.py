@@ -1,373 +1,295 @@
-"""The readable truth: the text part of a Gemma 4 target, in execution order.
+"""The text part of a Gemma 4 target, in execution order.
 
-Written to be read next to a checkpoint: attribute names are the checkpoint's tensor names, shapes stand beside the
-tensors, every fast backend is compared with this file. B is a batch of sequences that stand at the same length, T the
-rows run in this pass, S the rows visible to them (cache and this pass), H the hidden size. It knows nothing of
-files, slots, sampling or drafters.
+Functions over M rows of any sequences, written once for training, parity tests and the PyTorch backend. Three things
+are arguments: the weights (`load_target` collects them by canonical name), the operations (`models.ops`, or the
+operators of `backends.torch.ops`), and the KV cache with the places of the rows in it (`KeysValues`). H is the hidden
+size. Nothing here looks at the contents of a tensor, so that a pass can be recorded as a CUDA graph.
 
 Source of the architecture: the Gemma 4 implementation in transformers 5.17.0, which parity tests compare with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Protocol, Self
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-from paceline.config import Experts, Layer, Rope, Stack, TargetConfig
-from paceline.errors import CheckpointError
+from paceline.config import Layer, Stack, TargetConfig
+from paceline.models.matrix import Matrix
 
-KeysValues = tuple[Tensor, Tensor]  # each [B, kv_heads, S, head_dim]; keys normed and rotated, values normed
-Rotation = tuple[Tensor, Tensor]  # cos and sin, each [B or 1, T, head_dim]
-PREFIXES = ("model.language_model.", "model.")
-SKIPPED = ("vision_tower.", "embed_vision.", "audio_tower.", "embed_audio.", "vision_embedder.")
+WHOLE = 1 << 30  # the window of full-attention layers
+Angles = dict[bool, tuple[Tensor, Tensor]]  # cos and sin [M, head_dim / 2] by `sliding`
 
 
-@dataclass
-class Cache:
-    """Keys and values of every layer that has its own, for B sequences of one length; rollback is a shorter length.
+class Source(Protocol):
+    """A model's weights by canonical name; see `checkpoint.names`."""
 
-    Sliding layers keep all rows too: the mask, not the cache, forgets.
-    """
+    def matrix(self, *names: str, precise: bool = False) -> Matrix:
+        """The matrices of these names, one below the other, experts' too; `precise` ones are never quantised."""
 
-    capacity: int
-    length: int = 0
-    rows: dict[int, KeysValues] = field(default_factory=dict)  # per layer [B, kv_heads, capacity, head_dim]
+    def vector(self, name: str) -> Tensor:
+        """A tensor that is no matrix."""
 
-    def extend(self, layer: int, keys: Tensor, values: Tensor) -> KeysValues:
-        """Write T rows of one layer behind the first `length` and return all rows so far."""
-        end = self.length + keys.shape[2]
-        if end > self.capacity:
-            raise ValueError(f"{end} rows do not fit a cache of {self.capacity}")
-        if layer not in self.rows:
-            empty = keys.new_zeros(*keys.shape[:2], self.capacity, keys.shape[3])
-            self.rows[layer] = (empty, empty.clone())
-        for kept, new in zip(self.rows[layer], (keys, values), strict=True):
-            kept[:, :, self.length : end] = new
-        return self.visible(layer, 0, end)
 
-    def visible(self, layer: int, start: int, end: int) -> KeysValues:
-        keys, values = self.rows[layer]
-        return keys[:, :, start:end], values[:, :, start:end]
+class KeysValues(Protocol):
+    """Keys and values of every layer, and the places of a pass's M rows in them."""
 
-    def truncate(self, length: int) -> None:
-        """Forget all rows from `length` on."""
-        if not 0 <= length <= self.length:
-            raise ValueError(f"cannot truncate {self.length} rows to {length}")
-        self.length = length
+    @property
+    def last(self) -> Tensor:
+        """[M] the last position that each row sees; below 0 for padding, whose results are void."""
+
+    def heads(self, block: Block, x: Tensor, angles: tuple[Tensor, Tensor], heads: int, eps: float) -> Tensor:
+        """Norm and rotate the heads in x, see `ops.split_heads`; keep keys and values: queries [M, n * head_dim]."""
+
+    def attend(self, block: Block, queries: Tensor, window: int) -> Tensor:
+        """Attention of each row over `window` positions up to its last one: [M, n * head_dim] both ways."""
+
+    def picked(self, numbers: Tensor) -> Self:
+        """Some of the rows; padding where a number is below 0."""
 
 
 @dataclass(frozen=True)
-class Pass:
-    """What one pass through the decoder layers gives."""
+class PerLayer:
+    """A layer's part in per-layer embeddings."""
 
-    hidden: Tensor  # [B, T, H] after the final norm: input of the LM head and of the drafter
-    keys_values: dict[int, KeysValues]  # of every layer with K/V of its own, all rows so far
-
-
-class Gemma4(nn.Module):
-    """A Gemma 4 target: `forward` runs rows, `logits` applies the tied LM head to the rows that are wanted."""
-
-    def __init__(self, config: TargetConfig) -> None:
-        super().__init__()
-        self.config = config
-        width = len(config.layers) * config.ple_size
-        self.embed_tokens = ScaledEmbedding(config.vocab_size, config.hidden_size)
-        if config.ple_size:
-            self.embed_tokens_per_layer = ScaledEmbedding(config.ple_vocab_size, width, config.ple_size)
-            self.per_layer_model_projection = nn.Linear(config.hidden_size, width, bias=False)
-            self.per_layer_projection_norm = RMSNorm(config.ple_size, config.rms_eps)
-        self.layers = nn.ModuleList(
-            DecoderLayer(config, layer, layer.kv_source == index, config.ple_size, config.experts)
-            for index, layer in enumerate(config.layers)
-        )
-        self.norm = RMSNorm(config.hidden_size, config.rms_eps)
-
-    def forward(self, tokens: Tensor, cache: Cache | None = None) -> Pass:
-        """Run `tokens` [B, T] behind the rows in `cache` (from position 0 without one) and append their K/V to it."""
-        config = self.config
-        start = cache.length if cache else 0
-        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)  # [T]
-        x = self.embed_tokens(tokens)  # [B, T, H]
-        per_layer = self.per_layer_inputs(tokens, x)  # [B, T, layers, ple]
-        masks = {sliding: self.mask(start, tokens.shape[1], sliding=sliding) for sliding in (True, False)}
-        keys_values: dict[int, KeysValues] = {}
-        rotations: dict[tuple[Rope, int], Rotation] = {}
-        for index, layer in enumerate(self.layers):
-            assert isinstance(layer, DecoderLayer)
-            settings = config.layers[index]
-            rope = (config.rope(settings), settings.head_dim)
-            if rope not in rotations:
-                rotations[rope] = rotation(*rope, positions[None], x.dtype)
-            rotate = rotations[rope]
-            normed = layer.input_layernorm(x)  # [B, T, H]
-            if settings.kv_source == index:
-                own = layer.self_attn.keys_values(normed, rotate)  # [B, kv_heads, T, head_dim]
-                keys_values[index] = cache.extend(index, *own) if cache else own  # [B, kv_heads, S, head_dim]
-            visible = keys_values[settings.kv_source]
-            ple = per_layer[:, :, index] if per_layer is not None else None
-            x = layer(x, normed, rotate, visible, masks[settings.sliding], ple)
-        if cache:
-            cache.length += tokens.shape[1]
-        return Pass(self.norm(x), keys_values)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[..., H] -> [..., vocabulary], after the soft cap."""
-        logits = F.linear(hidden, self.embed_tokens.weight)
-        cap = self.config.softcap
-        return logits if cap is None else torch.tanh(logits / cap) * cap
-
-    def mask(self, start: int, rows: int, *, sliding: bool) -> Tensor:
-        """Which of the rows 0..S-1 the rows from `start` on see: [T, S]. Sliding layers see the last
-        `sliding_window` rows, the row itself included."""
-        device = self.norm.weight.device
-        visible = torch.arange(start + rows, device=device)  # [S]
-        distance = visible[start:, None] - visible[None]
-        seen = distance >= 0
-        return seen & (distance < self.config.sliding_window) if sliding else seen
-
-    def per_layer_inputs(self, tokens: Tensor, x: Tensor) -> Tensor | None:
-        """Per-layer embeddings: what the token is (a table) plus what its embedding says: [B, T, layers, ple]."""
-        if not self.config.ple_size:
-            return None
-        shape = (*tokens.shape, len(self.config.layers), self.config.ple_size)
-        table: Tensor = self.embed_tokens_per_layer(tokens).view(shape)
-        context: Tensor = self.per_layer_model_projection(x) * self.config.hidden_size**-0.5
-        context = self.per_layer_projection_norm(context.view(shape))
-        both: Tensor = (context + table) * 2.0**-0.5
-        return both
+    gate: Matrix
+    projection: Matrix
+    norm: Tensor
 
 
-class ScaledEmbedding(nn.Module):
-    """A table whose rows are multiplied by sqrt(width), a factor rounded to the table's dtype as transformers does."""
+@dataclass(frozen=True)
+class MoE:
+    """A layer's experts and what chooses them."""
 
-    def __init__(self, rows: int, columns: int, width: int | None = None) -> None:
-        super().__init__()
-        self.factor = (width or columns) ** 0.5
-        self.weight = nn.Parameter(torch.zeros(rows, columns))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return F.embedding(tokens, self.weight) * torch.tensor(self.factor, dtype=self.weight.dtype)
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight in float32; the weight is plain (no +1)."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (normalise(x.float(), self.eps) * self.weight.float()).type_as(x)
+    router_norm: Tensor  # [H], the router's scale, in float32
+    router: Matrix
+    expert_scale: Tensor  # [experts]
+    active: int  # experts of a row
+    dense_norm: Tensor
+    norm: Tensor
+    routed_norm: Tensor
+    gate_up: Matrix  # [experts * 2 * I, H]
+    down: Matrix  # [experts * H, I]
 
 
-def normalise(x: Tensor, eps: float) -> Tensor:
-    """x / rms(x) over the last dimension."""
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+@dataclass(frozen=True)
+class Block:
+    """A decoder layer. Norms are [H], those of heads [head_dim]."""
+
+    layer: Layer
+    kv_source: int  # the target's layer whose keys and values it attends to
+    input_norm: Tensor
+    qkv: Matrix  # queries alone where it has no K/V of its own; no values where they are the keys
+    query_norm: Tensor
+    key_norm: Tensor | None  # None: it has no K/V of its own
+    out: Matrix
+    attention_norm: Tensor  # after attention
+    feedforward_norm: Tensor  # before the MLP
+    gate_up: Matrix
+    down: Matrix
+    branch_norm: Tensor  # after the MLP
+    scale: Tensor  # [1]
+    moe: MoE | None = None
+    ple: PerLayer | None = None
 
 
-def rotation(rope: Rope, head_dim: int, positions: Tensor, dtype: torch.dtype) -> Rotation:
-    """cos and sin [B, T, head_dim] of `positions` [B, T]; pairs beyond the rotating ones get angle 0."""
-    pairs = rope.rotating_pairs(head_dim)
-    frequencies = torch.zeros(head_dim // 2, dtype=torch.float32, device=positions.device)
-    exponents = torch.arange(0, 2 * pairs, 2, device=positions.device).float() / head_dim
-    frequencies[:pairs] = 1.0 / rope.theta**exponents
-    angles = positions[..., None].float() * frequencies  # [B, T, head_dim / 2]
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+@dataclass(frozen=True)
+class Decoder:
+    """The decoder layers of a target or of a drafter."""
+
+    config: Stack
+    blocks: tuple[Block, ...]
+    norm: Tensor
+    frequencies: dict[bool, Tensor]  # [head_dim / 2] by `sliding`
 
 
-def rotate_heads(x: Tensor, rotate: Rotation) -> Tensor:
-    """Rotate the pairs (i, i + head_dim / 2) of x [B, heads, T, head_dim]."""
-    cos, sin = (part[:, None] for part in rotate)
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+@dataclass(frozen=True)
+class Target:
+    """A whole target."""
+
+    config: TargetConfig
+    embedding: Matrix  # and LM head
+    decoder: Decoder
+    ple_table: Matrix | None = None
+    ple_projection: Matrix | None = None
+    ple_norm: Tensor | None = None
 
 
-class Attention(nn.Module):
-    """Grouped-query attention with normed queries, keys and values and scale 1."""
+def run(target: Target, ops: ModuleType, tokens: Tensor, kv: KeysValues, keep: Tensor | None = None) -> Tensor:
+    """Run rows, and add their keys and values to the cache.
 
-    def __init__(self, stack: Stack, layer: Layer, owns_kv: bool) -> None:
-        super().__init__()
-        self.heads, self.layer, self.eps = stack.heads, layer, stack.rms_eps
-        self.q_proj = nn.Linear(stack.hidden_size, stack.heads * layer.head_dim, bias=False)
-        self.q_norm = RMSNorm(layer.head_dim, stack.rms_eps)
-        if owns_kv:
-            self.k_proj = nn.Linear(stack.hidden_size, layer.kv_heads * layer.head_dim, bias=False)
-            self.k_norm = RMSNorm(layer.head_dim, stack.rms_eps)
-        if owns_kv and layer.has_v_proj:
-            self.v_proj = nn.Linear(stack.hidden_size, layer.kv_heads * layer.head_dim, bias=False)
-        self.o_proj = nn.Linear(stack.heads * layer.head_dim, stack.hidden_size, bias=False)
+    Args:
+        target: weights.
+        ops: operations.
+        tokens: [M].
+        kv: cache and places of the rows.
+        keep: [W] numbers of the rows whose states are needed, below 0 for padding; None for all.
 
-    def keys_values(self, normed: Tensor, rotate: Rotation) -> KeysValues:
-        """[B, T, H] -> [B, kv_heads, T, head_dim] twice. Without v_proj the values are the keys before their norm."""
-        keys = self.split(self.k_proj(normed))
-        values = self.split(self.v_proj(normed)) if self.layer.has_v_proj else keys
-        values = normalise(values.float(), self.eps).type_as(values)  # no weight, no rotation
-        return rotate_heads(self.k_norm(keys), rotate), values
-
-    def forward(self, normed: Tensor, rotate: Rotation, visible: KeysValues, mask: Tensor) -> Tensor:
-        """Queries of `normed` [B, T, H] over the visible rows, where `mask` [T, S] allows it."""
-        queries = rotate_heads(self.q_norm(self.split(self.q_proj(normed))), rotate)  # [B, heads, T, head_dim]
-        return self.o_proj(mix(queries, visible, mask))  # type: ignore[no-any-return]  # [B, T, H]
-
-    def split(self, x: Tensor) -> Tensor:
-        """[B, T, n * head_dim] -> [B, n, T, head_dim]"""
-        return x.view(*x.shape[:2], -1, self.layer.head_dim).transpose(1, 2)
-
-
-def mix(queries: Tensor, visible: KeysValues, mask: Tensor) -> Tensor:
-    """Values mixed by how queries [B, heads, T, head_dim] meet the visible keys: [B, T, heads * head_dim]"""
-    keys, values = visible
-    shape = (*keys.shape[:2], -1, *mask.shape)  # [B, kv_heads, group, T, S]
-    # The heads of a group share their K/V, so their queries stand together as rows of one product.
-    scores = (queries.reshape(*keys.shape[:2], -1, keys.shape[3]) @ keys.mT).view(shape)
-    shares = scores.float().masked_fill(~mask, -torch.inf).softmax(-1).type_as(values)
-    mixed = (shares.flatten(2, 3) @ values).view_as(queries)
-    return mixed.transpose(1, 2).flatten(2)
-
-
-class MLP(nn.Module):
-    """down(gelu(gate(x)) * up(x))"""
-
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(gelu(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
-
-
-def gelu(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
-class Router(nn.Module):
-    """Chooses experts from the residual stream: top k of a softmax, renormalised, times a scale per expert."""
-
-    def __init__(self, hidden_size: int, experts: Experts, eps: float) -> None:
-        super().__init__()
-        self.active, self.eps = experts.active, eps
-        self.proj = nn.Linear(hidden_size, experts.count, bias=False)
-        self.scale = nn.Parameter(torch.ones(hidden_size))
-        self.per_expert_scale = nn.Parameter(torch.ones(experts.count))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [N, H] -> weights and expert numbers, each [N, active]."""
-        normed = normalise(x.float(), self.eps).type_as(x) * self.scale * x.shape[-1] ** -0.5
-        shares = self.proj(normed).softmax(-1, dtype=torch.float32)
-        weights, chosen = shares.topk(self.active, dim=-1)
-        return weights / weights.sum(-1, keepdim=True) * self.per_expert_scale[chosen], chosen
-
-
-class ExpertBank(nn.Module):
-    """The experts' MLPs as two stacked tensors; in `gate_up_proj` the gate rows come first."""
-
-    def __init__(self, hidden_size: int, experts: Experts) -> None:
-        super().__init__()
-        self.gate_up_proj = nn.Parameter(torch.zeros(experts.count, 2 * experts.intermediate_size, hidden_size))
-        self.down_proj = nn.Parameter(torch.zeros(experts.count, hidden_size, experts.intermediate_size))
-
-    def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
-        """x [N, H], weights and chosen [N, active] -> [N, H]"""
-        out = torch.zeros_like(x)
-        for expert in sorted(set(chosen.flatten().tolist())):
-            rows, ranks = torch.where(chosen == expert)
-            gate, up = F.linear(x[rows], self.gate_up_proj[expert]).chunk(2, dim=-1)
-            part = F.linear(gelu(gate) * up, self.down_proj[expert])
-            out.index_add_(0, rows, (part * weights[rows, ranks, None]).to(out.dtype))
-        return out
-
-
-class DecoderLayer(nn.Module):
-    """Attention, MLP (with experts beside it in MoE models), per-layer embedding, a scalar over the whole stream."""
-
-    def __init__(self, stack: Stack, layer: Layer, owns_kv: bool, ple_size: int, experts: Experts | None) -> None:
-        super().__init__()
-        size, eps = stack.hidden_size, stack.rms_eps
-        self.input_layernorm = RMSNorm(size, eps)
-        self.self_attn = Attention(stack, layer, owns_kv)
-        self.post_attention_layernorm = RMSNorm(size, eps)
-        self.pre_feedforward_layernorm = RMSNorm(size, eps)
-        self.mlp = MLP(size, layer.intermediate_size)
-        self.has_experts = experts is not None
-        if experts is not None:
-            self.post_feedforward_layernorm_1 = RMSNorm(size, eps)
-            self.router = Router(size, experts, eps)
-            self.pre_feedforward_layernorm_2 = RMSNorm(size, eps)
-            self.experts = ExpertBank(size, experts)
-            self.post_feedforward_layernorm_2 = RMSNorm(size, eps)
-        self.post_feedforward_layernorm = RMSNorm(size, eps)
-        if ple_size:
-            self.per_layer_input_gate = nn.Linear(size, ple_size, bias=False)
-            self.per_layer_projection = nn.Linear(ple_size, size, bias=False)
-            self.post_per_layer_input_norm = RMSNorm(size, eps)
-        self.layer_scalar = nn.Parameter(torch.ones(1))
-
-    def forward(
-        self, x: Tensor, normed: Tensor, rotate: Rotation, visible: KeysValues, mask: Tensor, ple: Tensor | None = None
-    ) -> Tensor:
-        """x [B, T, H], its `input_layernorm` in `normed`, per-layer embeddings `ple` [B, T, ple] -> [B, T, H]"""
-        x = x + self.post_attention_layernorm(self.self_attn(normed, rotate, visible, mask))
-        x = x + self.post_feedforward_layernorm(self.feed_forward(x))
-        if ple is not None:
-            gated = gelu(self.per_layer_input_gate(x)) * ple  # [B, T, ple]
-            x = x + self.post_per_layer_input_norm(self.per_layer_projection(gated))
-        return x * self.layer_scalar
-
-    def feed_forward(self, x: Tensor) -> Tensor:
-        dense: Tensor = self.mlp(self.pre_feedforward_layernorm(x))
-        if not self.has_experts:
-            return dense
-        flat = x.flatten(0, -2)  # [N, H]
-        routed = self.experts(self.pre_feedforward_layernorm_2(flat), *self.router(flat)).view_as(x)
-        return self.post_feedforward_layernorm_1(dense) + self.post_feedforward_layernorm_2(routed)  # type: ignore[no-any-return]
-
-
-def load_target(model: Gemma4, tensors: Mapping[str, Tensor]) -> None:
-    """Fill `model` from a checkpoint's tensors under their official names.
-
-    Vision and audio tensors, a stored copy of the tied LM head and the unused K/V of sharing layers are passed over.
-
-    Raises:
-        CheckpointError: a tensor is missing, left over or of another shape.
+    Returns:
+        States [W, H] after the final norm: input of the LM head and of the drafter.
     """
-    prefix = PREFIXES[0] if any(name.startswith(PREFIXES[0]) for name in tensors) else PREFIXES[1]
-    unused = {
-        f"{prefix}layers.{index}.self_attn.{part}.weight"
-        for index in range(model.config.first_shared_layer, len(model.config.layers))
-        for part in ("k_proj", "v_proj", "k_norm")
-    }
-    unused.add("lm_head.weight")
-    towers = tuple(f"model.{tower}" for tower in SKIPPED)
-    wanted = {name: tensor for name, tensor in tensors.items() if name not in unused and not name.startswith(towers)}
-    load_exactly(model, wanted, prefix)
+    x = embed(target, tokens)  # [M, H]
+    per_layer = per_layer_inputs(target, ops, tokens, x)  # [M, layers, ple]
+    return run_decoder(target.decoder, ops, x, kv, angles_of(target.decoder, kv.last, x.dtype), per_layer, keep)
 
 
-def load_exactly(model: nn.Module, tensors: Mapping[str, Tensor], prefix: str = "") -> None:
-    """Copy `tensors` into `model`, whose state has the same names without `prefix`; nothing may be missing or left."""
-    state = {prefix + name: tensor for name, tensor in model.state_dict().items()}
-    for what, names in (("missing", state.keys() - tensors.keys()), ("left over", tensors.keys() - state.keys())):
-        if names:
-            raise CheckpointError(f"{len(names)} tensors are {what}: {_list(names)}; use the files as published")
-    with torch.no_grad():
-        for name, tensor in state.items():
-            if tensor.shape != tensors[name].shape:
-                raise CheckpointError(f"{name} is {list(tensors[name].shape)}, config.json says {list(tensor.shape)}")
-            tensor.copy_(tensors[name])
+def logits(target: Target, ops: ModuleType, states: Tensor) -> Tensor:
+    """[W, H] -> [W, vocabulary], float32, after the soft cap."""
+    out: Tensor = ops.scores(states, *target.embedding, target.config.softcap or 0.0)
+    return out
 
 
-def official_state(model: Gemma4, prefix: str = "model.") -> dict[str, Tensor]:
-    """The weights under their checkpoint names."""
-    return {prefix + name: tensor.detach() for name, tensor in model.state_dict().items()}
+def embed(target: Target, tokens: Tensor) -> Tensor:
+    """[M] -> [M, H]"""
+    return _scaled_rows(target.embedding, tokens, target.config.hidden_size, target.decoder.norm.dtype)
 
 
-def _list(names: Iterable[str]) -> str:
-    first = sorted(names)
-    return ", ".join(first[:3]) + (", ..." if len(first) > 3 else "")
+def per_layer_inputs(target: Target, ops: ModuleType, tokens: Tensor, x: Tensor) -> Tensor | None:
+    """Per-layer embeddings: what the token is (a table) plus what its embedding says: [M, layers, ple]."""
+    config = target.config
+    if target.ple_table is None or target.ple_projection is None:
+        return None
+    shape = len(tokens), len(config.layers), config.ple_size
+    table = _scaled_rows(target.ple_table, tokens, shape[1] * shape[2], x.dtype, config.ple_size).view(shape)
+    context = (ops.matmul(x, *target.ple_projection) * config.hidden_size**-0.5).view(-1, config.ple_size)
+    context = ops.norm(context, target.ple_norm, config.rms_eps).view(shape)
+    both: Tensor = (context + table) * 2.0**-0.5
+    return both
+
+
+def run_decoder(
+    decoder: Decoder,
+    ops: ModuleType,
+    x: Tensor,
+    kv: KeysValues,
+    angles: Angles,
+    per_layer: Tensor | None = None,
+    keep: Tensor | None = None,
+) -> Tensor:
+    """x [M, H] through all layers and the final norm: [W, H]; see `run`."""
+    config, blocks, eps = decoder.config, decoder.blocks, decoder.config.rms_eps
+    last_kv = max((index for index, block in enumerate(blocks) if block.key_norm is not None), default=-1)
+    h = ops.norm(x, blocks[0].input_norm, eps)  # [M, H]
+    for index, block in enumerate(blocks):
+        sliding = block.layer.sliding
+        queries = kv.heads(block, ops.matmul(h, *block.qkv), angles[sliding], config.heads, eps)
+        if index == last_kv and keep is not None:  # from here on, only the rows that are kept matter
+            if not len(keep):
+                return x[:0]
+            rows, kv = keep.clamp(min=0), kv.picked(keep)
+            x, queries = x[rows], queries[rows]
+            per_layer = per_layer[rows] if per_layer is not None else None
+            angles = {sliding: (cos[rows], sin[rows]) for sliding, (cos, sin) in angles.items()}
+        mixed = kv.attend(block, queries, config.sliding_window if sliding else WHOLE)  # [M, heads * head_dim]
+        x, h = ops.join(x, ops.matmul(mixed, *block.out), block.attention_norm, block.feedforward_norm, None, eps)
+        branch = feed_forward(block, ops, x, h, kv.last, eps)
+        next_norm = blocks[index + 1].input_norm if index + 1 < len(blocks) else decoder.norm
+        if block.ple is None or per_layer is None:
+            x, h = ops.join(x, branch, block.branch_norm, next_norm, block.scale, eps)
+            continue
+        x, _ = ops.join(x, branch, block.branch_norm, None, None, eps)
+        gated = ops.gated(ops.matmul(x, *block.ple.gate), per_layer[:, index])  # [M, ple]
+        x, h = ops.join(x, ops.matmul(gated, *block.ple.projection), block.ple.norm, next_norm, block.scale, eps)
+    out: Tensor = h
+    return out
+
+
+def feed_forward(block: Block, ops: ModuleType, x: Tensor, h: Tensor, last: Tensor, eps: float) -> Tensor:
+    """The MLP of h, the norm of x, with experts beside it in MoE models: [M, H] each."""
+    dense: Tensor = ops.matmul(ops.gate_up(h, *block.gate_up), *block.down)
+    moe = block.moe
+    if moe is None:
+        return dense
+    scores = ops.scores(ops.norm(x, moe.router_norm, eps), *moe.router, 0.0)  # [M, experts]
+    weights, chosen = ops.choose(scores, moe.expert_scale, moe.active)
+    chosen = torch.where(last[:, None] < 0, chosen[:1], chosen)  # padding runs no experts that no row needs
+    count = moe.router.outputs
+    routed = ops.experts(ops.norm(x, moe.norm, eps), weights, chosen, *moe.gate_up, *moe.down, count)
+    both: Tensor = ops.norm(dense, moe.dense_norm, eps) + ops.norm(routed, moe.routed_norm, eps)
+    return both
+
+
+def angles_of(decoder: Decoder, positions: Tensor, dtype: torch.dtype) -> Angles:
+    """cos and sin of positions [M]."""
+    places = positions.clamp(min=0)[:, None].float()
+    angles = {sliding: places * table for sliding, table in decoder.frequencies.items()}
+    return {sliding: (angle.cos().to(dtype), angle.sin().to(dtype)) for sliding, angle in angles.items()}
+
+
+def _scaled_rows(table: Matrix, tokens: Tensor, columns: int, dtype: torch.dtype, width: int | None = None) -> Tensor:
+    """Rows of a table times sqrt(width), a factor that transformers rounds to the table's dtype."""
+    return (table.rows(tokens, columns) * torch.tensor((width or columns) ** 0.5, dtype=dtype)).to(dtype)
+
+
+def load_target(config: TargetConfig, w: Source) -> Target:
+    """Collect a target's weights; the router and the per-layer table keep their precision."""
+    blocks = tuple(load_block(config, index, layer.kv_source, w) for index, layer in enumerate(config.layers))
+    ple = bool(config.ple_size)
+    return Target(
+        config=config,
+        embedding=w.matrix("embed_tokens.weight"),
+        decoder=load_decoder(config, blocks, w),
+        ple_table=w.matrix("embed_tokens_per_layer.weight", precise=True) if ple else None,
+        ple_projection=w.matrix("per_layer_model_projection.weight") if ple else None,
+        ple_norm=w.vector("per_layer_projection_norm.weight") if ple else None,
+    )
+
+
+def load_decoder(config: Stack, blocks: tuple[Block, ...], w: Source) -> Decoder:
+    """Decoder layers with the final norm and the inverse frequencies of RoPE: theta^(-2 i / head_dim), or 0."""
+    norm, frequencies = w.vector("norm.weight"), {}
+    for layer in {layer.sliding: layer for layer in config.layers}.values():
+        rope = config.rope(layer)
+        pairs = rope.rotating_pairs(layer.head_dim)
+        table = torch.zeros(layer.head_dim // 2)
+        table[:pairs] = 1.0 / rope.theta ** (torch.arange(0, 2 * pairs, 2).float() / layer.head_dim)
+        frequencies[layer.sliding] = table.to(norm.device)
+    return Decoder(config, blocks, norm, frequencies)
+
+
+def load_block(config: Stack, index: int, kv_source: int, w: Source) -> Block:
+    """Collect the weights of one layer."""
+    layer, at = config.layers[index], f"layers.{index}."
+    owns_kv = layer.kv_source == index
+    projections = ["q_proj", *(["k_proj"] if owns_kv else []), *(["v_proj"] if owns_kv and layer.has_v_proj else [])]
+    return Block(
+        layer=layer,
+        kv_source=kv_source,
+        input_norm=w.vector(at + "input_layernorm.weight"),
+        qkv=w.matrix(*(f"{at}self_attn.{name}.weight" for name in projections)),
+        query_norm=w.vector(at + "self_attn.q_norm.weight"),
+        key_norm=w.vector(at + "self_attn.k_norm.weight") if owns_kv else None,
+        out=w.matrix(at + "self_attn.o_proj.weight"),
+        attention_norm=w.vector(at + "post_attention_layernorm.weight"),
+        feedforward_norm=w.vector(at + "pre_feedforward_layernorm.weight"),
+        gate_up=w.matrix(at + "mlp.gate_proj.weight", at + "mlp.up_proj.weight"),
+        down=w.matrix(at + "mlp.down_proj.weight"),
+        branch_norm=w.vector(at + "post_feedforward_layernorm.weight"),
+        scale=w.vector(at + "layer_scalar"),
+        moe=_load_moe(config, at, w) if isinstance(config, TargetConfig) and config.experts else None,
+        ple=PerLayer(
+            gate=w.matrix(at + "per_layer_input_gate.weight"),
+            projection=w.matrix(at + "per_layer_projection.weight"),
+            norm=w.vector(at + "post_per_layer_input_norm.weight"),
+        )
+        if isinstance(config, TargetConfig) and config.ple_size
+        else None,
+    )
+
+
+def _load_moe(config: TargetConfig, at: str, w: Source) -> MoE:
+    assert config.experts is not None
+    return MoE(
+        router_norm=w.vector(at + "router.scale").float() * config.hidden_size**-0.5,
+        router=w.matrix(at + "router.proj.weight", precise=True),
+        expert_scale=w.vector(at + "router.per_expert_scale"),
+        active=config.experts.active,
+        dense_norm=w.vector(at + "post_feedforward_layernorm_1.weight"),
+        norm=w.vector(at + "pre_feedforward_layernorm_2.weight"),
+        routed_norm=w.vector(at + "post_feedforward_layernorm_2.weight"),
+        gate_up=w.matrix(at + "experts.gate_up_proj"),
+        down=w.matrix(at + "experts.down_proj"),
+    )

@@ -5,9 +5,8 @@ from __future__ import annotations
 import platform
 from dataclasses import dataclass
 
-from torch import nn
-
 from paceline.train.evaluate import Acceptance, Loss
+from paceline.train.optimizer import Parameters
 
 TEMPLATE = """\
 ---
@@ -84,10 +83,10 @@ class Figures:
     threads: int
 
 
-def card(target: nn.Module, drafter: nn.Module, figures: Figures) -> str:
+def card(target: Parameters, drafter: Parameters, figures: Figures) -> str:
     """Markdown of the card."""
     target_total, drafter_total = _count(target), _count(drafter)
-    table, centroid_rows = _count(drafter, "model.embed_tokens.weight"), 16 / 128
+    table, centroid_rows = _count(drafter, "embed_tokens.weight"), 16 / 128
     return TEMPLATE.format(
         target_total=target_total,
         target_read=target_total - _count(target, "embed_tokens_per_layer.weight"),
@@ -118,6 +117,6 @@ def _by_depth(acceptance: Acceptance) -> str:
     return ", ".join(f"{share:.2f}" for share in acceptance.by_depth)
 
 
-def _count(model: nn.Module, only: str = "") -> float:
+def _count(weights: Parameters, only: str = "") -> float:
     """Parameters in millions."""
-    return sum(p.numel() for name, p in model.named_parameters() if name == only or not only) / 1e6
+    return sum(p.numel() for name, p in weights.items() if p.is_floating_point() and name == (only or name)) / 1e6

@@ -1,4 +1,4 @@
-"""Training state on disk: written beside its place and moved there, so that an interrupted run can always go on."""
+"""Training state on disk: written beside its place and moved there, so that an interrupted run can be resumed."""
 
 from __future__ import annotations
 

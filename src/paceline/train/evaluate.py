@@ -9,8 +9,10 @@ import torch
 from tokenizers import Tokenizer
 from torch.nn import functional as F
 
-from paceline.models.drafter import Drafter, draft
-from paceline.models.gemma4 import Cache, Gemma4
+from paceline.models import ops
+from paceline.models.drafter import Drafter
+from paceline.models.gemma4 import Target, logits
+from paceline.models.sequences import Cache, draft, states
 from paceline.train.tokenizer import BOS
 
 
@@ -41,16 +43,16 @@ class Acceptance:
 
 
 @torch.no_grad()
-def held_out_loss(target: Gemma4, tokenizer: Tokenizer, files: dict[str, str], length: int = 1024) -> Loss:
-    """Every file in stretches of `length` tokens, each behind `<bos>`; bytes are those of the tokens predicted."""
+def held_out_loss(target: Target, tokenizer: Tokenizer, files: dict[str, str], length: int = 1024) -> Loss:
+    """Every file in stretches of `length` tokens, each after `<bos>`; bytes are those of the tokens predicted."""
     nats, count, size = 0.0, 0, 0
     for text in files.values():
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         size += len(text.encode())
         for start in range(0, len(ids), length):
             row = torch.tensor([[BOS, *ids[start : start + length]]])
-            logits = target.logits(target(row[:, :-1]).hidden).float()
-            nats += F.cross_entropy(logits[0], row[0, 1:], reduction="sum").item()
+            scores = logits(target, ops, states(target, row[:, :-1])[0])
+            nats += F.cross_entropy(scores, row[0, 1:], reduction="sum").item()
             count += row.shape[1] - 1
     return Loss(nats / count, nats / math.log(2) / size, count)
 
@@ -67,32 +69,32 @@ def held_out_prompts(tokenizer: Tokenizer, files: dict[str, str], per_file: int,
 
 @torch.no_grad()
 def greedy(
-    target: Gemma4, drafter: Drafter | None, prompt: list[int], count: int, depth: int
+    target: Target, drafter: Drafter | None, prompt: list[int], count: int, depth: int
 ) -> tuple[list[int], Acceptance]:
     """Generate at least `count` tokens by draft, verify, accept, roll back; without a drafter one at a time.
 
-    The slow twin of the engine's round: one sequence, arg max, no stop tokens.
+    A reference for the engine's round: one sequence, arg max, no stop tokens.
     """
-    cache = Cache(len(prompt) + count + depth + 1)
-    hidden = target(torch.tensor([prompt]), cache).hidden[0, -1]
-    tokens = [int(target.logits(hidden).argmax())]
+    cache = Cache()
+    hidden = states(target, torch.tensor([prompt]), cache)[0, -1]
+    tokens = [int(logits(target, ops, hidden[None]).argmax())]
     rounds, at_depth = 0, [0] * depth
     while len(tokens) < count:
-        guesses = draft(drafter, target, cache, tokens[-1], hidden, cache.length, depth)[0] if drafter else []
+        drafted = draft(target, drafter, cache, tokens[-1], hidden, depth)[0] if drafter else []
         start = cache.length
-        states = target(torch.tensor([[tokens[-1], *guesses]]), cache).hidden[0]
-        chosen = target.logits(states).argmax(-1).tolist()
-        accepted = next((i for i, guess in enumerate(guesses) if guess != chosen[i]), len(guesses))
+        rows = states(target, torch.tensor([[tokens[-1], *drafted]]), cache)[0]
+        chosen = logits(target, ops, rows).argmax(-1).tolist()
+        accepted = next((i for i, token in enumerate(drafted) if token != chosen[i]), len(drafted))
         tokens += chosen[: accepted + 1]
-        hidden = states[accepted]
-        cache.truncate(start + accepted + 1)
+        hidden = rows[accepted]
+        cache.length = start + accepted + 1
         rounds += 1
         for i in range(accepted):
             at_depth[i] += 1
     return tokens, Acceptance(len(tokens) - 1, rounds, tuple(at_depth))
 
 
-def acceptance(target: Gemma4, drafter: Drafter, prompts: list[list[int]], count: int, depth: int = 4) -> Acceptance:
+def acceptance(target: Target, drafter: Drafter, prompts: list[list[int]], count: int, depth: int = 4) -> Acceptance:
     """Sum over `count` greedy tokens after each prompt; with a count of 2 that is the first round of each."""
     parts = [greedy(target, drafter, prompt, count, depth)[1] for prompt in prompts]
     at_depth = tuple(sum(part.accepted_at_depth[i] for part in parts) for i in range(depth))

@@ -11,34 +11,37 @@ from typing import Any
 
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from torch import Tensor
 
-from paceline.models.drafter import Drafter
-from paceline.models.gemma4 import Gemma4, official_state
 from paceline.train.drafter import drafter_json
+from paceline.train.optimizer import Parameters
 from paceline.train.target import target_json
 from paceline.train.tokenizer import write_tokenizer
 
+OUTSIDE = ("pre_projection.", "post_projection.", "masked_embedding.")  # of a drafter's decoder
 
-def write_target(model: Gemma4, tokenizer: Tokenizer, folder: Path, card: str) -> None:
+
+def write_target(weights: Parameters, tokenizer: Tokenizer, folder: Path, card: str) -> None:
     """Weights, config, tokenizer, chat template, generation defaults and card."""
 
     def fill(fresh: Path) -> None:
-        _write_model(fresh, target_json(), official_state(model))
+        _write_model(fresh, target_json(), weights)
         write_tokenizer(tokenizer, fresh)
         (fresh / "README.md").write_text(card)
 
     _replace_folder(folder, fill)
 
 
-def write_drafter(model: Drafter, folder: Path) -> None:
+def write_drafter(weights: Parameters, folder: Path) -> None:
     """Weights and config; the tokenizer is the target's."""
-    _replace_folder(folder, lambda fresh: _write_model(fresh, drafter_json(), model.state_dict()))
+    _replace_folder(folder, lambda fresh: _write_model(fresh, drafter_json(), weights))
 
 
-def _write_model(folder: Path, config: dict[str, Any], state: dict[str, Tensor]) -> None:
+def _write_model(folder: Path, config: dict[str, Any], weights: Parameters) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    tensors = {name: tensor.detach().contiguous() for name, tensor in state.items()}
+    tensors = {
+        name if name.startswith(OUTSIDE) else f"model.{name}": tensor.detach().contiguous()
+        for name, tensor in weights.items()
+    }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "model.safetensors").chmod(0o644)  # it is written readable for its owner only
 

@@ -11,10 +11,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from paceline.train.workers import Workers
 
+Parameters = dict[str, Tensor]
+"""A model's weights by canonical name; those that are trained are leaves of the gradient."""
+
+MUON_RATE, ADAM_RATE = 0.02, 0.004
 MUON_MOMENTUM = 0.95
 ADAM_BETAS = (0.9, 0.98)
 
@@ -22,14 +26,12 @@ ADAM_BETAS = (0.9, 0.98)
 class Optimizer:
     """Steps the parameters of a model's replicas, whose gradients are summed.
 
-    The matrices inside decoder layers go to Muon, everything else (tables, norms, scalars, heads) to Adam.
+    Muon steps the matrices inside decoder layers, Adam everything else (tables, norms, scalars, heads).
     """
 
-    def __init__(
-        self, replicas: Sequence[nn.Module], workers: Workers, muon_rate: float, adam_rate: float, decay: float
-    ) -> None:
-        self.workers, self.muon_rate, self.adam_rate, self.decay = workers, muon_rate, adam_rate, decay
-        self.parameters = [dict(replica.named_parameters()) for replica in replicas]
+    def __init__(self, replicas: Sequence[Parameters], workers: Workers, decay: float) -> None:
+        self.workers, self.decay = workers, decay
+        self.parameters = [{n: p for n, p in replica.items() if p.requires_grad} for replica in replicas]
         self.masters = {name: p.detach().float().clone() for name, p in self.parameters[0].items()}
         self.first = {name: torch.zeros_like(master) for name, master in self.masters.items()}
         groups: dict[tuple[int, ...], list[str]] = defaultdict(list)
@@ -46,8 +48,8 @@ class Optimizer:
     def step(self, factor: float) -> None:
         """Apply the gradients once, at `factor` times the base rates, and clear them."""
         self.steps += 1
-        jobs = [lambda names=names: self._muon(names, factor * self.muon_rate) for names in self.muon_groups]
-        jobs += [lambda name=name: self._adam(name, factor * self.adam_rate) for name in self.adam_names]
+        jobs = [lambda names=names: self._muon(names, factor * MUON_RATE) for names in self.muon_groups]
+        jobs += [lambda name=name: self._adam(name, factor * ADAM_RATE) for name in self.adam_names]
         self.workers.run(jobs)
         self._publish()
 

@@ -6,13 +6,6 @@ the second half of the layers sharing the K/V of the first, double-wide MLPs the
 
 from __future__ import annotations
 
-import time
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -20,13 +13,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from paceline.checkpoint.names import PLE_TABLE, Shapes, target_tensors
 from paceline.config import target_config
-from paceline.models.gemma4 import Gemma4
-from paceline.train.checkpoint import Progress
+from paceline.models import ops
+from paceline.models.gemma4 import Target, load_target, logits
+from paceline.models.sequences import PlainWeights, states
 from paceline.train.data import Corpus
-from paceline.train.optimizer import Optimizer
+from paceline.train.optimizer import Parameters
+from paceline.train.run import Run
 from paceline.train.tokenizer import BOS, EOS, PAD, TURN_END, VOCABULARY
-from paceline.train.workers import Workers
 
 WINDOW = 128
 # (share of the training time from which it holds, sequences per step, tokens per sequence): mostly short sequences,
@@ -76,75 +71,47 @@ def rope_json() -> dict[str, Any]:
     }
 
 
-@torch.no_grad()
-def new_target(seed: int) -> Gemma4:
+CONFIG = target_config(target_json())
+
+
+def first_weights(shapes: Shapes, seed: int) -> Parameters:
     """First weights in float32: embeddings and attention scores of about unit variance, small residual branches."""
-    torch.manual_seed(seed)
-    config = target_config(target_json())
-    model = Gemma4(config)
-    for name, parameter in model.named_parameters():
-        if name == "embed_tokens_per_layer.weight":
-            parameter.normal_(std=config.ple_size**-0.5)
-        elif parameter.dim() == 2:
-            parameter.normal_(std=parameter.shape[1] ** -0.5 if "embed" not in name else config.hidden_size**-0.5)
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, shape in shapes.items():
+        if len(shape) == 2:
+            weights[name] = torch.randn(shape, generator=generator) * shape[1] ** -0.5
         elif name.endswith(("q_norm.weight", "k_norm.weight")):
-            parameter.fill_(1.5 * parameter.shape[0] ** -0.25)
-        elif ".post_" in name:
-            parameter.fill_(0.4)
-    return model
+            weights[name] = torch.full(shape, 1.5 * shape[0] ** -0.25)
+        else:
+            weights[name] = torch.full(shape, 0.4 if ".post_" in name else 1.0)
+    return weights
 
 
-def next_token_loss(model: Gemma4, tokens: Tensor) -> Tensor:
+def new_target(seed: int) -> Parameters:
+    """First weights of the target."""
+    weights = first_weights(target_tensors(CONFIG), seed)
+    weights[PLE_TABLE] *= len(CONFIG.layers) ** 0.5  # it is one table of `ple_size` columns for each layer
+    return weights
+
+
+def target_of(weights: Parameters) -> Target:
+    """The model of these weights."""
+    return load_target(CONFIG, PlainWeights(weights))
+
+
+def next_token_loss(weights: Parameters, tokens: Tensor) -> Tensor:
     """Mean nats per token of `tokens` [B, T + 1]."""
-    logits = model.logits(model(tokens[:, :-1]).hidden).float()
-    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    target = target_of(weights)
+    scores = logits(target, ops, states(target, tokens[:, :-1]).flatten(0, 1))
+    return F.cross_entropy(scores, tokens[:, 1:].flatten())
 
 
-@dataclass(frozen=True)
-class TargetRun:
-    """One training run, boxed in time: the schedule is a function of the share of `minutes` spent."""
+def train_target(corpus: Corpus, run: Run, seed: int) -> Parameters:
+    """Train, or resume; returns the weights in bfloat16."""
 
-    corpus: Corpus
-    folder: Path
-    minutes: float
-    workers: Workers
-    seed: int = 0
-    muon_rate: float = 0.02
-    adam_rate: float = 0.004
-    decay: float = 0.1
+    def batch(share: float, step: int) -> Tensor:
+        sequences, length = next((s, t) for start, s, t in reversed(LENGTHS) if share >= start)
+        return corpus.batch(np.random.default_rng((seed, step)), sequences, length)
 
-    def train(self, report: Callable[[str], None] = print) -> Gemma4:
-        """Train, or resume from `folder`; returns the weights in bfloat16."""
-        replicas = [new_target(self.seed).bfloat16() for _ in range(self.workers.count)]
-        optimizer = Optimizer(replicas, self.workers, self.muon_rate, self.adam_rate, self.decay)
-        progress = Progress.resume(self.folder / "target.pt", optimizer)
-        loss_of = torch.compile(next_token_loss, dynamic=False)
-        compiled: set[int] = set()
-        losses: deque[float] = deque(maxlen=50)
-        while progress.seconds < 60 * self.minutes:
-            tick = time.monotonic()
-            share = progress.seconds / (60 * self.minutes)
-            sequences, length = next((s, t) for start, s, t in reversed(LENGTHS) if share >= start)
-            tokens = self.corpus.batch(np.random.default_rng((self.seed, optimizer.steps)), sequences, length)
-
-            def backward(replica: Gemma4, part: Tensor, total: int = sequences) -> float:
-                loss = loss_of(replica, part) * (len(part) / total)
-                loss.backward()  # type: ignore[no-untyped-call]
-                return loss.item()
-
-            parts = tokens.chunk(self.workers.count)
-            jobs = [partial(backward, replica, part) for replica, part in zip(replicas, parts, strict=False)]
-            losses.append(sum(self.workers.run(jobs, together=length in compiled)))
-            compiled.add(length)
-            optimizer.step(schedule(share, optimizer.steps))
-            progress.advance(time.monotonic() - tick, sequences * length, optimizer)
-            if optimizer.steps % 20 == 0:
-                rate = progress.tokens / progress.seconds
-                report(f"step {optimizer.steps} share {share:.3f} loss {fmean(losses):.4f} tokens/s {rate:.0f}")
-        progress.save(optimizer)
-        return replicas[0]
-
-
-def schedule(share: float, step: int, warm_up: int = 20, final_share: float = 0.5) -> float:
-    """Linear warm-up, a plateau, then linear to zero over the last `final_share` of the run."""
-    return min(1.0, (step + 1) / warm_up, max(0.0, (1 - share) / final_share))
+    return run.train(new_target(seed), next_token_loss, batch)

@@ -3,7 +3,7 @@
     python -m paceline.train.tiny_python --out DIR --minutes 50 --drafter-minutes 15
 
 Writes `DIR/tiny-python` and `DIR/tiny-python-assistant`. Everything in between (tokenizer, training state, the
-target's own text) is kept in `DIR/state`, from which an interrupted run goes on; delete it to begin anew.
+target's own text) is kept in `DIR/state`, from which an interrupted run is resumed; delete it to start again.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from paceline.models.drafter import Drafter
-from paceline.models.gemma4 import Gemma4
 from paceline.train.card import Figures, card
 from paceline.train.checkpoint import trained
 from paceline.train.data import Corpus, Sources, standard_library
-from paceline.train.drafter import DrafterRun
+from paceline.train.drafter import Distillation, drafter_of
 from paceline.train.evaluate import acceptance, held_out_loss, held_out_prompts
 from paceline.train.export import write_drafter, write_target
-from paceline.train.target import TargetRun
+from paceline.train.optimizer import Parameters
+from paceline.train.run import Run
+from paceline.train.target import target_of, train_target
 from paceline.train.tokenizer import train_tokenizer
 from paceline.train.workers import Workers
 
@@ -35,8 +35,8 @@ def train(out: Path, minutes: float, drafter_minutes: float, threads: int | None
     tokenizer = kept_tokenizer(state / "tokenizer.json", sources)
     corpus = Corpus.encode(sources.training, tokenizer)
     say(f"{len(sources.training)} files, {len(corpus.tokens)} tokens; {len(sources.held_out)} files held out")
-    target = TargetRun(corpus, state, minutes, workers, seed).train(say)
-    drafter = DrafterRun(corpus, state, drafter_minutes, workers, seed).train(target, say)
+    target = train_target(corpus, Run(state / "target.pt", minutes, workers, 0.1, say), seed)
+    drafter = Distillation(corpus, Run(state / "drafter.pt", drafter_minutes, workers, 0.0, say), seed).train(target)
     figures = measure(target, drafter, tokenizer, sources, len(corpus.tokens), state, workers.count)
     say(f"{figures.loss}; acceptance length {figures.on_source.length:.3f}, {figures.generating.length:.3f}")
     write_target(target, tokenizer, out / "tiny-python", card(target, drafter, figures))
@@ -50,8 +50,8 @@ def kept_tokenizer(path: Path, sources: Sources) -> Tokenizer:
 
 
 def measure(
-    target: Gemma4,
-    drafter: Drafter,
+    target: Parameters,
+    drafter: Parameters,
     tokenizer: Tokenizer,
     sources: Sources,
     corpus_tokens: int,
@@ -59,12 +59,13 @@ def measure(
     threads: int,
 ) -> Figures:
     """Figures on the held-out files."""
+    pair = target_of(target), drafter_of(drafter)
     target_seconds, target_tokens = trained(state / "target.pt")
     drafter_seconds, drafter_tokens = trained(state / "drafter.pt")
     return Figures(
-        loss=held_out_loss(target, tokenizer, sources.held_out),
-        on_source=acceptance(target, drafter, held_out_prompts(tokenizer, sources.held_out, 12, 128), 2),
-        generating=acceptance(target, drafter, held_out_prompts(tokenizer, sources.held_out, 1, 64), 128),
+        loss=held_out_loss(pair[0], tokenizer, sources.held_out),
+        on_source=acceptance(*pair, held_out_prompts(tokenizer, sources.held_out, 12, 128), 2),
+        generating=acceptance(*pair, held_out_prompts(tokenizer, sources.held_out, 1, 64), 128),
         files=len(sources.training),
         held_out_files=len(sources.held_out),
         corpus_tokens=corpus_tokens,

@@ -25,8 +25,8 @@ class Workers:
         self._pool = ThreadPoolExecutor(self.count, initializer=torch.set_num_threads, initargs=(1,))
 
     def run(self, jobs: Sequence[Callable[[], Result]], *, together: bool = True) -> list[Result]:
-        """Run all jobs and return their results in order; one after the other if not `together` (a first call may
-        compile, which wants no company)."""
+        """Run all jobs and return their results in order; one after the other if not `together` (the first call may
+        compile)."""
         if together:
             return [future.result() for future in [self._pool.submit(job) for job in jobs]]
         return [self._pool.submit(job).result() for job in jobs]

@@ -30,11 +30,11 @@ def load_backend(
     context: int,
     slots: int,
     max_rows: int,
-) -> tuple[TorchBackend, str]:
+) -> TorchBackend:
     """Read a pair's weights onto a device.
 
     Args:
-        target: its opened folder and settings.
+        target: its opened folder and config.
         drafter: the same of the drafter, or None for plain decoding.
         device: of PyTorch, such as cuda, cuda:1, mps or cpu.
         quant: f32, bf16, q8, q4, or auto for the most precise one that fits the device's memory.
@@ -42,10 +42,7 @@ def load_backend(
         progress: told the file bytes of every tensor as it is read.
         context: positions a slot can hold.
         slots: sequences held at once.
-        max_rows: most rows of one slot in one batch.
-
-    Returns:
-        The backend, and the format of its weights.
+        max_rows: most rows of one slot in one step.
 
     Raises:
         BackendError: no such device here, or it has too little memory.
@@ -64,8 +61,7 @@ def load_backend(
         pair = drafter[1], CheckpointSource(draft_tensors, DRAFTER_FORMAT[quant], where, progress)
     source = CheckpointSource(tensors, quant, where, progress)
     with enough_memory(device, quant, slots * context):
-        backend = TorchBackend((target[1], source), pair, quant=quant, context=context, slots=slots, max_rows=max_rows)
-    return backend, quant
+        return TorchBackend((target[1], source), pair, quant=quant, context=context, slots=slots, max_rows=max_rows)
 
 
 def random_backend(
@@ -85,7 +81,7 @@ def random_backend(
 
 @contextmanager
 def enough_memory(device: str, quant: str, tokens: int) -> Iterator[None]:
-    """Says what to do where a device's memory runs out."""
+    """Says what to do when a device's memory runs out."""
     try:
         yield
     except torch.OutOfMemoryError as error:

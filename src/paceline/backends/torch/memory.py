@@ -1,4 +1,4 @@
-"""Keys and values of every slot in tensors of fixed size, laid out as the CPU backend's are.
+"""The KV cache of every slot in tensors of fixed size, laid out as the CPU backend's.
 
 Full-attention layers keep every position. Sliding layers keep a ring of the window and the most rows a pass may add, so
 that a rejected row never overwrites one that is still visible.
@@ -9,10 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from paceline.backends.torch import ops
 from paceline.config import TargetConfig
 from paceline.errors import BackendError
-from paceline.models.gemma4 import KeysValues
+from paceline.models.gemma4 import Block
+
+KeysValues = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class TorchSnapshot:
 
 
 class SlotMemory:
-    """K/V of all slots.
+    """KV cache of all slots.
 
     Args:
         config: of the target.
@@ -38,7 +42,7 @@ class SlotMemory:
         context: positions a slot can hold.
         max_rows: most rows one pass may add to a slot.
         dtype: of the tensors.
-        device: where they are.
+        device: of the tensors.
     """
 
     def __init__(
@@ -96,3 +100,28 @@ class SlotMemory:
     def _shortest(self, slot: int) -> int:
         rolls = self._ring < self._context and self._high[slot] > self._ring
         return min(self.length[slot], self._high[slot] - self._ring + self._window) if rolls else 0
+
+
+@dataclass(frozen=True)
+class SlotRows:
+    """Rows of a pass over the caches of their slots; see `models.gemma4.KeysValues`."""
+
+    caches: dict[int, KeysValues]  # see `SlotMemory.rows`
+    slots: Tensor  # [M]
+    last: Tensor  # [M]
+    span: int  # more than any position
+
+    def heads(self, block: Block, x: Tensor, angles: tuple[Tensor, Tensor], heads: int, eps: float) -> Tensor:
+        cache = self.caches[block.kv_source]
+        at = self.slots, self.last
+        queries: Tensor = ops.heads(x, block.query_norm, block.key_norm, *angles, *cache, *at, heads, eps)
+        return queries
+
+    def attend(self, block: Block, queries: Tensor, window: int) -> Tensor:
+        cache = self.caches[block.kv_source]
+        mixed: Tensor = ops.attend(queries, *cache, self.slots, self.last, window, self.span)
+        return mixed
+
+    def picked(self, numbers: Tensor) -> SlotRows:
+        at = numbers.clamp(min=0)
+        return SlotRows(self.caches, self.slots[at], torch.where(numbers < 0, -1, self.last[at]), self.span)

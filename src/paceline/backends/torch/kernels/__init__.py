@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from paceline.backends.torch import ops
-from paceline.backends.torch.kernels import attention, draw, head, matmul, rows
+from paceline.backends.torch.kernels import attention, head, matmul, rows, sampler
 
 KERNELS = (
     (ops.norm, rows.norm),
@@ -17,7 +17,7 @@ KERNELS = (
     (ops.heads, attention.heads),
     (ops.attend, attention.attend),
     (ops.centroid_scores, head.centroid_scores),
-    (ops.draw, draw.draw),
+    (ops.sample, sampler.sample),
 )
 
 

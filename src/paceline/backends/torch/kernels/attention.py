@@ -161,13 +161,13 @@ def heads(
     slots: Tensor,
     positions: Tensor,
     count: int,
-    has_values: bool,
     eps: float,
 ) -> Tensor:
-    rows, size = len(x), query_norm.shape[0]
+    rows, size, kv_heads = len(x), query_norm.shape[0], keys.shape[1]
+    has_values = x.shape[1] > (count + kv_heads) * size
     queries = torch.empty((rows, count * size), dtype=x.dtype, device=x.device)
     heads_kernel[(rows, x.shape[1] // size)](
-        x, query_norm, key_norm, cos, sin, queries, keys, values, slots, positions, keys.shape[2], count, keys.shape[1],
+        x, query_norm, key_norm, cos, sin, queries, keys, values, slots, positions, keys.shape[2], count, kv_heads,
         eps, STORES=key_norm is not None, HAS_VALUES=has_values, SIZE=size, HALF=triton.next_power_of_2(size // 2),
         num_warps=2, **FUSED,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""A drafter's head that scores only the tokens of chosen centroids, each centroid's together in memory."""
+"""A drafter's head that scores only the tokens of chosen centroids."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from paceline.backends.torch.kernels.common import FUSED
-from paceline.backends.torch.ops import UNSEEN
+from paceline.models.ops import UNSEEN
 
 
 @triton.jit
@@ -21,14 +21,14 @@ def centroid_kernel(
         centroid = tl.load(chosen + row * tl.num_programs(1) + tl.program_id(1))
         i = tl.arange(0, MEMBERS)
         inside = i < members
+        token = tl.load(tokens + centroid * members + i, mask=inside, other=0)
         acc = tl.zeros((MEMBERS,), tl.float32)
         for start in range(0, K, BLOCK):
             k = start + tl.arange(0, BLOCK)
             x = tl.load(state + row * K + k, mask=k < K, other=0.0).to(tl.float32)
             mask = inside[:, None] & (k < K)[None]
-            w = tl.load(head + (centroid * members + i)[:, None] * K + k[None], mask=mask, other=0.0).to(tl.float32)
+            w = tl.load(head + token[:, None] * K + k[None], mask=mask, other=0.0).to(tl.float32)
             acc += tl.sum(w * x[None], 1)
-        token = tl.load(tokens + centroid * members + i, mask=inside, other=0)
         tl.store(out + row.to(tl.int64) * vocabulary + token, acc, mask=inside)
 
 

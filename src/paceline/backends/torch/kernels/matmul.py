@@ -14,22 +14,22 @@ import triton.language as tl
 from torch import Tensor
 
 from paceline.backends.torch.kernels.common import FUSED, INTERPRETED, TILE, capped, gelu, product, whole
+from paceline.models.matrix import FORMATS, Matrix
 
-PLAIN, Q8, Q4 = 0, 8, 4  # formats
 _TILE = tl.constexpr(TILE)
 
 
 @triton.jit
 def strip(
     x, row, rows, weights, scales, n, total, K,
-    FMT: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    BITS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Sums [16, N], float32, of rows `row`... of x [rows, K] with outputs n [N] of a matrix of `total` outputs."""
     m = row + tl.arange(0, _TILE)
     real = m < rows
     acc = tl.zeros((_TILE, N), tl.float32)
     safe = tl.minimum(n, total - 1).to(tl.int64)
-    if FMT == 0:
+    if BITS == 0:
         for start in tl.range(0, K, BLOCK, num_stages=STAGES):
             k = start + tl.arange(0, BLOCK)
             a = tl.load(x + m[:, None] * K + k[None], mask=real[:, None] & (k < K)[None], other=0.0)
@@ -38,7 +38,7 @@ def strip(
     else:
         for start in tl.range(0, K, BLOCK, num_stages=STAGES):
             for part in tl.static_range(BLOCK // 64):
-                acc = add_block(x, m, real, weights, scales, safe, total, K, start + part * 64, acc, FMT, N)
+                acc = add_block(x, m, real, weights, scales, safe, total, K, start + part * 64, acc, BITS, N)
     return acc
 
 
@@ -75,7 +75,7 @@ def halves(both):
 
 
 @triton.jit
-def add_block(x, m, real, weights, scales, n, total, K, start, acc, FMT: tl.constexpr, N: tl.constexpr):
+def add_block(x, m, real, weights, scales, n, total, K, start, acc, BITS: tl.constexpr, N: tl.constexpr):
     """acc and the sums over 64 columns of a quantised matrix; columns from K on count as zeros."""
     k = start + tl.arange(0, 32)
     low = tl.load(x + m[:, None] * K + k[None], mask=real[:, None] & (k < K)[None], other=0.0)
@@ -84,7 +84,7 @@ def add_block(x, m, real, weights, scales, n, total, K, start, acc, FMT: tl.cons
     at = columns // 64 * total + n
     there = columns < K
     g = tl.arange(0, 32)
-    if FMT == 4:
+    if BITS == 4:
         both = tl.load(weights + at[:, None] * 32 + g[None], mask=there[:, None], other=0)
         first, second = halves(both)
     else:
@@ -100,13 +100,13 @@ def add_block(x, m, real, weights, scales, n, total, K, start, acc, FMT: tl.cons
 
 @triton.jit
 def matmul_kernel(
-    x, weights, scales, out, rows, outputs, K, cap, CAPPED: tl.constexpr, FMT: tl.constexpr, N: tl.constexpr,
+    x, weights, scales, out, rows, outputs, K, cap, CAPPED: tl.constexpr, BITS: tl.constexpr, N: tl.constexpr,
     BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """x [rows, K] times a matrix transposed; programs (16 rows, N outputs)."""
     row = tl.program_id(0) * _TILE
     n = tl.program_id(1) * N + tl.arange(0, N)
-    acc = strip(x, row, rows, weights, scales, n, outputs, K, FMT, N, BLOCK, STAGES)
+    acc = strip(x, row, rows, weights, scales, n, outputs, K, BITS, N, BLOCK, STAGES)
     if CAPPED:
         acc = capped(acc, cap)
     m = row + tl.arange(0, _TILE)
@@ -117,7 +117,7 @@ def matmul_kernel(
 @triton.jit
 def gate_kernel(
     x, chosen, weights, scales, out, rows, width, K, EXPERTS: tl.constexpr, ACTIVE: tl.constexpr, CHOICES: tl.constexpr,
-    FMT: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    BITS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """gelu(gate) * up of an expert that some row has chosen: out [experts, rows, width]; programs also by expert.
 
@@ -128,8 +128,8 @@ def gate_kernel(
         n = tl.program_id(1) * N + tl.arange(0, N)
         inside = tl.minimum(n, width - 1)
         first, total = expert * 2 * width, EXPERTS * 2 * width
-        gate = strip(x, row, rows, weights, scales, first + inside, total, K, FMT, N, BLOCK, STAGES)
-        up = strip(x, row, rows, weights, scales, first + width + inside, total, K, FMT, N, BLOCK, STAGES)
+        gate = strip(x, row, rows, weights, scales, first + inside, total, K, BITS, N, BLOCK, STAGES)
+        up = strip(x, row, rows, weights, scales, first + width + inside, total, K, BITS, N, BLOCK, STAGES)
         kind = out.dtype.element_ty
         value = gelu(gate.to(kind).to(tl.float32)).to(kind).to(tl.float32) * up.to(kind).to(tl.float32)
         m = row + tl.arange(0, _TILE)
@@ -140,7 +140,7 @@ def gate_kernel(
 @triton.jit
 def down_kernel(
     x, chosen, weights, scales, out, rows, width, K, EXPERTS: tl.constexpr, ACTIVE: tl.constexpr, CHOICES: tl.constexpr,
-    FMT: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    BITS: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """x [experts, rows, K] through each expert that some row has chosen: out [experts, rows, width]."""
     row, expert = tl.program_id(0) * _TILE, tl.program_id(2)
@@ -148,7 +148,7 @@ def down_kernel(
         n = tl.program_id(1) * N + tl.arange(0, N)
         mine = x + expert.to(tl.int64) * rows * K
         at = expert * width + tl.minimum(n, width - 1)
-        acc = strip(mine, row, rows, weights, scales, at, EXPERTS * width, K, FMT, N, BLOCK, STAGES)
+        acc = strip(mine, row, rows, weights, scales, at, EXPERTS * width, K, BITS, N, BLOCK, STAGES)
         m = row + tl.arange(0, _TILE)
         place = (expert.to(tl.int64) * rows + m)[:, None] * width + n[None]
         tl.store(out + place, acc.to(out.dtype.element_ty), mask=(m < rows)[:, None] & (n < width)[None])
@@ -175,51 +175,50 @@ def mix_kernel(parts, weights, chosen, out, rows, width, ACTIVE: tl.constexpr, B
     tl.store(out + row * width + n, acc.to(out.dtype.element_ty), mask=n < width)
 
 
-def format_of(values: Tensor) -> int:
-    return {torch.int8: Q8, torch.uint8: Q4}.get(values.dtype, PLAIN)
-
-
-def shape_of(outputs: int, fmt: int, x: torch.dtype) -> dict[str, int]:
+def shape_of(outputs: int, bits: int, x: torch.dtype) -> dict[str, int]:
     """Sizes of a program's work, by the matrix alone: narrow strips where there are few outputs."""
     n = 16 if outputs <= 2048 else 32 if outputs <= 8192 else 64
-    if fmt:
-        return {"N": max(32, n), "BLOCK": 256 if fmt == Q4 else 128, "STAGES": 4, "num_warps": 4, **FUSED}
+    if bits:
+        return {"N": max(32, n), "BLOCK": 1024 // bits, "STAGES": 4, "num_warps": 4, **FUSED}
     return {"N": n, "BLOCK": 8192 // n // (2 if x == torch.float32 else 1), "STAGES": 4, "num_warps": 4, **FUSED}
 
 
 def pairs(scales: Tensor | None) -> Tensor | None:
-    """Two scales in a word each, [K / 64, N], so that they can be fetched ahead."""
+    """Two scales in a word each, [K / 64, N], so that they can be loaded ahead."""
     return None if scales is None else scales.view(torch.int32)
 
 
-def matmul(x: Tensor, values: Tensor, scales: Tensor | None, outputs: int) -> Tensor:
-    out = torch.empty((len(x), outputs), dtype=x.dtype, device=x.device)
-    _launch(x, values, scales, out, 0.0)
-    return out
+def matmul(x: Tensor, values: Tensor, scales: Tensor | None, fmt: str) -> Tensor:
+    return _product(x, values, scales, fmt, x.dtype, 0.0)
 
 
-def scores(x: Tensor, values: Tensor, scales: Tensor | None, out: Tensor, cap: float) -> None:
-    _launch(x, values, scales, out, cap)
+def scores(x: Tensor, values: Tensor, scales: Tensor | None, fmt: str, cap: float) -> Tensor:
+    return _product(x, values, scales, fmt, torch.float32, cap)
 
 
-def gate_up(x: Tensor, values: Tensor, scales: Tensor | None, outputs: int) -> Tensor:
-    rows, width = len(x), outputs // 2
-    out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
-    fmt = format_of(values)
-    shape = shape_of(width, fmt, x.dtype)
-    gate_kernel[(triton.cdiv(rows, TILE), triton.cdiv(width, shape["N"]), 1)](
-        x.contiguous(), None, values, pairs(scales), out, rows, width, x.shape[1],
-        EXPERTS=1, ACTIVE=0, CHOICES=0, FMT=fmt, **shape,
-    )  # fmt: skip
-    return out
-
-
-def _launch(x: Tensor, values: Tensor, scales: Tensor | None, out: Tensor, cap: float) -> None:
-    fmt, outputs = format_of(values), out.shape[1]
-    shape = shape_of(outputs, fmt, x.dtype)
-    matmul_kernel[(triton.cdiv(len(x), TILE), triton.cdiv(outputs, shape["N"]))](
-        x.contiguous(), values, pairs(scales), out, len(x), outputs, x.shape[1], cap, CAPPED=cap > 0, FMT=fmt, **shape
+def _product(x: Tensor, values: Tensor, scales: Tensor | None, fmt: str, out: torch.dtype, cap: float) -> Tensor:
+    rows, outputs, bits = len(x), Matrix(values, scales, fmt).outputs, FORMATS[fmt].bits
+    result = torch.empty((rows, outputs), dtype=out, device=x.device)
+    shape = shape_of(outputs, bits, x.dtype)
+    matmul_kernel[(triton.cdiv(rows, TILE), triton.cdiv(outputs, shape["N"]))](
+        x.contiguous(),
+        values,
+        pairs(scales),
+        result,
+        rows,
+        outputs,
+        x.shape[1],
+        cap,
+        CAPPED=cap > 0,
+        BITS=bits,
+        **shape,
     )
+    return result
+
+
+def gate_up(x: Tensor, values: Tensor, scales: Tensor | None, fmt: str) -> Tensor:
+    out = _gate(x, None, values, scales, fmt, 1)
+    return out[0]
 
 
 def experts(
@@ -228,27 +227,40 @@ def experts(
     chosen: Tensor,
     gate_up: Tensor,
     gate_up_scales: Tensor | None,
+    gate_up_fmt: str,
     down: Tensor,
     down_scales: Tensor | None,
+    down_fmt: str,
     count: int,
 ) -> Tensor:
     rows, hidden = x.shape
-    fmt, active = format_of(gate_up), chosen.shape[1]
-    width = (gate_up.shape[1] if fmt else gate_up.shape[0]) // count // 2
-    choice = {"EXPERTS": count, "ACTIVE": active, "CHOICES": triton.next_power_of_2(active), "FMT": fmt}
-    tiles = triton.cdiv(rows, TILE)
-    activations = torch.empty((count, rows, width), dtype=x.dtype, device=x.device)
-    shape = shape_of(width, fmt, x.dtype)
-    gate_kernel[(tiles, triton.cdiv(width, shape["N"]), count)](
-        x.contiguous(), chosen, gate_up, pairs(gate_up_scales), activations, rows, width, hidden, **choice, **shape
-    )
+    activations = _gate(x, chosen, gate_up, gate_up_scales, gate_up_fmt, count)
     parts = torch.empty((count, rows, hidden), dtype=x.dtype, device=x.device)
-    shape = shape_of(hidden, fmt, x.dtype)
-    down_kernel[(tiles, triton.cdiv(hidden, shape["N"]), count)](
-        activations, chosen, down, pairs(down_scales), parts, rows, hidden, width, **choice, **shape
-    )
+    bits = FORMATS[down_fmt].bits
+    shape = shape_of(hidden, bits, x.dtype)
+    down_kernel[(triton.cdiv(rows, TILE), triton.cdiv(hidden, shape["N"]), count)](
+        activations, chosen, down, pairs(down_scales), parts, rows, hidden, activations.shape[2], BITS=bits,
+        **_choice(chosen, count), **shape,
+    )  # fmt: skip
     out = torch.empty_like(x)
     mix_kernel[(rows, triton.cdiv(hidden, 1024))](
-        parts, weights, chosen, out, rows, hidden, ACTIVE=active, BLOCK=1024, **FUSED
+        parts, weights, chosen, out, rows, hidden, ACTIVE=chosen.shape[1], BLOCK=1024, **FUSED
     )
     return out
+
+
+def _gate(x: Tensor, chosen: Tensor | None, values: Tensor, scales: Tensor | None, fmt: str, count: int) -> Tensor:
+    """gelu(gate) * up of `count` experts: [count, M, N]."""
+    rows, width, bits = len(x), Matrix(values, scales, fmt).outputs // count // 2, FORMATS[fmt].bits
+    out = torch.empty((count, rows, width), dtype=x.dtype, device=x.device)
+    shape = shape_of(width, bits, x.dtype)
+    gate_kernel[(triton.cdiv(rows, TILE), triton.cdiv(width, shape["N"]), count)](
+        x.contiguous(), chosen, values, pairs(scales), out, rows, width, x.shape[1], BITS=bits,
+        **_choice(chosen, count), **shape,
+    )  # fmt: skip
+    return out
+
+
+def _choice(chosen: Tensor | None, count: int) -> dict[str, int]:
+    active = 0 if chosen is None else chosen.shape[1]
+    return {"EXPERTS": count, "ACTIVE": active, "CHOICES": triton.next_power_of_2(active) if active else 0}

@@ -1,4 +1,4 @@
-"""Small work on single rows: norms, gates, the choice of experts. One program for each row, or for a part of it."""
+"""Operations on single rows: norms, gates, the choice of experts. One program for each row, or for a part of it."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ def norm_kernel(x, weight, out, size, eps, BLOCK: tl.constexpr):
 
 @triton.jit
 def join_kernel(
-    x, branch, branch_norm, next_norm, total, following, size, scale, eps, FOLLOWED: tl.constexpr, BLOCK: tl.constexpr
-):
+    x, branch, branch_norm, next_norm, scale, total, following, size, eps,
+    SCALED: tl.constexpr, FOLLOWED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = at < size
     kind = total.dtype.element_ty
@@ -36,7 +37,9 @@ def join_kernel(
     w = tl.load(branch_norm + at, mask=inside, other=0.0).to(tl.float32)
     value = normed(value, w, size, eps).to(kind).to(tl.float32)
     value = (tl.load(x + row * size + at, mask=inside, other=0.0).to(tl.float32) + value).to(kind).to(tl.float32)
-    value = (value * scale).to(kind)
+    if SCALED:
+        value = value * tl.load(scale).to(tl.float32)
+    value = value.to(kind)
     tl.store(total + row * size + at, value, mask=inside)
     if FOLLOWED:
         w = tl.load(next_norm + at, mask=inside, other=0.0).to(tl.float32)
@@ -84,13 +87,13 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def join(
-    x: Tensor, branch: Tensor, branch_norm: Tensor, next_norm: Tensor | None, scale: float, eps: float
+    x: Tensor, branch: Tensor, branch_norm: Tensor, next_norm: Tensor | None, scale: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     x, branch = x.contiguous(), branch.contiguous()
     total, following = torch.empty_like(x), torch.empty_like(x)
     join_kernel[(len(x),)](
-        x, branch, branch_norm, next_norm, total, following, x.shape[1], scale, eps,
-        FOLLOWED=next_norm is not None, **_whole_row(x.shape[1]),
+        x, branch, branch_norm, next_norm, scale, total, following, x.shape[1], eps,
+        SCALED=scale is not None, FOLLOWED=next_norm is not None, **_whole_row(x.shape[1]),
     )  # fmt: skip
     return total, following
 

@@ -1,8 +1,8 @@
-"""Draws from rows of logits: the tokens of `decode.sampler`, to the last bit of every number on the way.
+"""Samples from rows of logits: the tokens of `decode.sampler`, to the last bit of every intermediate number.
 
 So nothing may be fused or approximated: kernels here are compiled without contraction, and divide exactly. The noise of
-a token is a function of its number, so the vocabulary is drawn from in blocks side by side, and the best of the blocks'
-best wins. Where a top-k is wanted, candidates are ranked by keys that hold a logit and, of equals the lowest first, its
+a token is a function of its number, so blocks of the vocabulary are sampled in parallel, and the best of the blocks'
+best tokens wins. With a top-k, candidates are ranked by keys that hold a logit and, of equals the lowest first, its
 token's number.
 """
 
@@ -21,11 +21,7 @@ BLOCK = 1024  # tokens of a program
 
 _COLUMNS = tl.constexpr(device_sampler.COLUMNS)
 _TOP_K, _TOP_P = tl.constexpr(device_sampler.TOP_K), tl.constexpr(device_sampler.TOP_P)
-_GAP, _SEED, _STREAM = (
-    tl.constexpr(device_sampler.GAP),
-    tl.constexpr(device_sampler.SEED),
-    tl.constexpr(device_sampler.STREAM),
-)
+_GAP, _SEED = tl.constexpr(device_sampler.GAP), tl.constexpr(device_sampler.SEED)
 _LOG, _EXP = tl.constexpr(LOG_COEFFICIENTS), tl.constexpr(EXP_COEFFICIENTS)
 _LOWEST = tl.constexpr(-3e38)
 _UNIT = tl.constexpr(float(1 << 30))
@@ -77,11 +73,10 @@ def exp(x):
 @triton.jit
 def noise(words, position, ids):
     """Gumbel noise of tokens; see `decode.sampler.gumbel`."""
-    seed, stream = tl.load(words + _SEED).to(tl.uint32), tl.load(words + _STREAM).to(tl.uint32)
-    high = tl.load(words + _SEED + 1).to(tl.uint32)
+    seed, high = tl.load(words + _SEED).to(tl.uint32), tl.load(words + _SEED + 1).to(tl.uint32)
     counter = ((ids >> 6 << 4) + (ids & 15)).to(tl.uint32)
     zero = counter * 0
-    a, b, c, d = tl.philox_impl(counter, zero + position.to(tl.uint32), zero + stream, zero, zero + seed, zero + high)
+    a, b, c, d = tl.philox_impl(counter, zero + position.to(tl.uint32), zero, zero, zero + seed, zero + high)
     word = (ids >> 4) & 3
     bits = tl.where(word == 0, a, tl.where(word == 1, b, tl.where(word == 2, c, d)))
     u = ((bits >> 1).to(tl.int32).to(tl.float32) + 0.5) * 4.656612873077393e-10
@@ -95,7 +90,7 @@ def noise(words, position, ids):
 
 @triton.jit
 def depth_of(x, top, temperature):
-    """How far logits are from the best, in nats; of greedy draws at temperature 1."""
+    """How far logits are from the best, in nats; of greedy sampling at temperature 1."""
     return tl.div_rn(x - top, tl.where(temperature == 0.0, 1.0, temperature) + x * 0.0)
 
 
@@ -118,7 +113,7 @@ def score_kernel(
     logits, tops, settings, positions, scores, winners, weights, vocabulary, blocks, SIZE: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """The best token of each block, its score, and the weight of all that could be drawn; not for ranked rows."""
+    """The best token of each block, its score, and the weight of all that could be sampled; not for ranked rows."""
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     words = settings + row * _COLUMNS
     temperature = tl.load(words).to(tl.float32, bitcast=True)
@@ -145,8 +140,8 @@ def score_kernel(
 
 @triton.jit
 def finish_kernel(
-    logits, tops, settings, positions, scores, winners, weights, keys, tokens, sure, vocabulary, blocks, candidates,
-    RANKED: tl.constexpr, CANDIDATES: tl.constexpr, BLOCKS: tl.constexpr,
+    logits, tops, settings, positions, scores, winners, weights, keys, tokens, confidence, vocabulary, blocks,
+    candidates, RANKED: tl.constexpr, CANDIDATES: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """The token of each row, from its blocks or from its ranked candidates, and how likely it was."""
     row = tl.program_id(0).to(tl.int64)
@@ -157,7 +152,7 @@ def finish_kernel(
     top = tl.max(tl.load(tops + row * blocks + b, mask=b < blocks, other=_LOWEST), 0)
     if position < 0:
         tl.store(tokens + row, 0)
-        tl.store(sure + row, 0.0)
+        tl.store(confidence + row, 0.0)
     elif (temperature == 0.0) | (top_k == 0):
         bests = tl.load(scores + row * blocks + b, mask=b < blocks, other=float("-inf"))
         winner = tl.load(winners + row * blocks + b, mask=b < blocks, other=0x7FFFFFFF)
@@ -166,7 +161,7 @@ def finish_kernel(
         its_depth = depth_of(cleaned(tl.load(logits + row * vocabulary + token + b * 0)), top, temperature)
         mine = tl.max((exp(its_depth) * _UNIT).to(tl.int64), 0)
         tl.store(tokens + row, token.to(tl.int64))
-        tl.store(sure + row, mine.to(tl.float32) / all_weights.to(tl.float32))
+        tl.store(confidence + row, mine.to(tl.float32) / all_weights.to(tl.float32))
     elif RANKED:
         i = tl.arange(0, CANDIDATES)
         listed = (i < candidates) & (i < top_k)
@@ -185,10 +180,10 @@ def finish_kernel(
         token = tl.min(tl.where(could & (score == tl.max(score, 0)), ids, 0x7FFFFFFF), 0)
         mine = tl.sum(tl.where(could & (ids == token), weight, 0), 0)
         tl.store(tokens + row, token.to(tl.int64))
-        tl.store(sure + row, mine.to(tl.float32) / tl.sum(tl.where(could, weight, 0), 0).to(tl.float32))
+        tl.store(confidence + row, mine.to(tl.float32) / tl.sum(tl.where(could, weight, 0), 0).to(tl.float32))
 
 
-def draw(logits: Tensor, settings: Tensor, positions: Tensor, ranked: bool) -> tuple[Tensor, Tensor]:
+def sample(logits: Tensor, settings: Tensor, positions: Tensor, ranked: bool) -> tuple[Tensor, Tensor]:
     rows, vocabulary = logits.shape
     blocks, candidates = triton.cdiv(vocabulary, BLOCK), min(device_sampler.MOST_RANKED, vocabulary)
     settings, positions = settings.contiguous(), positions.contiguous()
@@ -200,7 +195,7 @@ def draw(logits: Tensor, settings: Tensor, positions: Tensor, ranked: bool) -> t
     keys = empty(rows, vocabulary if ranked else 0, dtype=torch.int64)
     scores, winners = empty(rows, blocks, dtype=torch.float32), empty(rows, blocks, dtype=torch.int32)
     weights = empty(rows, blocks, dtype=torch.int64)
-    tokens, sure = empty(rows, dtype=torch.int64), empty(rows, dtype=torch.float32)
+    tokens, confidence = empty(rows, dtype=torch.int64), empty(rows, dtype=torch.float32)
     top_kernel[(rows, blocks)](logits, tops, keys, vocabulary, RANKED=ranked, SIZE=BLOCK, **ROUNDED)
     padded = triton.next_power_of_2(blocks)
     score_kernel[(rows, blocks)](
@@ -209,7 +204,7 @@ def draw(logits: Tensor, settings: Tensor, positions: Tensor, ranked: bool) -> t
     )  # fmt: skip
     best = keys.topk(candidates, dim=-1).values if ranked else keys
     finish_kernel[(rows,)](
-        logits, tops, settings, positions, scores, winners, weights, best, tokens, sure, vocabulary, blocks, candidates,
-        RANKED=ranked, CANDIDATES=triton.next_power_of_2(candidates), BLOCKS=padded, **ROUNDED,
+        logits, tops, settings, positions, scores, winners, weights, best, tokens, confidence, vocabulary, blocks,
+        candidates, RANKED=ranked, CANDIDATES=triton.next_power_of_2(candidates), BLOCKS=padded, **ROUNDED,
     )  # fmt: skip
-    return tokens, sure
+    return tokens, confidence
