@@ -35,7 +35,8 @@ Element element_of(const nb::dlpack::dtype& type) {
 
 void check_cols(int64_t got, int64_t want) {
   if (got != want)
-    throw std::invalid_argument("rows of " + std::to_string(got) + " columns where " + std::to_string(want) + " belong");
+    throw std::invalid_argument("rows of " + std::to_string(got) + " columns where " + std::to_string(want) +
+                                " belong");
 }
 
 // An array that frees `data` (from new[]) when Python drops it.
@@ -66,9 +67,7 @@ void matmul(const Matrix& matrix, const Array<float, 2>& x, nb::ndarray<float, n
   nb::gil_scoped_release release;
   ThreadPool(threads).run([&](const Worker& w) {
     const int64_t cols = matrix.view().cols;
-    w.for_share(rows, [&](int64_t r) {
-      kernels.pack_activations(act, r, x.data() + r * cols, cols, 0, act.groups());
-    });
+    w.for_share(rows, [&](int64_t r) { kernels.pack_activations(act, r, x.data() + r * cols, cols, 0, act.groups()); });
     w.barrier();
     w.parallel_for(matrix.view().units(), 1, [&](int64_t begin, int64_t end) {
       kernels.matmul(matrix.view(), act, rows, begin, end, out.data(), ld);
@@ -241,80 +240,106 @@ NB_MODULE(_cpu, module) {
              "Check value of a multiple of 512 bytes, read at the speed of memory.");
 
   nb::class_<Matrix>(module, "Matrix", "A packed weight matrix.")
-      .def("__init__", [](Matrix* self, const std::string& format, int64_t rows, int64_t cols) {
-        new (self) Matrix(format_from(format), rows, cols);
-      }, "format"_a, "rows"_a, "cols"_a)
-      .def("pack", [](Matrix& self, const AnyRows& source, int64_t first) {
-        check_cols(int64_t(source.shape(1)), self.view().cols);
-        const Element type = element_of(source.dtype());
-        nb::gil_scoped_release release;
-        self.pack(type, source.data(), first, int64_t(source.shape(0)));
-      }, "source"_a, "first"_a = 0, "Pack rows [count, cols] of a checkpoint tensor from matrix row `first` on.")
-      .def_static("mapped", [](const std::string& format, int64_t rows, int64_t cols, const Array<uint8_t, 1>& packed) {
-        return std::make_shared<Matrix>(format_from(format), rows, cols, packed.data(), packed.size());
-      }, "format"_a, "rows"_a, "cols"_a, "packed"_a, nb::keep_alive<0, 4>(), "A matrix over packed bytes, in place.")
+      .def(
+          "__init__",
+          [](Matrix* self, const std::string& format, int64_t rows, int64_t cols) {
+            new (self) Matrix(format_from(format), rows, cols);
+          },
+          "format"_a, "rows"_a, "cols"_a)
+      .def(
+          "pack",
+          [](Matrix& self, const AnyRows& source, int64_t first) {
+            check_cols(int64_t(source.shape(1)), self.view().cols);
+            const Element type = element_of(source.dtype());
+            nb::gil_scoped_release release;
+            self.pack(type, source.data(), first, int64_t(source.shape(0)));
+          },
+          "source"_a, "first"_a = 0, "Pack rows [count, cols] of a checkpoint tensor from matrix row `first` on.")
+      .def_static(
+          "mapped",
+          [](const std::string& format, int64_t rows, int64_t cols, const Array<uint8_t, 1>& packed) {
+            return std::make_shared<Matrix>(format_from(format), rows, cols, packed.data(), packed.size());
+          },
+          "format"_a, "rows"_a, "cols"_a, "packed"_a, nb::keep_alive<0, 4>(), "A matrix over packed bytes, in place.")
       .def("fill_random", &Matrix::fill_random, "seed"_a, nb::call_guard<nb::gil_scoped_release>(),
            "Fill with plausible values without meaning, for measurements.")
       .def("row", &row_of, "index"_a, "One row, unpacked to float32 [cols].")
       .def_prop_ro("shape", [](const Matrix& self) { return nb::make_tuple(self.view().rows, self.view().cols); })
       .def_prop_ro("format", [](const Matrix& self) { return traits(self.view().format).name; })
       .def_prop_ro("nbytes", &Matrix::bytes)
-      .def("packed", [](const Matrix& self) {
-        return Numpy<const uint8_t, 1>(self.view().data, {self.bytes()});
-      }, nb::rv_policy::reference_internal, "The packed bytes, in place.");
+      .def(
+          "packed", [](const Matrix& self) { return Numpy<const uint8_t, 1>(self.view().data, {self.bytes()}); },
+          nb::rv_policy::reference_internal, "The packed bytes, in place.");
 
   module.def("sample", &sample, "logits"_a, "params"_a, "position"_a, "isa"_a = "",
              "The token sampled from logits [vocab] at an absolute position.");
 
   nb::class_<Snapshot>(module, "Snapshot", "The rows of a slot, copied out of a cache.")
       .def_prop_ro("nbytes", [](const Snapshot& s) { return s.rows.rows.bytes(); })
-      .def_prop_ro("length", [](const Snapshot& s) { return s.rows.length; }, "Positions it holds.")
+      .def_prop_ro(
+          "length", [](const Snapshot& s) { return s.rows.length; }, "Positions it holds.")
       .def_ro("shortest", &Snapshot::shortest, "The shortest length it can be cut back to.");
 
   nb::class_<Decoder>(module, "Decoder", "A loaded pair and its KV cache.")
-      .def("__init__", [](Decoder* self, nb::handle target_config, const nb::dict& target, nb::handle drafter_config,
-                          const nb::dict& drafter, const std::string& isa, int threads, int64_t slots, int64_t context,
-                          int64_t max_rows, bool bf16_cache) {
-        auto model = std::make_shared<Target>(config_of(target_config), weights_of(target), select_kernels(isa), threads,
-                                              slots, context, max_rows, bf16_cache);
-        std::unique_ptr<Drafter> pair;
-        if (!drafter_config.is_none())
-          pair = std::make_unique<Drafter>(config_of(drafter_config), weights_of(drafter), model);
-        new (self) Decoder(std::move(model), std::move(pair));
-      }, "target_config"_a, "target"_a, "drafter_config"_a.none(), "drafter"_a, nb::kw_only(), "isa"_a, "threads"_a,
-         "slots"_a, "context"_a, "max_rows"_a, "bf16_cache"_a,
-         "Configs are paceline.config's, weights are tensors by name: see paceline.backends.cpu.weights.")
+      .def(
+          "__init__",
+          [](Decoder* self, nb::handle target_config, const nb::dict& target, nb::handle drafter_config,
+             const nb::dict& drafter, const std::string& isa, int threads, int64_t slots, int64_t context,
+             int64_t max_rows, bool bf16_cache) {
+            auto model = std::make_shared<Target>(config_of(target_config), weights_of(target), select_kernels(isa),
+                                                  threads, slots, context, max_rows, bf16_cache);
+            std::unique_ptr<Drafter> pair;
+            if (!drafter_config.is_none())
+              pair = std::make_unique<Drafter>(config_of(drafter_config), weights_of(drafter), model);
+            new (self) Decoder(std::move(model), std::move(pair));
+          },
+          "target_config"_a, "target"_a, "drafter_config"_a.none(), "drafter"_a, nb::kw_only(), "isa"_a, "threads"_a,
+          "slots"_a, "context"_a, "max_rows"_a, "bf16_cache"_a,
+          "Configs are paceline.config's, weights are tensors by name: see paceline.backends.cpu.weights.")
       .def("run", &run, "works"_a, "One step: see paceline.backends.base.Backend.run.")
       .def("length", &Decoder::length, "slot"_a)
       .def("truncate", &Decoder::truncate, "slot"_a, "length"_a, nb::call_guard<nb::gil_scoped_release>())
       .def("clear", &Decoder::clear, "slot"_a, nb::call_guard<nb::gil_scoped_release>())
-      .def("save", [](Decoder& decoder, int64_t slot) {
-        const nb::gil_scoped_release release;
-        KvCache::Snapshot rows = decoder.save(slot);
-        const int64_t shortest = decoder.target().cache().shortest(rows);
-        return Snapshot{std::move(rows), shortest};
-      }, "slot"_a, "Copy a slot's rows out.")
-      .def("restore", [](Decoder& decoder, int64_t slot, const Snapshot& snapshot) {
-        const nb::gil_scoped_release release;
-        decoder.restore(slot, snapshot.rows);
-      }, "slot"_a, "snapshot"_a, "Copy rows into an empty slot.")
-      .def_prop_rw("threads", [](const Decoder& d) { return d.target().threads(); }, &Decoder::set_threads)
+      .def(
+          "save",
+          [](Decoder& decoder, int64_t slot) {
+            const nb::gil_scoped_release release;
+            KvCache::Snapshot rows = decoder.save(slot);
+            const int64_t shortest = decoder.target().cache().shortest(rows);
+            return Snapshot{std::move(rows), shortest};
+          },
+          "slot"_a, "Copy a slot's rows out.")
+      .def(
+          "restore",
+          [](Decoder& decoder, int64_t slot, const Snapshot& snapshot) {
+            const nb::gil_scoped_release release;
+            decoder.restore(slot, snapshot.rows);
+          },
+          "slot"_a, "snapshot"_a, "Copy rows into an empty slot.")
+      .def_prop_rw(
+          "threads", [](const Decoder& d) { return d.target().threads(); }, &Decoder::set_threads)
       .def_prop_ro("isa", [](const Decoder& d) { return d.target().kernels().name; })
       .def_prop_ro("cache_bytes", [](const Decoder& d) { return d.target().cache().bytes(); })
-      .def("hidden", [](const Decoder& decoder, int64_t slot) {
-        const size_t size = size_t(decoder.target().weights().config.hidden);
-        auto out = std::make_unique<float[]>(size);
-        std::copy_n(decoder.hidden(slot), size, out.get());
-        return owned<float, 1>(out.release(), {size});
-      }, "slot"_a, "The target's state [hidden] at the slot's last accepted row.")
-      .def("last_draft_step", [](const Decoder& decoder, int64_t row) {
-        const Drafter* drafter = decoder.drafter();
-        if (!drafter) throw std::invalid_argument("no drafter is loaded");
-        auto logits = std::make_unique<float[]>(size_t(drafter->vocab()));
-        auto hidden = std::make_unique<float[]>(size_t(drafter->backbone()));
-        drafter->last_logits(row, logits.get());
-        std::copy_n(drafter->last_hidden(row), drafter->backbone(), hidden.get());
-        return nb::make_tuple(owned<float, 1>(logits.release(), {size_t(drafter->vocab())}),
-                              owned<float, 1>(hidden.release(), {size_t(drafter->backbone())}));
-      }, "row"_a, "Logits [vocab] (-3e38 where the head did not look) and next hidden state of the last draft step.");
+      .def(
+          "hidden",
+          [](const Decoder& decoder, int64_t slot) {
+            const size_t size = size_t(decoder.target().weights().config.hidden);
+            auto out = std::make_unique<float[]>(size);
+            std::copy_n(decoder.hidden(slot), size, out.get());
+            return owned<float, 1>(out.release(), {size});
+          },
+          "slot"_a, "The target's state [hidden] at the slot's last accepted row.")
+      .def(
+          "last_draft_step",
+          [](const Decoder& decoder, int64_t row) {
+            const Drafter* drafter = decoder.drafter();
+            if (!drafter) throw std::invalid_argument("no drafter is loaded");
+            auto logits = std::make_unique<float[]>(size_t(drafter->vocab()));
+            auto hidden = std::make_unique<float[]>(size_t(drafter->backbone()));
+            drafter->last_logits(row, logits.get());
+            std::copy_n(drafter->last_hidden(row), drafter->backbone(), hidden.get());
+            return nb::make_tuple(owned<float, 1>(logits.release(), {size_t(drafter->vocab())}),
+                                  owned<float, 1>(hidden.release(), {size_t(drafter->backbone())}));
+          },
+          "row"_a, "Logits [vocab] (-3e38 where the head did not look) and next hidden state of the last draft step.");
 }

@@ -68,8 +68,7 @@ struct Packed {
   MatrixView view;
   Memory memory;
 
-  Packed(Format format, int64_t rows, int64_t cols)
-      : view(format, rows, cols), memory(view.bytes()) {
+  Packed(Format format, int64_t rows, int64_t cols) : view(format, rows, cols), memory(view.bytes()) {
     std::memset(memory.get(), 0, size_t(view.bytes()));
     view.data = memory.get();
   }
@@ -118,8 +117,7 @@ struct Activations {
   // For products with the matrix.
   Activations(const MatrixView& matrix, int64_t rows)
       : view{traits(matrix.format).act, lanes_for(rows), matrix.padded_cols, nullptr, nullptr, nullptr},
-        data(tiles(rows) * view.tile_bytes()),
-        scale(tiles(rows) * view.tile_groups() * 4),
+        data(tiles(rows) * view.tile_bytes()), scale(tiles(rows) * view.tile_groups() * 4),
         start(tiles(rows) * view.tile_groups() * 4) {
     view.data = data.get();
     view.scale = reinterpret_cast<float*>(scale.get());
@@ -130,7 +128,8 @@ struct Activations {
 
 Floats times(const Kernels& kernels, const MatrixView& matrix, const float* x, int64_t rows) {
   const Activations act(matrix, rows);
-  for (int64_t r = 0; r < rows; ++r) kernels.pack_activations(act.view, r, x + r * matrix.cols, matrix.cols, 0, act.view.groups());
+  for (int64_t r = 0; r < rows; ++r)
+    kernels.pack_activations(act.view, r, x + r * matrix.cols, matrix.cols, 0, act.view.groups());
   Floats out(size_t(rows * matrix.padded_rows()), kNaN);
   for (int64_t unit = 0; unit < matrix.units(); ++unit)
     kernels.matmul(matrix, act.view, rows, unit, unit + 1, out.data(), matrix.padded_rows());
@@ -222,12 +221,9 @@ void test_misfits(const Kernels& kernels) {
         const std::string what = std::string(kFormats[f].name) + " with activations for " + kFormats[other].name;
         const auto check_call = [&](const auto& call) { check(refused(call) == !fits, kernels.name, what); };
         check_call([&] { kernels.matmul(matrix.view, given.view, rows, 0, 1, y.data(), inner); });
-        check_call([&] {
-          kernels.gated(matrix.view, given.view, {nullptr, {}, y.data(), inner}, rows, 0, 1, out.view);
-        });
-        check_call([&] {
-          kernels.gated(matrix.view, act.view, {&matrix.view, given.view}, rows, 0, 1, out.view);
-        });
+        check_call(
+            [&] { kernels.gated(matrix.view, given.view, {nullptr, {}, y.data(), inner}, rows, 0, 1, out.view); });
+        check_call([&] { kernels.gated(matrix.view, act.view, {&matrix.view, given.view}, rows, 0, 1, out.view); });
       }
 }
 
@@ -254,7 +250,8 @@ void test_gated(const Kernels& kernels, Format format, int64_t inner, int64_t co
   const Floats x = random.floats(rows * cols, 0.1f);
   const Floats a = times(kernels, gate.view, x.data(), rows), b = times(kernels, up.view, x.data(), rows);
   const Activations act(gate.view, rows);
-  for (int64_t r = 0; r < rows; ++r) kernels.pack_activations(act.view, r, &x[size_t(r * cols)], cols, 0, act.view.groups());
+  for (int64_t r = 0; r < rows; ++r)
+    kernels.pack_activations(act.view, r, &x[size_t(r * cols)], cols, 0, act.view.groups());
   const Activations up_act(up.view, rows);
   for (int64_t r = 0; r < rows; ++r)
     kernels.pack_activations(up_act.view, r, &x[size_t(r * cols)], cols, 0, up_act.view.groups());

@@ -47,8 +47,8 @@ struct ActFormat {
 
 // How the columns of one block are stored for one of a panel's rows (`lane`).
 struct BlockCodec {
-  void (*pack)(const float* x, int lane, uint8_t* block);          // x [block_cols]
-  void (*unpack)(const uint8_t* block, int lane, float* out);      // out [block_cols]
+  void (*pack)(const float* x, int lane, uint8_t* block);            // x [block_cols]
+  void (*unpack)(const uint8_t* block, int lane, float* out);        // out [block_cols]
   void (*randomise)(uint8_t* block, float spread, uint64_t& state);  // all rows: about `spread` in size
 };
 
@@ -66,7 +66,8 @@ struct FormatTraits {
 constexpr int64_t kScaleBytes = 2 * kPanel * 2;
 constexpr int64_t quantised_block_bytes(int bits) { return kScaleBytes + 2 * kGroup * kPanel * bits / 8; }
 
-inline constexpr FormatTraits kFormats[] = {  // in the order of Format
+// In the order of Format.
+inline constexpr FormatTraits kFormats[] = {
     {"f32", 32, 32 * kPanel * 4, {ActFormat::Kind::f32}, &f32_codec},
     {"bf16", 32, 32 * kPanel * 2, {ActFormat::Kind::bf16}, &bf16_codec},
     {"q8", 2 * kGroup, quantised_block_bytes(8), {ActFormat::Kind::int8, 128}, &q8_codec},
@@ -132,7 +133,7 @@ struct ActView {
 
 // Throws std::invalid_argument unless these activations are packed for this matrix.
 inline void check_fits(const MatrixView& w, const ActView& act) {
-  if (!act.fits(w)) [[unlikely]] throw_misfit(w, act);
+  if (!act.fits(w)) throw_misfit(w, act);
 }
 
 // Lanes of a tile for that many rows: the next power of two, at most kTile.

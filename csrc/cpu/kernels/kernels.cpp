@@ -16,8 +16,19 @@ paceline::Sampled sample(const paceline::Logits&, const paceline::SamplingParams
 namespace PACELINE_NAMESPACE {
 
 extern const paceline::Kernels table;
-const paceline::Kernels table = {PACELINE_STRING(PACELINE_NAMESPACE), pack_activations, matmul, gated, rms_norm,
-                                 add_scaled, axpy, rope, append, attend, softcap, arg_max, checksum,
+const paceline::Kernels table = {PACELINE_STRING(PACELINE_NAMESPACE),
+                                 pack_activations,
+                                 matmul,
+                                 gated,
+                                 rms_norm,
+                                 add_scaled,
+                                 axpy,
+                                 rope,
+                                 append,
+                                 attend,
+                                 softcap,
+                                 arg_max,
+                                 checksum,
                                  PACELINE_SAMPLER::sample};
 
 }  // namespace PACELINE_NAMESPACE

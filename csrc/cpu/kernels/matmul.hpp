@@ -22,7 +22,7 @@ constexpr auto kPanelKernels = []<int... F>(std::integer_sequence<int, F...>) {
   return std::array<PanelKernel, sizeof...(F)>{panel_tile<Format(F)>...};
 }(std::make_integer_sequence<int, paceline::kFormatCount>());
 
-inline int tile_rows(int64_t rows, int64_t tile) { return int(rows - tile * kTile < kTile ? rows - tile * kTile : kTile); }
+inline int tile_rows(int64_t rows, int64_t tile) { return int(std::min<int64_t>(rows - tile * kTile, kTile)); }
 
 void matmul(const MatrixView& w, const ActView& act, int64_t rows, int64_t begin, int64_t end, float* out, int64_t ld) {
   paceline::check_fits(w, act);
@@ -82,8 +82,8 @@ void pack_activations(const ActView& act, int64_t row, const float* x, int64_t n
   }
 }
 
-void gated(const MatrixView& gate, const ActView& act, const GateFactor& factor, int64_t rows, int64_t begin, int64_t end,
-           const ActView& out) {
+void gated(const MatrixView& gate, const ActView& act, const GateFactor& factor, int64_t rows, int64_t begin,
+           int64_t end, const ActView& out) {
   static_assert(paceline::kUnit == kGroup);  // a unit's outputs are one group of the next matrix's columns
   paceline::check_fits(gate, act);
   if (factor.up) paceline::check_fits(*factor.up, factor.up_act);

@@ -25,14 +25,20 @@ inline f32x16 dot_lane(f32x16 acc, u32x16 w, const uint8_t* a) { return dot2(acc
 // rows as unsigned bytes q + offset.
 template <Format F> struct Operands;
 
-template <> struct Operands<Format::f32> { using Load = f32x16; };
-template <> struct Operands<Format::bf16> { using Load = u32x16; };
+template <> struct Operands<Format::f32> {
+  using Load = f32x16;
+};
+template <> struct Operands<Format::bf16> {
+  using Load = u32x16;
+};
 
 template <> struct Operands<Format::q8> {
   static constexpr Operand kKind = Operand::bytes;
   static constexpr int kCount = 1;  // of a load
   template <class Use>
-  static void each(u8x64 w, Use use) { use(w); }
+  static void each(u8x64 w, Use use) {
+    use(w);
+  }
 };
 
 template <> struct Operands<Format::q4> {

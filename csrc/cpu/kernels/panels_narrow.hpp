@@ -91,9 +91,10 @@ void panel_tile(const uint8_t* panel, const ActView& act, int rows, f32x16* out)
   RowSums sums[kTile];
   for (int m = 0; m < rows; ++m) sums[m] = {splat(0.0f), splat(0.0f)};
   for (int64_t k = 0; k < act.padded_cols; k += stretch, panel += kStretchBytes<F>) {
-    const int64_t lane = k / traits(F).act.lane_columns() * act.lanes, group = kIntegers<F> ? k / kGroup * act.lanes : 0;
-    Stretch s = {panel, act.data + 4 * lane, act.scale + group, act.start + group, act.lanes,
-                 std::min(act.padded_cols - k, stretch), true};
+    const int64_t lane = k / traits(F).act.lane_columns() * act.lanes;
+    const int64_t group = kIntegers<F> ? k / kGroup * act.lanes : 0;
+    const int64_t columns = std::min(act.padded_cols - k, stretch);
+    Stretch s{panel, act.data + 4 * lane, act.scale + group, act.start + group, act.lanes, columns, true};
     for (int first = 0; first < rows; first += most, s.next_rows(most))
       with_count<most>(std::min(rows - first, most), [&]<int M>() {
         if constexpr (kIntegers<F>) stretch_integers<F, M>(s, sums + first);

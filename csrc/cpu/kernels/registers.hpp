@@ -64,14 +64,14 @@ inline auto map(F f, V... v) {
   }
 }
 
-#define PACELINE_OPERATOR(op)                                                        \
-  template <class V, int N>                                                          \
-  inline Parts<V, N> operator op(Parts<V, N> a, Parts<V, N> b) {                     \
-    return map([](V x, V y) { return x op y; }, a, b);                               \
-  }                                                                                  \
-  template <class V, int N>                                                          \
-  inline Parts<V, N> operator op(Parts<V, N> a, Element<V> b) {                      \
-    return map([b](V x) { return x op b; }, a);                                      \
+#define PACELINE_OPERATOR(op)                                    \
+  template <class V, int N>                                      \
+  inline Parts<V, N> operator op(Parts<V, N> a, Parts<V, N> b) { \
+    return map([](V x, V y) { return x op y; }, a, b);           \
+  }                                                              \
+  template <class V, int N>                                      \
+  inline Parts<V, N> operator op(Parts<V, N> a, Element<V> b) {  \
+    return map([b](V x) { return x op b; }, a);                  \
   }
 PACELINE_OPERATOR(+)
 PACELINE_OPERATOR(-)
@@ -133,7 +133,9 @@ inline To convert(V v) {
 }
 
 // a * b + c. Contracted to one fused operation where the instruction set has it, always or never within one file.
-inline f32x16 fma(f32x16 a, f32x16 b, f32x16 c) { return map([](f32 x, f32 y, f32 z) { return x * y + z; }, a, b, c); }
+inline f32x16 fma(f32x16 a, f32x16 b, f32x16 c) {
+  return map([](f32 x, f32 y, f32 z) { return x * y + z; }, a, b, c);
+}
 
 // x where a > b, else y.
 inline f32x16 where_greater(f32x16 a, f32x16 b, f32x16 x, f32x16 y) {
@@ -142,16 +144,19 @@ inline f32x16 where_greater(f32x16 a, f32x16 b, f32x16 x, f32x16 y) {
 
 inline f32x16 max(f32x16 a, f32x16 b) { return where_greater(a, b, a, b); }
 
-// v, opaque to the compiler: not to be read from memory again, or computed in general registers, for each use.
+// r, opaque to the compiler: not to be read from memory again, or computed in general registers, for each use.
+template <class R>
+inline R pinned(R r) {
+#if __x86_64__
+  asm("" : "+x"(r));
+#elif __aarch64__
+  asm("" : "+w"(r));
+#endif
+  return r;
+}
 template <class V>
 inline V in_register(V v) {
-#if __x86_64__
-  return map([](Register<V> r) { asm("" : "+x"(r)); return r; }, v);
-#elif __aarch64__
-  return map([](Register<V> r) { asm("" : "+w"(r)); return r; }, v);
-#else
-  return v;
-#endif
+  return map([](Register<V> r) { return pinned(r); }, v);
 }
 
 // The four bytes at `a` in every lane.

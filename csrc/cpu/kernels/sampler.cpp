@@ -17,13 +17,13 @@
 namespace PACELINE_NAMESPACE {
 namespace {
 
-using paceline::SamplingParams;
-using paceline::Sampled;
 using paceline::Logits;
+using paceline::Sampled;
+using paceline::SamplingParams;
 
-constexpr float kLowest = -3e38f;   // stands for NaN and minus infinity too; -kLowest stands for infinity
-constexpr float kUnit = 1073741824; // 2^30, weight of the most likely token
-constexpr float kDeepest = 21.0f;   // e^-21 is less than one unit
+constexpr float kLowest = -3e38f;    // stands for NaN and minus infinity too; -kLowest stands for infinity
+constexpr float kUnit = 1073741824;  // 2^30, weight of the most likely token
+constexpr float kDeepest = 21.0f;    // e^-21 is less than one unit
 
 // Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): sixteen counters
 // (counter, position, 0, 0) under the key `seed`, to four words each.
@@ -171,7 +171,7 @@ class Row {
 
   // The last entry of the smallest prefix of the ranking that holds top-p of the weight, over the whole row.
   Entry nucleus_end() const {
-    constexpr int kBins = 64 * int(kDeepest) + 64;  // of 1/64 nat
+    constexpr int kBins = 64 * int(kDeepest) + 64;            // of 1/64 nat
     std::vector<int64_t> part(4 * kBins, 0), mass(kBins, 0);  // in parts: neighbours often fall into one bin
     const auto bin_of = [&](f32x16 x) {
       const f32x16 bin = (splat(0.0f) - depth(x)) * splat(64.0f), last = splat(float(kBins - 1));
@@ -287,7 +287,8 @@ Entry sample_list(const Row& row, const std::vector<Entry>& list, const Sampling
     float x[16];
     uint32_t id[16];
     const size_t count = std::min<size_t>(16, list.size() - at);
-    for (size_t j = 0; j < 16; ++j) x[j] = list[at + std::min(j, count - 1)].x, id[j] = uint32_t(list[at + std::min(j, count - 1)].id);
+    for (size_t j = 0; j < 16; ++j)
+      x[j] = list[at + std::min(j, count - 1)].x, id[j] = uint32_t(list[at + std::min(j, count - 1)].id);
     const u32x16 ids = load<u32x16>(id);
     u32x16 word[4];
     philox(((ids >> 6) << 4) + (ids & 15), params, position, word);
@@ -304,7 +305,8 @@ Entry sample_list(const Row& row, const std::vector<Entry>& list, const Sampling
 
 // The same over a whole row. Most stretches cannot hold the best, or would need more noise than is there: of noise
 // g <= -log(u), one that lifts a logit from `depth` above `best` has u <= e^(depth - best).
-Entry sample_row(const Row& row, const Logits& logits, const Entry& last, const SamplingParams& params, uint32_t position) {
+Entry sample_row(const Row& row, const Logits& logits, const Entry& last, const SamplingParams& params,
+                 uint32_t position) {
   Best best;
   const f32x16 none = splat(kNothing);
   for (int64_t i = 0; i < logits.n; i += 64) {

@@ -9,6 +9,7 @@
 #endif
 
 // The sets compiled in, best first: set(name, whether this processor can run it).
+// clang-format off
 #if __x86_64__
 #define PACELINE_SETS(set)                                                                               \
   set(avx512, has("avx512f") && has("avx512bw") && has("avx512vl") && has("avx512dq") &&                 \
@@ -24,7 +25,10 @@
 #define PACELINE_SETS(set) set(generic, true)
 #endif
 
-#define PACELINE_DECLARE(set, usable) namespace set { extern const paceline::Kernels table; }
+// clang-format on
+
+#define PACELINE_DECLARE(set, usable) \
+  namespace set { extern const paceline::Kernels table; }
 PACELINE_SETS(PACELINE_DECLARE)
 
 namespace paceline {

@@ -108,9 +108,8 @@ void Drafter::enter(const Worker& w, const std::vector<Sampled>& newest, int64_t
   const ActView act = runner_.pack_activations(w, inputs_, *weights_.pre_projection, rows, both, 2 * backbone);
   runner_.project(w, *weights_.pre_projection, act, rows, x_.floats(), round_up(width, kPanel));
   w.barrier();
-  runner_.for_owned_rows(w, rows, [&](int64_t r) {
-    std::copy_n(x_.floats() + r * round_up(width, kPanel), width, runner_.x(w, r));
-  });
+  runner_.for_owned_rows(
+      w, rows, [&](int64_t r) { std::copy_n(x_.floats() + r * round_up(width, kPanel), width, runner_.x(w, r)); });
 }
 
 // Final norm, the hidden state of the next step, and the token sampled from the head. Ends with a barrier.
@@ -127,7 +126,8 @@ void Drafter::choose(const Worker& w, const std::vector<DraftRequest>& requests,
   w.for_share(rows, [&](int64_t r) {
     const std::vector<int32_t>& ids = ids_[size_t(r)];
     const int64_t n = weights_.centroids ? int64_t(ids.size()) : weights_.config.vocab;
-    sampled[size_t(r)] = sample({logits_.floats() + r * ld, ids.empty() ? nullptr : ids.data(), n}, requests[size_t(r)], step);
+    sampled[size_t(r)] =
+        sample({logits_.floats() + r * ld, ids.empty() ? nullptr : ids.data(), n}, requests[size_t(r)], step);
   });
   w.barrier();
 }
@@ -168,9 +168,8 @@ void Drafter::centroid_head(const Worker& w, int64_t rows) {
     std::vector<int64_t>& chosen = clusters_[size_t(r)];
     chosen.resize(size_t(centroids.rows));
     std::iota(chosen.begin(), chosen.end(), int64_t(0));
-    std::nth_element(chosen.begin(), chosen.begin() + top_k - 1, chosen.end(), [&](int64_t a, int64_t b) {
-      return score[a] != score[b] ? score[a] > score[b] : a < b;
-    });
+    std::nth_element(chosen.begin(), chosen.begin() + top_k - 1, chosen.end(),
+                     [&](int64_t a, int64_t b) { return score[a] != score[b] ? score[a] > score[b] : a < b; });
     chosen.resize(size_t(top_k));
     std::sort(chosen.begin(), chosen.end());
     kernels.pack_activations(single, r, runner_.temporary(w, r), weights_.config.hidden, 0, single.groups());
@@ -191,7 +190,8 @@ void Drafter::centroid_head(const Worker& w, int64_t rows) {
     std::vector<int32_t>& ids = ids_[size_t(r)];
     ids.clear();
     for (const int64_t cluster : clusters_[size_t(r)])
-      ids.insert(ids.end(), &weights_.tokens[size_t(cluster * width)], &weights_.tokens[size_t(cluster * width)] + width);
+      ids.insert(ids.end(), &weights_.tokens[size_t(cluster * width)],
+                 &weights_.tokens[size_t(cluster * width)] + width);
     for (size_t i = 0; i < ids.size(); ++i)
       if (ids[i] < 0) logit[i] = -3e38f;
   });

@@ -12,9 +12,7 @@ int64_t padded(const MatrixPtr& matrix) { return matrix ? matrix->view().padded_
 constexpr int64_t kReplicated = 4096;  // floats of x that every worker may keep for itself
 
 // Units of a matrix that a worker takes at once: a microsecond's work or more.
-int64_t grain(const MatrixView& matrix) {
-  return 1 + (int64_t(32) << 10) / (kUnit / kPanel * matrix.stride);
-}
+int64_t grain(const MatrixView& matrix) { return 1 + (int64_t(32) << 10) / (kUnit / kPanel * matrix.stride); }
 
 // f(i, begin, end) over the units of matrices i, as if they were one. They have one width, and some may be null.
 template <class Matrices, class F>
@@ -122,8 +120,12 @@ void PackedRows::reserve(int64_t lanes, int64_t padded_cols, int64_t copies) {
 
 ActView PackedRows::view(const Matrix& matrix, int lanes, int64_t copy) const {
   const MatrixView& v = matrix.view();
-  return {traits(v.format).act, lanes, v.padded_cols, data_.data() + copy * copy_floats_ * 4,
-          scale_.floats() + copy * copy_groups_, reinterpret_cast<int32_t*>(start_.data()) + copy * copy_groups_};
+  return {traits(v.format).act,
+          lanes,
+          v.padded_cols,
+          data_.data() + copy * copy_floats_ * 4,
+          scale_.floats() + copy * copy_groups_,
+          reinterpret_cast<int32_t*>(start_.data()) + copy * copy_groups_};
 }
 
 void LayerRunner::reserve(const std::vector<Layer>& layers, int64_t rows, int64_t context, int threads,
@@ -187,9 +189,8 @@ void LayerRunner::run(const Worker& w, const Call& call, std::vector<Row>& rows)
 
 void LayerRunner::project(const Worker& w, const Matrix& matrix, const ActView& act, int64_t rows, float* y,
                           int64_t ld) const {
-  w.parallel_for(matrix.view().units(), grain(matrix.view()), [&](int64_t begin, int64_t end) {
-    kernels_.matmul(matrix.view(), act, rows, begin, end, y, ld);
-  });
+  w.parallel_for(matrix.view().units(), grain(matrix.view()),
+                 [&](int64_t begin, int64_t end) { kernels_.matmul(matrix.view(), act, rows, begin, end, y, ld); });
 }
 
 void LayerRunner::norm_rows(const Worker& w, int64_t rows, const Floats& weight) const {
@@ -393,9 +394,8 @@ void LayerRunner::choose_experts(const Experts& e, int64_t rows) {
     for (int64_t i = 0; i < count; ++i)
       if (std::isnan(score[i])) score[i] = -3e38f;  // damaged weights must not break the ordering below
     for (int64_t i = 0; i < count; ++i) order[size_t(i)] = i;
-    std::partial_sort(order.begin(), order.begin() + e.active, order.end(), [&](int64_t a, int64_t b) {
-      return score[a] != score[b] ? score[a] > score[b] : a < b;
-    });
+    std::partial_sort(order.begin(), order.begin() + e.active, order.end(),
+                      [&](int64_t a, int64_t b) { return score[a] != score[b] ? score[a] > score[b] : a < b; });
     std::sort(order.begin(), order.begin() + e.active);  // sum in the order of the experts' numbers
     float top = score[order[0]], total = 0;
     for (int64_t k = 0; k < e.active; ++k) top = std::max(top, score[order[size_t(k)]]);

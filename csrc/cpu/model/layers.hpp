@@ -32,8 +32,8 @@ struct Layer {
   float scalar = 1.0f;
   Floats input_norm, post_attention_norm, pre_feedforward_norm, post_feedforward_norm, q_norm;
   MatrixPtr q, o, gate, up, down;
-  Floats k_norm;       // layers with K/V of their own
-  MatrixPtr k, v;      // v is empty where values are the k projection
+  Floats k_norm;                       // layers with K/V of their own
+  MatrixPtr k, v;                      // v is empty where values are the k projection
   MatrixPtr ple_gate, ple_projection;  // empty without per-layer embeddings
   Floats ple_norm;
   std::shared_ptr<Experts> experts;  // empty without
@@ -98,7 +98,9 @@ class LayerRunner {
   // A worker's copy of the rows: the only one unless rows are replicated.
   int64_t copy(const Worker& w) const { return replicated_ ? w.id : 0; }
   float* x(const Worker& w, int64_t row) const { return x_.floats() + (copy(w) * rows_ + row) * config_.hidden; }
-  float* temporary(const Worker& w, int64_t row) const { return t_.floats() + (copy(w) * rows_ + row) * config_.hidden; }
+  float* temporary(const Worker& w, int64_t row) const {
+    return t_.floats() + (copy(w) * rows_ + row) * config_.hidden;
+  }
 
   // f(row) for the rows that this worker owns.
   template <class F>

@@ -34,10 +34,11 @@ void Decoder::propose(std::vector<Work>& works, std::vector<Result>& results) {
     const Work& work = works[i];
     if (!work.limit.length) continue;
     if (!drafter_) throw std::invalid_argument("no drafter is loaded");
-    if (work.tokens.size() != 1 || work.slot < 0 || work.slot >= target_->cache().slots() || !has_hidden_[size_t(work.slot)])
+    if (work.tokens.size() != 1 || work.slot < 0 || work.slot >= target_->cache().slots() ||
+        !has_hidden_[size_t(work.slot)])
       throw std::invalid_argument("slot " + std::to_string(work.slot) + " has no sampled token to draft after");
-    requests.push_back({work.slot, work.position, work.tokens[0], hidden_.floats() + work.slot * hidden, work.params,
-                        work.limit});
+    requests.push_back(
+        {work.slot, work.position, work.tokens[0], hidden_.floats() + work.slot * hidden, work.params, work.limit});
     owners.push_back(i);
   }
   if (requests.empty()) return;

@@ -17,19 +17,19 @@ struct Work {
   std::vector<int32_t> tokens;  // committed tokens that are not in the KV cache yet, from `position` on
   bool samples = true;          // false: a chunk of a prompt that does not end it
   SamplingParams params;
-  std::vector<int32_t> draft;  // tokens proposed by the engine
-  DraftLimit limit;            // how far the drafter goes, if there are none
-  int64_t simulated = -1;      // for benchmarks: accept that many tokens whatever is sampled; -1: no
+  std::vector<int32_t> draft;             // tokens proposed by the engine
+  DraftLimit limit;                       // how far the drafter goes, if there are none
+  int64_t simulated = -1;                 // for benchmarks: accept that many tokens whatever is sampled; -1: no
   std::function<void(float*)> constrain;  // changes the logits [vocab] of the next token; empty: no constraint
   std::function<void(int32_t)> commit;    // tells the constraint what it was
   bool logits = false;                    // return logits
 };
 
 struct Result {
-  std::vector<int32_t> sampled;     // accepted drafts and one token more; empty for a chunk that does not end a prompt
+  std::vector<int32_t> sampled;  // accepted drafts and one token more; empty for a chunk that does not end a prompt
   std::vector<int32_t> drafted;
-  std::vector<float> confidence;    // of each drafted token, if the drafter proposed them
-  std::vector<float> logits;        // [sampled][vocab] before the constraint
+  std::vector<float> confidence;  // of each drafted token, if the drafter proposed them
+  std::vector<float> logits;      // [sampled][vocab] before the constraint
 };
 
 class Decoder {
@@ -61,8 +61,8 @@ class Decoder {
   std::mutex busy_;
   std::shared_ptr<Target> target_;
   std::unique_ptr<Drafter> drafter_;
-  Buffer hidden_;                     // [slots][hidden]: the target's state at each slot's last accepted row
-  std::vector<uint8_t> has_hidden_;   // [slots]
+  Buffer hidden_;                    // [slots][hidden]: the target's state at each slot's last accepted row
+  std::vector<uint8_t> has_hidden_;  // [slots]
 };
 
 }  // namespace paceline

@@ -10,7 +10,8 @@ namespace {
 
 std::vector<KvCache::Layer> cache_layers(const TargetWeights& weights) {
   std::vector<KvCache::Layer> layers;
-  for (const Layer& layer : weights.layers) layers.push_back({layer.sliding, bool(layer.k), layer.kv_heads, layer.head_dim});
+  for (const Layer& layer : weights.layers)
+    layers.push_back({layer.sliding, bool(layer.k), layer.kv_heads, layer.head_dim});
   return layers;
 }
 
@@ -49,9 +50,7 @@ Target::Target(const ModelConfig& config, const Weights& weights, const Kernels&
   }
 }
 
-void Target::set_threads(int threads) {
-  pool_ = std::make_unique<ThreadPool>(threads);
-}
+void Target::set_threads(int threads) { pool_ = std::make_unique<ThreadPool>(threads); }
 
 int64_t Target::last_layer(bool sliding) const {
   for (int64_t i = int64_t(weights_.layers.size()) - 1; i >= 0; --i)
@@ -73,13 +72,15 @@ std::vector<Row> Target::check(const int32_t* slots, const int32_t* positions, c
     if (slot < 0 || slot >= cache_.slots()) throw std::invalid_argument("no slot " + std::to_string(slot));
     int64_t& expected = next[size_t(slot)];
     if (expected < 0) expected = cache_.length(slot);
-    else if (slots[r - 1] != slot) throw std::invalid_argument("the rows of slot " + std::to_string(slot) + " are apart");
+    else if (slots[r - 1] != slot)
+      throw std::invalid_argument("the rows of slot " + std::to_string(slot) + " are apart");
     if (position != expected++)
       throw std::invalid_argument("row at position " + std::to_string(position) + " where slot " +
                                   std::to_string(slot) + " continues at " + std::to_string(expected - 1));
     if (position >= cache_.context()) throw std::invalid_argument("position past the context");
     if (++count[size_t(slot)] > cache_.max_rows()) throw std::invalid_argument("too many rows of one slot");
-    if (tokens[r] < 0 || tokens[r] >= weights_.config.vocab) throw std::invalid_argument("no token " + std::to_string(tokens[r]));
+    if (tokens[r] < 0 || tokens[r] >= weights_.config.vocab)
+      throw std::invalid_argument("no token " + std::to_string(tokens[r]));
     out.push_back({slot, position, position, std::max(int64_t(0), position - weights_.config.window + 1), r});
   }
   return out;
@@ -105,8 +106,13 @@ int64_t Target::forward(const int32_t* slots, const int32_t* positions, const in
     embed_rows(w, tokens, count);
     for (size_t i = 0; i < weights_.layers.size(); ++i) {
       const Layer& layer = weights_.layers[i];
-      const LayerRunner::Call call{layer, views_[i], rope(layer.sliding), ple_.floats() + int64_t(i) * weights_.config.ple_size,
-                                   round_up(ple_row, kPanel), int64_t(i) == last_kv_ && kept < count, &keep};
+      const LayerRunner::Call call{layer,
+                                   views_[i],
+                                   rope(layer.sliding),
+                                   ple_.floats() + int64_t(i) * weights_.config.ple_size,
+                                   round_up(ple_row, kPanel),
+                                   int64_t(i) == last_kv_ && kept < count,
+                                   &keep};
       runner_.run(w, call, rows);
       if (rows.empty()) break;
     }
@@ -134,7 +140,8 @@ void Target::embed_rows(const Worker& w, const int32_t* tokens, int64_t rows) {
       for (int64_t i = 0; i < size; ++i) p[i] *= root;
       kernels_.rms_norm(p, weights_.ple_norm.data(), size, weights_.config.eps, p);
       const int64_t from = tokens[r] * weights_.ple_table.cols + layer * size;
-      for (int64_t i = 0; i < size; ++i) p[i] = (p[i] + weights_.ple_table.element(from + i) * weights_.ple_scale) * half;
+      for (int64_t i = 0; i < size; ++i)
+        p[i] = (p[i] + weights_.ple_table.element(from + i) * weights_.ple_scale) * half;
     }
   });
 }
@@ -143,9 +150,7 @@ void Target::embed_rows(const Worker& w, const int32_t* tokens, int64_t rows) {
 void Target::head(const Worker& w, int64_t rows) {
   const int64_t hidden = weights_.config.hidden;
   runner_.norm_rows(w, rows, weights_.final_norm);
-  w.for_share(rows, [&](int64_t r) {
-    std::copy_n(runner_.temporary(w, r), hidden, hidden_.floats() + r * hidden);
-  });
+  w.for_share(rows, [&](int64_t r) { std::copy_n(runner_.temporary(w, r), hidden, hidden_.floats() + r * hidden); });
   const ActView act = runner_.pack_activations(w, *weights_.embedding, rows, runner_.temporary(w, 0), hidden);
   const MatrixView& matrix = weights_.embedding->view();
   w.parallel_for(matrix.units(), 1, [&](int64_t begin, int64_t end) {

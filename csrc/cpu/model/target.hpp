@@ -49,7 +49,7 @@ class Target {
   RopeTable& rope(bool sliding) { return sliding ? rope_sliding_ : rope_full_; }
   // Views of a layer's cache, a slot.
   const std::vector<CacheView>& views(int64_t layer) const { return views_[size_t(layer)]; }
-  int64_t last_layer(bool sliding) const;  // the last with K/V of its own of that type; -1 if none
+  int64_t last_layer(bool sliding) const;       // the last with K/V of its own of that type; -1 if none
   void embed(int32_t token, float* out) const;  // [hidden], scaled
 
  private:

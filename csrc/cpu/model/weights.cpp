@@ -12,7 +12,8 @@ void check_shape(const std::string& name, const std::vector<int64_t>& got, const
     for (int64_t n : shape) out += (out.empty() ? "[" : ", ") + std::to_string(n);
     return out + "]";
   };
-  throw std::invalid_argument("the tensor " + name + " has shape " + text(got) + " where " + text(needed) + " is needed");
+  throw std::invalid_argument("the tensor " + name + " has shape " + text(got) + " where " + text(needed) +
+                              " is needed");
 }
 
 }  // namespace
@@ -54,8 +55,6 @@ const Table& Weights::table(const std::string& name, int64_t rows, int64_t cols)
   return table;
 }
 
-const std::vector<int32_t>& Weights::integers(const std::string& name) const {
-  return get<std::vector<int32_t>>(name);
-}
+const std::vector<int32_t>& Weights::integers(const std::string& name) const { return get<std::vector<int32_t>>(name); }
 
 }  // namespace paceline

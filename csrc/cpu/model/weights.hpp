@@ -38,7 +38,7 @@ struct ModelConfig {
   int64_t experts = 0, active_experts = 0, expert_intermediate = 0;
 
   // Of drafters.
-  int64_t backbone = 0;  // hidden size of the target
+  int64_t backbone = 0;                       // hidden size of the target
   int64_t centroids = 0, centroid_top_k = 0;  // 0: dense head
 
   bool is_drafter() const { return backbone != 0; }

@@ -9,7 +9,7 @@
 namespace paceline {
 
 KvCache::KvCache(const std::vector<Layer>& layers, int64_t slots, int64_t context, int64_t window, int64_t max_rows,
-             bool bf16)
+                 bool bf16)
     : context_(context), window_(window), max_rows_(max_rows), bf16_(bf16), length_(size_t(slots), 0),
       high_(size_t(slots), 0) {
   const int64_t whole = round_up(context, 16);

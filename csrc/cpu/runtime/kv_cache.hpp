@@ -20,7 +20,8 @@ class KvCache {
     bool sliding, own;
     int64_t kv_heads, head_dim;
   };
-  KvCache(const std::vector<Layer>& layers, int64_t slots, int64_t context, int64_t window, int64_t max_rows, bool bf16);
+  KvCache(const std::vector<Layer>& layers, int64_t slots, int64_t context, int64_t window, int64_t max_rows,
+          bool bf16);
 
   CacheView view(int64_t layer, int64_t slot) const;
   int64_t slots() const { return int64_t(length_.size()); }
@@ -57,7 +58,7 @@ class KvCache {
   int64_t context_, window_, max_rows_, ring_;
   bool bf16_;
   size_t slot_bytes_ = 0;
-  std::vector<Place> places_;  // a layer
+  std::vector<Place> places_;           // a layer
   std::vector<int64_t> length_, high_;  // a slot; high: one past the highest position ever written
   Buffer memory_;
 };

@@ -19,8 +19,8 @@ inline void pause() {
 }
 
 using Clock = std::chrono::steady_clock;
-constexpr int kSpins = 2000;                                    // then yield at each check
-constexpr auto kAwake = std::chrono::microseconds(2000);        // then sleep until the next run
+constexpr int kSpins = 2000;                              // then yield at each check
+constexpr auto kAwake = std::chrono::microseconds(2000);  // then sleep until the next run
 
 }  // namespace
 

@@ -66,18 +66,18 @@ class ThreadPool {
   void join();
 
   int size_;
-  int active_;              // workers of the next run
-  int64_t backoff_ = 0;     // runs until all workers are active again
+  int active_;           // workers of the next run
+  int64_t backoff_ = 0;  // runs until all workers are active again
   int64_t next_backoff_ = 16;
-  int contended_ = 0;       // delayed runs, less those that were not
+  int contended_ = 0;  // delayed runs, less those that were not
   const std::function<void(const Worker&)>* work_ = nullptr;
-  alignas(64) std::atomic<uint64_t> epoch_{0};   // calls of run, times 256, plus the active workers
+  alignas(64) std::atomic<uint64_t> epoch_{0};  // calls of run, times 256, plus the active workers
   alignas(64) std::atomic<int> arrived_{0};
-  alignas(64) std::atomic<uint32_t> phase_{0};   // counts barriers
+  alignas(64) std::atomic<uint32_t> phase_{0};  // counts barriers
   struct alignas(64) WorkQueue {
     std::atomic<int64_t> next{0};  // the first item not taken
   };
-  WorkQueue queues_[kQueues];  // reset by the last worker to arrive at each barrier
+  WorkQueue queues_[kQueues];        // reset by the last worker to arrive at each barrier
   std::atomic<int64_t> stalled_{0};  // nanoseconds that workers of this run waited after they had given up spinning
   std::atomic<bool> stop_{false};
   std::vector<std::thread> threads_;

@@ -40,11 +40,13 @@ inline i32x16 total(i16x32 sum) {
 template <Operand O>
 inline GroupSum<O> dot4(GroupSum<O> sum, u8x64 w, u8x64 a) {
   // maddubs takes unsigned by signed bytes: of signed weights the magnitudes, their signs given to the activations.
-  const i16x32 pairs = map([](u8 x, u8 y) {
-    const __m256i u = (__m256i)x, v = (__m256i)y;
-    if constexpr (O == Operand::nibbles) return (i16)_mm256_maddubs_epi16(u, v);
-    else return (i16)_mm256_maddubs_epi16(_mm256_abs_epi8(u), _mm256_sign_epi8(v, u));
-  }, w, a);
+  const i16x32 pairs = map(
+      [](u8 x, u8 y) {
+        const __m256i u = (__m256i)x, v = (__m256i)y;
+        if constexpr (O == Operand::nibbles) return (i16)_mm256_maddubs_epi16(u, v);
+        else return (i16)_mm256_maddubs_epi16(_mm256_abs_epi8(u), _mm256_sign_epi8(v, u));
+      },
+      w, a);
   if constexpr (O == Operand::nibbles) return sum + pairs;
   else return sum + total(pairs);
 }

@@ -45,10 +45,12 @@ inline i32x16 total(i16x32 sum) {
 
 template <Operand O>
 inline GroupSum<O> dot4(GroupSum<O> sum, u8x64 w, u8x64 a) {
-  const i16x32 pairs = map([](u8 u, u8 v) {
-    const i16 x = (i16)u, y = (i16)v;
-    return ((x << 8) >> 8) * ((y << 8) >> 8) + (x >> 8) * (y >> 8);
-  }, w, a);
+  const i16x32 pairs = map(
+      [](u8 u, u8 v) {
+        const i16 x = (i16)u, y = (i16)v;
+        return ((x << 8) >> 8) * ((y << 8) >> 8) + (x >> 8) * (y >> 8);
+      },
+      w, a);
   if constexpr (O == Operand::nibbles) return sum + pairs;
   else return sum + total(pairs);
 }
