@@ -37,36 +37,42 @@ void matmul(const MatrixView& w, const ActView& act, int64_t rows, int64_t begin
     }
 }
 
+// Store one group of columns, four bytes (`Columns` of them) in each lane of a row.
+template <int Columns>
+inline void store_lanes(const ActView& tile, int64_t group, int64_t lane, const void* packed) {
+  uint8_t* p = tile.data + (group * (kGroup / Columns) * tile.lanes + lane) * 4;
+  const int step = tile.lanes * 4;
+  for (int i = 0; i < kGroup / Columns; ++i) std::memcpy(p + i * step, static_cast<const uint8_t*>(packed) + 4 * i, 4);
+}
+
 // Pack one group of columns of a row into its lane of a tile.
 inline void pack_group(const ActView& act, int64_t row, int64_t group, f32x16 x0, f32x16 x1) {
   static_assert(kGroup == 32);  // x0 and x1
   const int64_t lane = row % act.lanes;
   const ActView tile = act.tile(row / act.lanes);
-  const int columns = act.format.lane_columns(), step = act.lanes * 4;
-  uint8_t* p = tile.data + (group * kGroup / columns * act.lanes + lane) * 4;
-  uint8_t packed[kGroup * 4];
-  switch (act.format.kind) {
-    case ActFormat::Kind::f32:
-      store(packed, x0);
-      store(packed + 64, x1);
-      break;
-    case ActFormat::Kind::bf16:
-      store(packed, to_bf16(x0));
-      store(packed + 32, to_bf16(x1));
-      break;
-    case ActFormat::Kind::int8: {
-      const f32x16 zero = splat(0.0f);
-      const f32x16 m0 = max(x0, zero - x0), m1 = max(x1, zero - x1);
-      const float top = max_lane(max(m0, m1)), scale = top / 127.0f, inverse = top > 1e-30f ? 127.0f / top : 0.0f;
-      const i32x16 q0 = convert<i32x16>(round_even(x0 * splat(inverse)));
-      const i32x16 q1 = convert<i32x16>(round_even(x1 * splat(inverse)));
-      store_bytes(reinterpret_cast<int8_t*>(packed), q0);
-      store_bytes(reinterpret_cast<int8_t*>(packed) + 16, q1);
-      tile.scale[group * act.lanes + lane] = scale;
-      tile.start[group * act.lanes + lane] = -act.format.offset * sum(q0 + q1);
-    }
+  if (act.format.kind == ActFormat::Kind::f32) {
+    float packed[kGroup];
+    store(packed, x0);
+    store(packed + 16, x1);
+    store_lanes<1>(tile, group, lane, packed);
+  } else if (act.format.kind == ActFormat::Kind::bf16) {
+    uint16_t packed[kGroup];
+    store(packed, to_bf16(x0));
+    store(packed + 16, to_bf16(x1));
+    store_lanes<2>(tile, group, lane, packed);
+  } else {
+    const f32x16 zero = splat(0.0f);
+    const f32x16 m0 = max(x0, zero - x0), m1 = max(x1, zero - x1);
+    const float top = max_lane(max(m0, m1)), scale = top / 127.0f, inverse = top > 1e-30f ? 127.0f / top : 0.0f;
+    const i32x16 q0 = convert<i32x16>(round_even(x0 * splat(inverse)));
+    const i32x16 q1 = convert<i32x16>(round_even(x1 * splat(inverse)));
+    int8_t packed[kGroup];
+    store_bytes(packed, q0);
+    store_bytes(packed + 16, q1);
+    store_lanes<4>(tile, group, lane, packed);
+    tile.scale[group * act.lanes + lane] = scale;
+    tile.start[group * act.lanes + lane] = -act.format.offset * sum(q0 + q1);
   }
-  for (int i = 0; i < kGroup / columns; ++i) std::memcpy(p + i * step, packed + 4 * i, 4);
 }
 
 void pack_activations(const ActView& act, int64_t row, const float* x, int64_t n, int64_t begin, int64_t end) {

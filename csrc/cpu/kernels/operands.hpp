@@ -35,20 +35,13 @@ template <> struct Operands<Format::bf16> {
 template <> struct Operands<Format::q8> {
   static constexpr Operand kKind = Operand::bytes;
   static constexpr int kCount = 1;  // of a load
-  template <class Use>
-  static void each(u8x64 w, Use use) {
-    use(w);
-  }
+  static u8x64 get(u8x64 bytes, int) { return bytes; }
 };
 
 template <> struct Operands<Format::q4> {
   static constexpr Operand kKind = Operand::nibbles;
   static constexpr int kCount = 2;
-  template <class Use>
-  static void each(u8x64 w, Use use) {
-    use(w & 15);
-    use(bits<u8x64>(bits<u32x16>(w) >> 4) & 15);
-  }
+  static u8x64 get(u8x64 bytes, int i) { return (i ? bits<u8x64>(bits<u32x16>(bytes) >> 4) : bytes) & 15; }
 };
 
 template <Format F> constexpr bool kIntegers = traits(F).act.kind == paceline::ActFormat::Kind::int8;

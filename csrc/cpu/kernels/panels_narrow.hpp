@@ -67,11 +67,12 @@ inline void stretch_integers(const Stretch& s, RowSums* sums) {
     GroupSum<kind> acc[M] = {};
     for (int i = 0; i < loads; ++i, w += 64) {
       if (s.fetch) prefetch(w + kStretchBytes<F>);
-      Operands<F>::each(load<u8x64>(w), [&](u8x64 operand) {
+      const u8x64 bytes = load<u8x64>(w);
+      for (int j = 0; j < Operands<F>::kCount; ++j, a += step) {
+        u8x64 operand = Operands<F>::get(bytes, j);
         if constexpr (kind == Operand::bytes) operand = operand ^ 128;  // signed: no offset for start values to cancel
         for (int m = 0; m < M; ++m) acc[m] = dot4<kind>(acc[m], operand, broadcast<u8x64>(a + 4 * m));
-        a += step;
-      });
+      }
     }
     const f32x16 ws = from_half(weight_scale + second * kPanel);
     for (int m = 0; m < M; ++m) {

@@ -49,10 +49,11 @@ inline void panel_integers(const uint8_t* w, const ActView& act, f32x16* out) {
     for (int m = 0; m < M; ++m) acc[m] = splat(start[m]);
     for (int i = 0; i < loads; ++i, w += 64) {
       prefetch(w + kAhead);
-      Operands<F>::each(load<u8x64>(w), [&](u8x64 operand) {
+      const u8x64 bytes = load<u8x64>(w);
+      for (int j = 0; j < Operands<F>::kCount; ++j, a += step) {
+        const u8x64 operand = Operands<F>::get(bytes, j);
         for (int m = 0; m < M; ++m) acc[m] = dot4(acc[m], operand, a + 4 * m);
-        a += step;
-      });
+      }
     }
     const f32x16 ws = from_half(weight_scale + second * kPanel);
     for (int m = 0; m < M; ++m) sum[m] = fma(convert<f32x16>(acc[m]), ws * splat(scale[m]), sum[m]);

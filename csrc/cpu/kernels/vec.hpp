@@ -6,29 +6,23 @@
 
 namespace PACELINE_NAMESPACE {
 
-// Sums and maxima over the lanes, in a fixed order.
-inline float sum(f32x16 v) {
-  float t[16];
+// f over the lanes in pairs: lanes i and i + 8, then i and i + 4, and so on.
+template <class V, class F>
+inline Element<V> fold(V v, F f) {
+  Element<V> t[16];
   store(t, v);
+#pragma GCC unroll 4
   for (int width = 8; width; width /= 2)
-    for (int i = 0; i < width; ++i) t[i] += t[i + width];
+#pragma GCC unroll 8
+    for (int i = 0; i < width; ++i) t[i] = f(t[i], t[i + width]);
   return t[0];
 }
-
+template <class V>
+inline Element<V> sum(V v) {
+  return fold(v, [](Element<V> a, Element<V> b) { return a + b; });
+}
 inline float max_lane(f32x16 v) {
-  float t[16];
-  store(t, v);
-  for (int width = 8; width; width /= 2)
-    for (int i = 0; i < width; ++i) t[i] = t[i + width] > t[i] ? t[i + width] : t[i];
-  return t[0];
-}
-
-inline int32_t sum(i32x16 v) {
-  int32_t t[16];
-  store(t, v);
-  for (int width = 8; width; width /= 2)
-    for (int i = 0; i < width; ++i) t[i] += t[i + width];
-  return t[0];
+  return fold(v, [](float a, float b) { return b > a ? b : a; });
 }
 
 inline u16x16 to_bf16(f32x16 v) {  // to nearest, ties to even; the inputs are finite

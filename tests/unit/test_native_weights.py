@@ -1,15 +1,18 @@
-"""Layers whose matrices have different formats, against float32 weights of the same values."""
+"""Tensors in the native code: each in a format of its own, found by name and checked against the config."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from paceline import _cpu
 from paceline.backends.cpu.backend import CpuBackend
 from paceline.backends.cpu.weights import native_shapes, pack_checkpoint
 from paceline.checkpoint import Checkpoint, resolve
+from paceline.errors import BackendError
 from paceline.quant import blocks
 from paceline.types import GREEDY, Work
 from tests.unit.checkpoints import TARGET, target_weights, write
@@ -51,3 +54,25 @@ def test_each_matrix_gets_activations_of_its_format(tmp_path: Path, mix: Mix) ->
     write(tmp_path / "stored", TARGET, stored)
     mixed, exact = logits(tmp_path / "plain", mix), logits(tmp_path / "stored")
     assert np.std(mixed - exact) <= 0.06 * np.std(exact)  # activations are rounded; those of another format give 0.75
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "complaint"),
+    [
+        ("layers.1.mlp.up_proj.weight", None, "is missing"),
+        ("layers.1.mlp.up_proj.weight", _cpu.Matrix("q8", 64, 64), r"shape \[64, 64\] where \[64, 32\]"),
+        ("layers.0.self_attn.q_norm.weight", np.ones(17, np.float32), r"shape \[17\] where \[16\]"),
+        ("norm.weight", _cpu.Matrix("f32", 1, 32), "another kind"),
+        ("embed_tokens_per_layer.weight", np.zeros((416, 32), np.uint16), r"where \[416, 160\]"),
+        ("norm.weight", "text", "no known kind"),
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_named(tmp_path: Path, name: str, tensor: object, complaint: str) -> None:
+    checkpoint = Checkpoint.open(write(tmp_path / "model", TARGET, target_weights()))
+    config = checkpoint.target_config()
+    weights = pack_checkpoint(resolve(checkpoint, config), config, "q8")
+    del weights.tensors[name]
+    if tensor is not None:
+        weights.tensors[name] = tensor
+    with pytest.raises(BackendError, match=f"{re.escape(name)}.*{complaint}"):
+        CpuBackend((config, weights), threads=1, context=64)
