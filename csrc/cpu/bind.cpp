@@ -46,12 +46,17 @@ Numpy<T, N> owned(T* data, const std::array<size_t, N>& shape) {
   return Numpy<T, N>(data, N, shape.data(), owner);
 }
 
+Numpy<float, 1> array_of(const float* data, int64_t size) {
+  float* out = new float[size_t(size)];
+  std::copy_n(data, size, out);
+  return owned<float, 1>(out, {size_t(size)});
+}
+
 Numpy<float, 1> row_of(const Matrix& matrix, int64_t i) {
   if (i < 0 || i >= matrix.view().rows) throw std::out_of_range("no such row");
-  const size_t cols = size_t(matrix.view().cols);
-  float* out = new float[cols];
-  matrix.row(i, out);
-  return owned<float, 1>(out, {cols});
+  Floats row(size_t(matrix.view().cols));
+  matrix.row(i, row.data());
+  return array_of(row.data(), int64_t(row.size()));
 }
 
 // matrix times rows of x [rows, cols] with `threads` threads: what tests and benchmarks of the kernels call.
@@ -93,11 +98,6 @@ uint64_t checksum(const Array<uint8_t, 1>& data, int threads) {
   for (uint32_t part : parts) total = (total ^ part) * 0x100000001b3u;
   return total;
 }
-
-struct Snapshot {
-  KvCache::Snapshot rows;
-  int64_t shortest;
-};
 
 // The fields of a paceline.config.TargetConfig or DrafterConfig.
 ModelConfig config_of(nb::handle c) {
@@ -228,17 +228,34 @@ nb::list run(Decoder& decoder, const nb::typed<nb::sequence, nb::object>& given)
   return out;
 }
 
-}  // namespace
+void make_decoder(Decoder* self, nb::handle target_config, const nb::dict& target, nb::handle drafter_config,
+                  const nb::dict& drafter, const std::string& isa, int threads, int64_t slots, int64_t context,
+                  int64_t max_rows, bool bf16_cache) {
+  auto model = std::make_shared<Target>(config_of(target_config), weights_of(target), select_kernels(isa), threads,
+                                        slots, context, max_rows, bf16_cache);
+  std::unique_ptr<Drafter> pair;
+  if (!drafter_config.is_none())
+    pair = std::make_unique<Drafter>(config_of(drafter_config), weights_of(drafter), model);
+  new (self) Decoder(std::move(model), std::move(pair));
+}
 
-NB_MODULE(_cpu, module) {
-  module.doc() = "Native CPU backend: packed matrices, KV cache, target and drafter.";
-  module.def("usable_isas", &usable_isas, "Instruction sets that work on this processor, best first.");
-  module.def("matmul", &matmul, "matrix"_a, "x"_a, "out"_a, "isa"_a = "", "threads"_a = 1,
-             "out [rows, padded matrix rows] = x [rows, cols] times the matrix transposed.");
+nb::tuple last_draft_step(const Decoder& decoder, int64_t row) {
+  const Drafter* drafter = decoder.drafter();
+  if (!drafter) throw std::invalid_argument("no drafter is loaded");
+  Floats logits(size_t(drafter->vocab()));
+  drafter->last_logits(row, logits.data());
+  return nb::make_tuple(array_of(logits.data(), drafter->vocab()),
+                        array_of(drafter->last_hidden(row), drafter->backbone()));
+}
 
-  module.def("checksum", &checksum, "data"_a, "threads"_a,
-             "Check value of a multiple of 512 bytes, read at the speed of memory.");
+void pack_matrix(Matrix& matrix, const AnyRows& source, int64_t first) {
+  check_cols(int64_t(source.shape(1)), matrix.view().cols);
+  const Element type = element_of(source.dtype());
+  const nb::gil_scoped_release release;
+  matrix.pack(type, source.data(), first, int64_t(source.shape(0)));
+}
 
+void bind_matrix(nb::module_& module) {
   nb::class_<Matrix>(module, "Matrix", "A packed weight matrix.")
       .def(
           "__init__",
@@ -246,100 +263,66 @@ NB_MODULE(_cpu, module) {
             new (self) Matrix(format_from(format), rows, cols);
           },
           "format"_a, "rows"_a, "cols"_a)
-      .def(
-          "pack",
-          [](Matrix& self, const AnyRows& source, int64_t first) {
-            check_cols(int64_t(source.shape(1)), self.view().cols);
-            const Element type = element_of(source.dtype());
-            nb::gil_scoped_release release;
-            self.pack(type, source.data(), first, int64_t(source.shape(0)));
-          },
-          "source"_a, "first"_a = 0, "Pack rows [count, cols] of a checkpoint tensor from matrix row `first` on.")
       .def_static(
           "mapped",
           [](const std::string& format, int64_t rows, int64_t cols, const Array<uint8_t, 1>& packed) {
             return std::make_shared<Matrix>(format_from(format), rows, cols, packed.data(), packed.size());
           },
           "format"_a, "rows"_a, "cols"_a, "packed"_a, nb::keep_alive<0, 4>(), "A matrix over packed bytes, in place.")
+      .def("pack", &pack_matrix, "source"_a, "first"_a = 0,
+           "Pack rows [count, cols] of a checkpoint tensor from matrix row `first` on.")
       .def("fill_random", &Matrix::fill_random, "seed"_a, nb::call_guard<nb::gil_scoped_release>(),
            "Fill with plausible values without meaning, for measurements.")
       .def("row", &row_of, "index"_a, "One row, unpacked to float32 [cols].")
-      .def_prop_ro("shape", [](const Matrix& self) { return nb::make_tuple(self.view().rows, self.view().cols); })
-      .def_prop_ro("format", [](const Matrix& self) { return traits(self.view().format).name; })
-      .def_prop_ro("nbytes", &Matrix::bytes)
       .def(
-          "packed", [](const Matrix& self) { return Numpy<const uint8_t, 1>(self.view().data, {self.bytes()}); },
-          nb::rv_policy::reference_internal, "The packed bytes, in place.");
+          "packed", [](const Matrix& m) { return Numpy<const uint8_t, 1>(m.view().data, {m.bytes()}); },
+          nb::rv_policy::reference_internal, "The packed bytes, in place.")
+      .def_prop_ro("shape", [](const Matrix& m) { return nb::make_tuple(m.view().rows, m.view().cols); })
+      .def_prop_ro("format", [](const Matrix& m) { return traits(m.view().format).name; })
+      .def_prop_ro("nbytes", &Matrix::bytes);
+}
 
-  module.def("sample", &sample, "logits"_a, "params"_a, "position"_a, "isa"_a = "",
-             "The token sampled from logits [vocab] at an absolute position.");
-
+void bind_decoder(nb::module_& module) {
+  using Snapshot = KvCache::Snapshot;
+  const auto no_gil = nb::call_guard<nb::gil_scoped_release>();
   nb::class_<Snapshot>(module, "Snapshot", "The rows of a slot, copied out of a cache.")
-      .def_prop_ro("nbytes", [](const Snapshot& s) { return s.rows.rows.bytes(); })
-      .def_prop_ro(
-          "length", [](const Snapshot& s) { return s.rows.length; }, "Positions it holds.")
+      .def_prop_ro("nbytes", [](const Snapshot& s) { return s.rows.bytes(); })
+      .def_ro("length", &Snapshot::length, "Positions it holds.")
       .def_ro("shortest", &Snapshot::shortest, "The shortest length it can be cut back to.");
 
   nb::class_<Decoder>(module, "Decoder", "A loaded pair and its KV cache.")
-      .def(
-          "__init__",
-          [](Decoder* self, nb::handle target_config, const nb::dict& target, nb::handle drafter_config,
-             const nb::dict& drafter, const std::string& isa, int threads, int64_t slots, int64_t context,
-             int64_t max_rows, bool bf16_cache) {
-            auto model = std::make_shared<Target>(config_of(target_config), weights_of(target), select_kernels(isa),
-                                                  threads, slots, context, max_rows, bf16_cache);
-            std::unique_ptr<Drafter> pair;
-            if (!drafter_config.is_none())
-              pair = std::make_unique<Drafter>(config_of(drafter_config), weights_of(drafter), model);
-            new (self) Decoder(std::move(model), std::move(pair));
-          },
-          "target_config"_a, "target"_a, "drafter_config"_a.none(), "drafter"_a, nb::kw_only(), "isa"_a, "threads"_a,
-          "slots"_a, "context"_a, "max_rows"_a, "bf16_cache"_a,
-          "Configs are paceline.config's, weights are tensors by name: see paceline.backends.cpu.weights.")
+      .def("__init__", &make_decoder, "target_config"_a, "target"_a, "drafter_config"_a.none(), "drafter"_a,
+           nb::kw_only(), "isa"_a, "threads"_a, "slots"_a, "context"_a, "max_rows"_a, "bf16_cache"_a,
+           "Configs are paceline.config's, weights are tensors by name: see paceline.backends.cpu.weights.")
       .def("run", &run, "works"_a, "One step: see paceline.backends.base.Backend.run.")
       .def("length", &Decoder::length, "slot"_a)
-      .def("truncate", &Decoder::truncate, "slot"_a, "length"_a, nb::call_guard<nb::gil_scoped_release>())
-      .def("clear", &Decoder::clear, "slot"_a, nb::call_guard<nb::gil_scoped_release>())
-      .def(
-          "save",
-          [](Decoder& decoder, int64_t slot) {
-            const nb::gil_scoped_release release;
-            KvCache::Snapshot rows = decoder.save(slot);
-            const int64_t shortest = decoder.target().cache().shortest(rows);
-            return Snapshot{std::move(rows), shortest};
-          },
-          "slot"_a, "Copy a slot's rows out.")
-      .def(
-          "restore",
-          [](Decoder& decoder, int64_t slot, const Snapshot& snapshot) {
-            const nb::gil_scoped_release release;
-            decoder.restore(slot, snapshot.rows);
-          },
-          "slot"_a, "snapshot"_a, "Copy rows into an empty slot.")
+      .def("truncate", &Decoder::truncate, "slot"_a, "length"_a, no_gil)
+      .def("clear", &Decoder::clear, "slot"_a, no_gil)
+      .def("save", &Decoder::save, "slot"_a, no_gil, "Copy a slot's rows out.")
+      .def("restore", &Decoder::restore, "slot"_a, "snapshot"_a, no_gil, "Copy rows into an empty slot.")
       .def_prop_rw(
           "threads", [](const Decoder& d) { return d.target().threads(); }, &Decoder::set_threads)
       .def_prop_ro("isa", [](const Decoder& d) { return d.target().kernels().name; })
       .def_prop_ro("cache_bytes", [](const Decoder& d) { return d.target().cache().bytes(); })
       .def(
           "hidden",
-          [](const Decoder& decoder, int64_t slot) {
-            const size_t size = size_t(decoder.target().weights().config.hidden);
-            auto out = std::make_unique<float[]>(size);
-            std::copy_n(decoder.hidden(slot), size, out.get());
-            return owned<float, 1>(out.release(), {size});
-          },
+          [](const Decoder& d, int64_t slot) { return array_of(d.hidden(slot), d.target().weights().config.hidden); },
           "slot"_a, "The target's state [hidden] at the slot's last accepted row.")
-      .def(
-          "last_draft_step",
-          [](const Decoder& decoder, int64_t row) {
-            const Drafter* drafter = decoder.drafter();
-            if (!drafter) throw std::invalid_argument("no drafter is loaded");
-            auto logits = std::make_unique<float[]>(size_t(drafter->vocab()));
-            auto hidden = std::make_unique<float[]>(size_t(drafter->backbone()));
-            drafter->last_logits(row, logits.get());
-            std::copy_n(drafter->last_hidden(row), drafter->backbone(), hidden.get());
-            return nb::make_tuple(owned<float, 1>(logits.release(), {size_t(drafter->vocab())}),
-                                  owned<float, 1>(hidden.release(), {size_t(drafter->backbone())}));
-          },
-          "row"_a, "Logits [vocab] (-3e38 where the head did not look) and next hidden state of the last draft step.");
+      .def("last_draft_step", &last_draft_step, "row"_a,
+           "Logits [vocab] (-3e38 where the head did not look) and next hidden state of the last draft step.");
+}
+
+}  // namespace
+
+NB_MODULE(_cpu, module) {
+  module.doc() = "Native CPU backend: packed matrices, KV cache, target and drafter.";
+  module.def("usable_isas", &usable_isas, "Instruction sets that work on this processor, best first.");
+  module.def("matmul", &matmul, "matrix"_a, "x"_a, "out"_a, "isa"_a = "", "threads"_a = 1,
+             "out [rows, padded matrix rows] = x [rows, cols] times the matrix transposed.");
+  module.def("checksum", &checksum, "data"_a, "threads"_a,
+             "Check value of a multiple of 512 bytes, read at the speed of memory.");
+  module.def("sample", &sample, "logits"_a, "params"_a, "position"_a, "isa"_a = "",
+             "The token sampled from logits [vocab] at an absolute position.");
+  bind_matrix(module);
+  bind_decoder(module);
 }

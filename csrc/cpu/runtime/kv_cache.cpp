@@ -57,6 +57,8 @@ void KvCache::each_stretch(int64_t high, F f) const {
 
 KvCache::Snapshot KvCache::save(int64_t slot) const {
   Snapshot snapshot{{}, length(slot), high_[size_t(slot)]};
+  if (ring_ < context_ && snapshot.high > ring_)
+    snapshot.shortest = std::min(snapshot.length, snapshot.high - ring_ + window_);
   size_t bytes = 0;
   each_stretch(snapshot.high, [&](size_t, size_t n) { bytes += n; });
   snapshot.rows.reserve(bytes);
@@ -79,11 +81,6 @@ void KvCache::restore(int64_t slot, const Snapshot& snapshot) {
   });
   length_[size_t(slot)] = snapshot.length;
   high_[size_t(slot)] = snapshot.high;
-}
-
-int64_t KvCache::shortest(const Snapshot& snapshot) const {
-  const bool rolls = ring_ < context_ && snapshot.high > ring_;
-  return rolls ? std::min(snapshot.length, snapshot.high - ring_ + window_) : 0;
 }
 
 RopeTable::RopeTable(double theta, double rotary_factor, int64_t head_dim) {

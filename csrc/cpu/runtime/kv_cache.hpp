@@ -39,12 +39,11 @@ class KvCache {
   struct Snapshot {
     Buffer rows;
     int64_t length = 0, high = 0;
+    int64_t shortest = 0;  // the shortest length that it can be cut back to once it is restored
   };
   Snapshot save(int64_t slot) const;
   // Throws std::invalid_argument when the slot is not empty.
   void restore(int64_t slot, const Snapshot& snapshot);
-  // The shortest length that a snapshot can be cut back to once it is restored.
-  int64_t shortest(const Snapshot& snapshot) const;
 
  private:
   // Calls f(offset, bytes) for each stretch of a slot that `high` positions have filled.
