@@ -60,9 +60,9 @@ def test_each_matrix_gets_activations_of_its_format(tmp_path: Path, mix: Mix) ->
     ("name", "tensor", "complaint"),
     [
         ("layers.1.mlp.up_proj.weight", None, "is missing"),
-        ("layers.1.mlp.up_proj.weight", _cpu.Matrix("q8", 64, 64), r"shape \[64, 64\] where \[64, 32\]"),
+        ("layers.1.mlp.up_proj.weight", ("q8", 64, 64), r"shape \[64, 64\] where \[64, 32\]"),
         ("layers.0.self_attn.q_norm.weight", np.ones(17, np.float32), r"shape \[17\] where \[16\]"),
-        ("norm.weight", _cpu.Matrix("f32", 1, 32), "another kind"),
+        ("norm.weight", ("f32", 1, 32), "another kind"),
         ("embed_tokens_per_layer.weight", np.zeros((416, 32), np.uint16), r"where \[416, 160\]"),
         ("norm.weight", "text", "no known kind"),
     ],
@@ -73,6 +73,6 @@ def test_a_tensor_that_does_not_fit_is_named(tmp_path: Path, name: str, tensor: 
     weights = pack_checkpoint(resolve(checkpoint, config), config, "q8")
     del weights.tensors[name]
     if tensor is not None:
-        weights.tensors[name] = tensor
+        weights.tensors[name] = _cpu.Matrix(*tensor) if isinstance(tensor, tuple) else tensor
     with pytest.raises(BackendError, match=f"{re.escape(name)}.*{complaint}"):
         CpuBackend((config, weights), threads=1, context=64)
