@@ -11,7 +11,7 @@ import paceline
 from paceline.backends.cpu.backend import CpuBackend
 from paceline.backends.cpu.weights import CheckpointWeights
 from paceline.checkpoint import Checkpoint, resolve
-from paceline.types import Batch
+from paceline.types import GREEDY, Draft, Work
 
 CHUNK = 256  # prompt rows read in one pass: the engine's default
 
@@ -27,19 +27,21 @@ class Paceline:
         self._slot = self._backend.open_slot()
         self._cached = self._kept = 0
         self._logits: NDArray[np.float32]
-        self.version = f"paceline {paceline.__version__} ({self._backend.isa})"
+        self.version = f"paceline {paceline.__version__} ({self._backend.info.device})"
 
     def read(self, tokens: list[int]) -> None:
         self._backend.close_slot(self._slot)
         self._slot = self._backend.open_slot()
-        self._cached = 0
-        for start in range(0, len(tokens), CHUNK):
-            chunk = tokens[start : start + CHUNK]
-            self._run(chunk, wanted=int(start + len(chunk) == len(tokens)))
-        self._kept = self._cached
+        last = (len(tokens) - 1) // CHUNK * CHUNK
+        for start in range(0, last, CHUNK):
+            self._backend.run([Work(self._slot, start, tokens[start : start + CHUNK])])
+        self._run(Work(self._slot, last, tokens[last:], GREEDY, logits=True))
+        self._cached = self._kept = len(tokens)
 
     def extend(self, tokens: list[int]) -> None:
-        self._run(tokens, wanted=len(tokens))
+        draft = Draft(tuple(tokens[1:]), simulated=len(tokens) - 1)  # one pass with logits of all rows
+        self._run(Work(self._slot, self._cached, tokens[:1], GREEDY, draft, logits=True))
+        self._cached += len(tokens)
 
     def rewind(self) -> None:
         self._backend.truncate(self._slot, self._kept)
@@ -51,16 +53,10 @@ class Paceline:
     def logits(self) -> NDArray[np.float32]:
         return self._logits
 
-    def _run(self, tokens: list[int], wanted: int) -> None:
-        rows = len(tokens)
-        batch = Batch(
-            slots=np.full(rows, self._slot, np.int32),
-            positions=np.arange(self._cached, self._cached + rows, dtype=np.int32),
-            tokens=np.array(tokens, np.int32),
-            wanted=np.arange(rows) >= rows - wanted,
-        )
-        self._logits = self._backend.forward(batch).logits
-        self._cached += rows
+    def _run(self, work: Work) -> None:
+        (result,) = self._backend.run([work])
+        assert result.logits is not None
+        self._logits = result.logits
 
 
 def open_engine(path: str, fmt: str, threads: int, room: int) -> Paceline:

@@ -13,7 +13,7 @@ import time
 
 import paceline
 from paceline.engine.engine import Request
-from paceline.text.grammar import Constraint, Grammars
+from paceline.text.grammar import Constraint
 from paceline.types import SamplingParams
 
 SCHEMA = {
@@ -47,15 +47,13 @@ class Quiet:
 def write(engine: paceline.Engine, constraint: Constraint, depth: object, seed: int) -> tuple[str, float, int, int]:
     """A text, its seconds, tokens and rounds."""
     sampling = SamplingParams(1.0, 64, 0.95, seed=seed)
-    request = Request(sampling=sampling, max_tokens=300, draft_tokens=depth, grammar=constraint)
-    sequence = engine.sequence(engine.encode("address = ", raw=True), request)
-    texts: list[str] = []
+    request = Request(sampling, max_tokens=300, draft_tokens=depth, grammar=constraint)
+    prompt, texts = engine.encode("address = ", raw=True), []
     started = time.perf_counter()
-    engine.scheduler.submit(sequence, lambda event: texts.append(event.text))
+    sequence = engine.submit(prompt, request, lambda event: texts.append(event.text))
     while engine.scheduler.busy:
         engine.scheduler.tick()
     seconds = time.perf_counter() - started
-    engine.learn(sequence)
     return "".join(texts), seconds, len(sequence.generated), sequence.statistics.rounds
 
 
@@ -67,8 +65,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=60)
     arguments = parser.parse_args()
     engine = paceline.load(arguments.model, quant=arguments.quant)
-    grammars = Grammars(engine.tokenizer.dumps(), engine.backend.info.vocab_size, engine.stop_ids)
-    whole = grammars.json_schema(SCHEMA)
+    whole = engine.grammars.json_schema(SCHEMA)
     ways = {"plain": (Quiet, 0), "drafter": (Quiet, "auto"), "drafter and grammar": (Constraint.copy, "auto")}
     seen: dict[str, list[tuple[str, float, int, int]]] = {way: [] for way in ways}
     for seed in range(arguments.texts):

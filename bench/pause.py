@@ -1,4 +1,4 @@
-"""How long a prompt of 4,000 tokens holds up three streams, and what it costs when it comes again. Random weights.
+"""How long prefilling 4,000 tokens stalls three streams, and the same prompt with a warm prefix cache. Random weights.
 
     python bench/pause.py --shape e2b --quant q4
 
@@ -18,11 +18,11 @@ from paceline.backends.cpu.backend import CpuBackend, default_threads
 from paceline.bench.machine import ReadBandwidth
 from paceline.bench.random_weights import RandomWeights
 from paceline.bench.shapes import official_target
-from paceline.decode.rules import Coupled
-from paceline.engine.cost_model import Silent
-from paceline.engine.prefix import PrefixCache
+from paceline.engine.cost_model import NullDecoder
+from paceline.engine.prefix_cache import PrefixCache
 from paceline.engine.scheduler import Scheduler
 from paceline.engine.sequence import Sequence
+from paceline.types import GREEDY
 
 PROMPT, STREAMS, CONTEXT = 4000, 3, 8192
 
@@ -31,12 +31,12 @@ def sequence(backend: CpuBackend, tokens: list[int], most: int) -> Sequence:
     """A greedy one without drafts."""
     return Sequence(
         tokens=tokens,
-        rule=Coupled(drawer=backend.draw),
+        params=GREEDY,
         draft_tokens=0,
         max_tokens=most,
         limit=CONTEXT,
         stop_ids=frozenset(),
-        detokenizer=Silent(),
+        detokenizer=NullDecoder(),
     )
 
 
@@ -61,7 +61,7 @@ def main() -> None:
     config = official_target(arguments.shape)
     weights = RandomWeights(config, arguments.quant)
     backend = CpuBackend((config, weights), threads=arguments.threads, context=CONTEXT, slots=STREAMS + 1)
-    scheduler = Scheduler(backend, 256, prefixes=PrefixCache(backend, 4 << 30))
+    scheduler = Scheduler(backend, (), 256, prefix_cache=PrefixCache(backend, 4 << 30))
     random = np.random.default_rng(0)
     prompts = [random.integers(5, config.vocab_size, n).tolist() for n in (*[20] * STREAMS, PROMPT)]
     for prompt in prompts[:STREAMS]:

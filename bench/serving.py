@@ -23,7 +23,25 @@ from pathlib import Path
 
 import httpx
 
-WORDS = "def class return self import value name path None True for in if else lines open read".split()
+WORDS = [
+    "def",
+    "class",
+    "return",
+    "self",
+    "import",
+    "value",
+    "name",
+    "path",
+    "None",
+    "True",
+    "for",
+    "in",
+    "if",
+    "else",
+    "lines",
+    "open",
+    "read",
+]
 SCHEMA = {"enum": ["yes", "no", 1, None]}
 
 
@@ -104,7 +122,7 @@ async def soak(url: str, pid: int, requests: int) -> list[float]:
             queue = iter(range(min(batch, left)))
 
             async def work() -> None:
-                for _ in queue:
+                for _ in queue:  # noqa: B023
                     await ask(client, dice)
 
             await asyncio.gather(*(work() for _ in range(8)))

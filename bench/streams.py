@@ -2,9 +2,9 @@
 
     python bench/streams.py --model tiny-python --streams 8
 
-Each stream continues another stretch of Python source, sampled by the model's own settings with a seed of its own, then
-greedily. Ways take turns, several times over, in one process; medians are quoted. Prints a table on stderr and one JSON
-line on stdout.
+Each stream continues another stretch of Python source, sampled with the model's sampling parameters and its own seed,
+then greedily. The ways alternate, several times, in one process; medians are quoted. Prints a table on stderr and one
+JSON line on stdout.
 """
 
 from __future__ import annotations
@@ -38,19 +38,15 @@ def tokens_per_second(
     engine: paceline.Engine, streams: int, tokens: int, sampling: SamplingParams, depth: object
 ) -> float:
     """Speed of all streams together, from their start to the last one's end."""
-    sequences = []
+    started, sequences = time.perf_counter(), []
     for i in range(streams):
-        sampled = replace(sampling, seed=i, suppressed=tuple(engine.stop_ids))
-        request = Request(sampling=sampled, max_tokens=tokens, draft_tokens=depth)
-        sequences.append(engine.sequence(engine.encode(PROMPTS[i % len(PROMPTS)], raw=True), request))
-    started = time.perf_counter()
-    for sequence in sequences:
-        engine.scheduler.submit(sequence, lambda _: None)
+        params = replace(sampling, seed=i, suppressed=tuple(engine.stop_ids))
+        request = Request(params, max_tokens=tokens, draft_tokens=depth)
+        prompt = engine.encode(PROMPTS[i % len(PROMPTS)], raw=True)
+        sequences.append(engine.submit(prompt, request, lambda _: None))
     while engine.scheduler.busy:
         engine.scheduler.tick()
     seconds = time.perf_counter() - started
-    for sequence in sequences:
-        engine.learn(sequence)
     return sum(len(sequence.generated) for sequence in sequences) / seconds
 
 
@@ -75,7 +71,14 @@ def main() -> None:
         "all, 1 draft": (arguments.streams, 1),
         "all, 2 drafts": (arguments.streams, 2),
     }
-    report = {"model": arguments.model, "streams": arguments.streams, "threads": engine.backend.threads, "quant": engine.backend.info.quant}
+    info = engine.backend.info
+    report = {
+        "model": arguments.model,
+        "streams": arguments.streams,
+        "threads": engine.backend.threads,
+        "quant": info.quant,
+        "device": info.device,
+    }
     bandwidth = ReadBandwidth(engine.backend.threads)
     for _ in range(5):
         bandwidth.measure()

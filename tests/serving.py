@@ -6,24 +6,26 @@ import asyncio
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
 import uvicorn
 
-from paceline.backends.fake import FakeBackend
 from paceline.decode.draft_length import Costs
-from paceline.engine.engine import Engine, Experience
-from paceline.engine.prefix import PrefixCache
+from paceline.engine.engine import Engine
+from paceline.engine.prefix_cache import PrefixCache
 from paceline.engine.scheduler import Scheduler
 from paceline.server.app import ServerSettings, Service, create_app
 from paceline.text import ChatTemplate, Tokenizer
-from paceline.types import Float32, SamplingParams
+from paceline.types import Float32, Result, SamplingParams, Work
 from tests.parity.fixtures import VOCABULARY, tiny_tokenizer
+from tests.scripted_backend import ScriptedBackend
+from tests.support import proposers_of
 
 BOS, EOS, TURN_END = "<bos>", "<eos>", "<turn|>"
+COSTS = Costs((1.0, 1.1, 1.2, 1.3, 1.4))
 TEMPLATE = """{{ bos_token }}
 {%- if tools or enable_thinking %}<|turn>system
 {%- if enable_thinking %}<|think|>{% endif %}
@@ -39,8 +41,8 @@ TEMPLATE = """{{ bos_token }}
 {% endif %}"""
 
 
-class ScriptedBackend(FakeBackend):
-    """Writes a script behind the last opening of the model's turn, then ends the turn; without one, noise."""
+class WritingBackend(ScriptedBackend):
+    """Writes a script after the last opening of the model's turn, then ends the turn; without one, noise."""
 
     def __init__(self, tokenizer: Tokenizer, script: str | None, **settings: object) -> None:
         super().__init__(VOCABULARY, **{"context": 2048, "max_rows": 64, **settings})
@@ -50,9 +52,9 @@ class ScriptedBackend(FakeBackend):
         self._tokenizer = tokenizer
         self.seconds = 0.0  # a pass takes
 
-    def forward(self, batch: object) -> object:
+    def run(self, works: Sequence[Work]) -> list[Result]:
         time.sleep(self.seconds)
-        return super().forward(batch)
+        return super().run(works)
 
     def _logits(self, tokens: list[int]) -> Float32:
         if self.script is None:
@@ -67,11 +69,11 @@ class ScriptedBackend(FakeBackend):
 
 
 def scripted_engine(script: str | None, **settings: object) -> Engine:
-    """An engine that answers with a script; see `ScriptedBackend`."""
+    """An engine that answers with a script; see `WritingBackend`."""
     raw = tiny_tokenizer()
     tokenizer = Tokenizer(raw, raw.token_to_id(BOS))
     waiting = settings.pop("most_waiting", 64)
-    backend = ScriptedBackend(tokenizer, script, **settings)
+    backend = WritingBackend(tokenizer, script, **settings)
     return Engine(
         backend=backend,
         tokenizer=tokenizer,
@@ -80,12 +82,8 @@ def scripted_engine(script: str | None, **settings: object) -> Engine:
         drafter_config=None,
         stop_ids=frozenset({tokenizer.token_id(EOS), tokenizer.token_id(TURN_END)}),
         sampling=SamplingParams(),
-        quant="f32",
-        threads=1,
-        weight_bytes=0,
         draft_tokens="auto",
-        scheduler=Scheduler(backend, 16, waiting, PrefixCache(backend, 1 << 20)),
-        experience=Experience(lambda: Costs((1.0, 1.1, 1.2, 1.3, 1.4))),
+        scheduler=Scheduler(backend, proposers_of(backend, COSTS), 16, waiting, PrefixCache(backend, 1 << 20)),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +14,12 @@ from paceline.backends.base import Backend
 from paceline.backends.cpu.backend import CpuBackend
 from paceline.backends.cpu.weights import CheckpointWeights
 from paceline.backends.formats import DRAFTER_FORMAT
-from paceline.backends.torch.backend import TorchBackend
-from paceline.backends.torch.load import open_device
-from paceline.backends.torch.weights import CheckpointSource
 from paceline.checkpoint import Checkpoint, resolve
-from paceline.engine.proposers import DrafterProposer
+from paceline.decode.draft_length import Costs
+from paceline.engine.proposers import DrafterProposer, GrammarProposer, Proposer
 from paceline.engine.sequence import Sequence
 from paceline.engine.step import step
-from paceline.types import GREEDY, Result, Statistics
+from paceline.types import GREEDY, Draft, Result, Statistics, Work
 
 
 class Ids:
@@ -34,14 +32,28 @@ class Ids:
         return ""
 
 
-@dataclass
-class Tap:
-    """Keeps every row of logits that a token was sampled from."""
+class KnowingProposer(Proposer):
+    """Knows each sequence's text and lies now and then, so that rounds accept any number of tokens.
 
-    rows: list[np.ndarray] = field(default_factory=list)
+    Drafts are as long as the sequence says, or of any length where it leaves that open. `texts` is to be filled with
+    prompts and what follows them.
+    """
 
-    def __call__(self, result: Result) -> None:
-        self.rows += list(result.logits)
+    def __init__(self, honesty: float, seed: int, vocab_size: int) -> None:
+        self.texts: dict[Sequence, list[int]] = {}
+        self._honesty, self._vocab_size = honesty, vocab_size
+        self._random = np.random.default_rng(seed)
+
+    def propose(self, sequence: Sequence, most: int) -> Draft:
+        length = sequence.draft_tokens
+        if length is None:
+            length = int(self._random.integers(0, 9))
+        length, start = min(length, most), len(sequence.tokens)
+        tokens = self._random.integers(0, self._vocab_size, length)
+        known = np.array(self.texts[sequence][start : start + length], np.int64)
+        honest = self._random.random(len(known)) < self._honesty
+        tokens[: len(known)] = np.where(honest, known, tokens[: len(known)])
+        return Draft(tuple(tokens.tolist()))
 
 
 @dataclass(frozen=True)
@@ -52,17 +64,23 @@ class Run:
 
 
 def unplaced(backend: Backend, prompt: list[int], **settings: object) -> Sequence:
-    """A sequence for a scheduler."""
+    """A sequence for a scheduler; its `rows` collect the logits that tokens were sampled from."""
     defaults = {
         "params": GREEDY,
-        "tap": Tap(),
         "draft_tokens": 0,
         "max_tokens": 20,
         "limit": backend.info.context,
         "stop_ids": frozenset(),
         "detokenizer": Ids(),
     }
-    return Sequence(tokens=list(prompt), **{**defaults, **settings})
+    one = Sequence(tokens=list(prompt), **{**defaults, **settings})
+    one.rows = []
+
+    def keep(result: Result) -> None:
+        one.rows += [*result.logits]
+
+    one.tap = keep
+    return one
 
 
 def sequence(backend: Backend, prompt: list[int], **settings: object) -> Sequence:
@@ -70,14 +88,28 @@ def sequence(backend: Backend, prompt: list[int], **settings: object) -> Sequenc
     return unplaced(backend, prompt, slot=backend.open_slot(), **settings)
 
 
-def run(backend: Backend, sequences: list[Sequence], chunk: int = 8) -> list[Run]:
-    """Drive sequences to their ends, all in the same batches, and give their slots back."""
-    proposers = [DrafterProposer(lambda: pytest.fail("no costs"), False)] if backend.info.has_drafter else []
+def proposers_of(backend: Backend, costs: Costs | None = None) -> list[Proposer]:
+    """The grammar, and the backend's drafter if it has one."""
+    drafter = [DrafterProposer(lambda: costs, backend.info.stops_early)] if backend.info.has_drafter else []
+    return [GrammarProposer(), *drafter]
+
+
+def run(
+    backend: Backend, sequences: list[Sequence], chunk: int = 8, proposers: list[Proposer] | None = None
+) -> list[Run]:
+    """Drive sequences to their ends, all in the same steps, and free their slots."""
     while running := [s for s in sequences if s.finish is None]:
-        step(backend, proposers, running, chunk)
+        step(backend, proposers_of(backend) if proposers is None else proposers, running, chunk)
     for s in sequences:
         backend.close_slot(s.slot)
-    return [Run(s.generated, np.array(s.tap.rows), s.statistics) for s in sequences]
+    return [Run(s.generated, np.array(s.rows), s.statistics) for s in sequences]
+
+
+def all_logits(backend: Backend, slot: int, tokens: list[int], position: int = 0) -> np.ndarray:
+    """Logits [tokens, vocabulary] of every row, in one pass; the slot then holds the tokens."""
+    draft = Draft(tuple(tokens[1:]), simulated=len(tokens) - 1)
+    (result,) = backend.run([Work(slot, position, tokens[:1], GREEDY, draft, logits=True)])
+    return result.logits
 
 
 def cpu_backend(
@@ -108,8 +140,11 @@ def torch_backend(
     max_rows: int = 32,
     device: torch.device | None = None,
     **other: object,
-) -> TorchBackend:
+) -> Backend:
     """A PyTorch backend over checkpoint folders, on the processor unless told otherwise."""
+
+    from paceline.backends.torch.backend import TorchBackend
+    from paceline.backends.torch.weights import CheckpointSource
 
     def opened(folder: Path, fmt: str, settings: str) -> tuple:
         checkpoint = Checkpoint.open(folder)
@@ -135,6 +170,8 @@ def any_backend(target: Path, drafter: Path | None, quant: str = "f32", **other:
     """The backend that PACELINE_TEST_DEVICE names, over checkpoint folders."""
     if NATIVE:
         return cpu_backend(target, drafter, quant, **other)
+    from paceline.backends.torch.load import open_device
+
     for name in ("threads", "isa"):
         other.pop(name, None)
     return torch_backend(target, drafter, quant, device=open_device(DEVICE.removeprefix("torch:")), **other)

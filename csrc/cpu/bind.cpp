@@ -11,7 +11,7 @@
 #include <limits>
 #include <memory>
 
-#include "round.hpp"
+#include "model/round.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -26,10 +26,10 @@ template <class T, int N>
 using Numpy = nb::ndarray<nb::numpy, T, nb::ndim<N>>;
 
 // bfloat16 has no NumPy type: its bits come as uint16.
-Source source_of(const nb::dlpack::dtype& type) {
-  if (type == nb::dtype<float>()) return Source::f32;
-  if (type == nb::dtype<uint16_t>()) return Source::bf16;
-  if (type.code == uint8_t(nb::dlpack::dtype_code::Float) && type.bits == 16) return Source::f16;
+Element element_of(const nb::dlpack::dtype& type) {
+  if (type == nb::dtype<float>()) return Element::f32;
+  if (type == nb::dtype<uint16_t>()) return Element::bf16;
+  if (type.code == uint8_t(nb::dlpack::dtype_code::Float) && type.bits == 16) return Element::f16;
   throw std::invalid_argument("expected float32, float16, or uint16 with the bits of bfloat16");
 }
 
@@ -59,18 +59,18 @@ void matmul(const Matrix& matrix, const Array<float, 2>& x, nb::ndarray<float, n
   const Kernels& kernels = select_kernels(isa);
   const int64_t rows = int64_t(x.shape(0)), ld = int64_t(out.shape(1));
   check_cols(int64_t(x.shape(1)), matrix.view().cols);
-  check_cols(ld, round_up(matrix.view().rows, kPanel));
-  Prepared prepared;
-  prepared.reserve(round_up(rows, kTile), matrix.view().padded_cols);
-  const ActView act = prepared.view(matrix, lanes_for(rows));
+  check_cols(ld, matrix.view().padded_rows());
+  PackedRows packed;
+  packed.reserve(round_up(rows, kTile), matrix.view().padded_cols);
+  const ActView act = packed.view(matrix, lanes_for(rows));
   nb::gil_scoped_release release;
-  Team(threads).run([&](const Member& m) {
+  ThreadPool(threads).run([&](const Worker& w) {
     const int64_t cols = matrix.view().cols;
-    LayerRunner::each(m, rows, [&](int64_t r) {
-      kernels.prepare(act, r, x.data() + r * cols, cols, 0, act.padded_cols / kGroup);
+    w.for_share(rows, [&](int64_t r) {
+      kernels.pack_activations(act, r, x.data() + r * cols, cols, 0, act.groups());
     });
-    m.barrier();
-    m.deal(matrix.view().units(), 1, [&](int64_t begin, int64_t end) {
+    w.barrier();
+    w.parallel_for(matrix.view().units(), 1, [&](int64_t begin, int64_t end) {
       kernels.matmul(matrix.view(), act, rows, begin, end, out.data(), ld);
     });
   });
@@ -84,8 +84,8 @@ uint64_t checksum(const Array<uint8_t, 1>& data, int threads) {
   const Kernels& kernels = select_kernels("");
   std::vector<uint32_t> parts(static_cast<size_t>(chunks));
   nb::gil_scoped_release release;
-  Team(threads).run([&](const Member& m) {
-    m.deal(chunks, 1, [&](int64_t begin, int64_t end) {
+  ThreadPool(threads).run([&](const Worker& w) {
+    w.parallel_for(chunks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
         parts[size_t(i)] = kernels.checksum(data.data() + i * kChunk, std::min(kChunk, n - i * kChunk));
     });
@@ -101,7 +101,7 @@ struct Snapshot {
 };
 
 // The sampling parameters of paceline.types; min-p becomes a distance from the best logit, in nats.
-Draw params_of(nb::handle params) {
+SamplingParams params_of(nb::handle params) {
   const auto get = [&](const char* name) { return params.attr(name); };
   const double min_p = nb::cast<double>(get("min_p"));
   const nb::object seed = get("seed");
@@ -113,10 +113,10 @@ Draw params_of(nb::handle params) {
 int32_t sample(const Array<float, 1>& logits, nb::handle params, uint32_t position, const std::string& isa) {
   if (logits.size() == 0) throw std::invalid_argument("no logits");
   const Kernels& kernels = select_kernels(isa);
-  const Draw draw = params_of(params);
+  const SamplingParams native = params_of(params);
   const int64_t n = int64_t(logits.size());
-  if (draw.temperature == 0) return int32_t(kernels.arg_max(logits.data(), n, nullptr));
-  return kernels.sampler->draw({logits.data(), nullptr, n}, draw, position, false).token;
+  if (native.temperature == 0) return int32_t(kernels.arg_max(logits.data(), n, nullptr));
+  return kernels.sample({logits.data(), nullptr, n}, native, position, false).token;
 }
 
 // A paceline.types.Work. Its constraint is called with the GIL, which a run does not hold otherwise.
@@ -196,19 +196,18 @@ NB_MODULE(_cpu, module) {
       }, "format"_a, "rows"_a, "cols"_a)
       .def("pack", [](Matrix& self, const AnyRows& source, int64_t first) {
         check_cols(int64_t(source.shape(1)), self.view().cols);
-        const Source type = source_of(source.dtype());
+        const Element type = element_of(source.dtype());
         nb::gil_scoped_release release;
         self.pack(type, source.data(), first, int64_t(source.shape(0)));
       }, "source"_a, "first"_a = 0, "Pack rows [count, cols] of a checkpoint tensor from matrix row `first` on.")
       .def_static("mapped", [](const std::string& format, int64_t rows, int64_t cols, const Array<uint8_t, 1>& packed) {
-        check_cols(int64_t(packed.size()), Matrix::bytes_of(format_from(format), rows, cols));
-        return std::make_shared<Matrix>(format_from(format), rows, cols, packed.data());
+        return std::make_shared<Matrix>(format_from(format), rows, cols, packed.data(), packed.size());
       }, "format"_a, "rows"_a, "cols"_a, "packed"_a, nb::keep_alive<0, 4>(), "A matrix over packed bytes, in place.")
       .def("fill_random", &Matrix::fill_random, "seed"_a, nb::call_guard<nb::gil_scoped_release>(),
            "Fill with plausible values without meaning, for measurements.")
       .def("row", &row_of, "index"_a, "One row, unpacked to float32 [cols].")
       .def_prop_ro("shape", [](const Matrix& self) { return nb::make_tuple(self.view().rows, self.view().cols); })
-      .def_prop_ro("format", [](const Matrix& self) { return format_name(self.view().format); })
+      .def_prop_ro("format", [](const Matrix& self) { return traits(self.view().format).name; })
       .def_prop_ro("nbytes", &Matrix::bytes)
       .def("packed", [](const Matrix& self) {
         return Numpy<const uint8_t, 1>(self.view().data, {self.bytes()});
@@ -251,7 +250,7 @@ NB_MODULE(_cpu, module) {
       .def_rw("ple_size", &TargetWeights::ple_size).def_rw("ple_scale", &TargetWeights::ple_scale)
       .def_rw("ple_projection", &TargetWeights::ple_projection).def_rw("ple_norm", &TargetWeights::ple_norm)
       .def("set_ple_table", [](TargetWeights& w, const AnyRows& table) {
-        w.ple_table = {source_of(table.dtype()), int64_t(table.shape(0)), int64_t(table.shape(1)), table.data()};
+        w.ple_table = {element_of(table.dtype()), int64_t(table.shape(0)), int64_t(table.shape(1)), table.data()};
       }, "table"_a, nb::keep_alive<1, 2>(), "Use a mapped table [vocab, layers * ple_size] in place.");
 
   nb::class_<Snapshot>(module, "Snapshot", "The rows of a slot, copied out of a cache.")
@@ -299,6 +298,12 @@ NB_MODULE(_cpu, module) {
       .def_prop_rw("threads", [](const Decoder& d) { return d.target().threads(); }, &Decoder::set_threads)
       .def_prop_ro("isa", [](const Decoder& d) { return d.target().kernels().name; })
       .def_prop_ro("cache_bytes", [](const Decoder& d) { return d.target().cache().bytes(); })
+      .def("hidden", [](const Decoder& decoder, int64_t slot) {
+        const size_t size = size_t(decoder.target().weights().shape.hidden);
+        auto out = std::make_unique<float[]>(size);
+        std::copy_n(decoder.hidden(slot), size, out.get());
+        return owned<float, 1>(out.release(), {size});
+      }, "slot"_a, "The target's state [hidden] at the slot's last accepted row.")
       .def("last_draft_step", [](const Decoder& decoder, int64_t row) {
         const Drafter* drafter = decoder.drafter();
         if (!drafter) throw std::invalid_argument("no drafter is loaded");

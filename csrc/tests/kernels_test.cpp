@@ -11,8 +11,8 @@
 #include <memory>
 #include <random>
 
-#include "kernels.hpp"
-#include "threads.hpp"
+#include "kernels/kernels.hpp"
+#include "runtime/threads.hpp"
 
 using namespace paceline;
 
@@ -69,13 +69,9 @@ struct Packed {
   Memory memory;
 
   Packed(Format format, int64_t rows, int64_t cols)
-      : view(shape(format, rows, cols)), memory(view.panels() * view.stride) {
-    std::memset(memory.get(), 0, size_t(view.panels() * view.stride));
+      : view(format, rows, cols), memory(view.bytes()) {
+    std::memset(memory.get(), 0, size_t(view.bytes()));
     view.data = memory.get();
-  }
-  static MatrixView shape(Format format, int64_t rows, int64_t cols) {
-    const int64_t padded = pad_cols(format, cols);
-    return {format, rows, cols, padded, panel_bytes(format, padded), nullptr};
   }
 };
 
@@ -89,18 +85,18 @@ Floats columns_of_all_sizes(Random& random, int64_t rows, int64_t cols) {
 
 Packed random_matrix(Random& random, Format format, int64_t rows, int64_t cols) {
   Packed matrix(format, rows, cols);
-  pack_rows(matrix.view, matrix.memory.get(), Source::f32, columns_of_all_sizes(random, rows, cols).data(), 0, rows);
+  pack_rows(matrix.view, matrix.memory.get(), Element::f32, columns_of_all_sizes(random, rows, cols).data(), 0, rows);
   return matrix;
 }
 
 // Quantised weights of all bytes, the extreme ones above all, with the scale one: products are integers.
 Packed integer_matrix(Random& random, Format format, int64_t rows, int64_t cols) {
   Packed matrix(format, rows, cols);
-  for (int64_t i = 0; i < matrix.view.panels() * matrix.view.stride; ++i) {
+  for (int64_t i = 0; i < matrix.view.bytes(); ++i) {
     const int byte = random.integer(0, 767);
     matrix.memory.get()[i] = uint8_t(byte < 256 ? byte : byte < 512 ? 0 : 255);
   }
-  for (int64_t i = 0; i < matrix.view.panels() * matrix.view.stride; i += block_bytes(format))
+  for (int64_t i = 0; i < matrix.view.bytes(); i += traits(format).block_bytes)
     for (int64_t j = 0; j < kScaleBytes; j += 2) matrix.memory.get()[i + j] = 0, matrix.memory.get()[i + j + 1] = 0x3c;
   return matrix;
 }
@@ -119,9 +115,9 @@ struct Activations {
   ActView view;
   Memory data, scale, start;
 
-  Activations(const MatrixView& matrix, int64_t rows) : Activations(matrix.format, matrix.padded_cols, rows) {}
-  Activations(Format format, int64_t padded_cols, int64_t rows)
-      : view{format, lanes_for(rows), padded_cols, nullptr, nullptr, nullptr},
+  // For products with the matrix.
+  Activations(const MatrixView& matrix, int64_t rows)
+      : view{traits(matrix.format).act, lanes_for(rows), matrix.padded_cols, nullptr, nullptr, nullptr},
         data(tiles(rows) * view.tile_bytes()),
         scale(tiles(rows) * view.tile_groups() * 4),
         start(tiles(rows) * view.tile_groups() * 4) {
@@ -132,16 +128,16 @@ struct Activations {
   int64_t tiles(int64_t rows) const { return round_up(rows, view.lanes) / view.lanes; }
 };
 
-int64_t padded_rows(const MatrixView& matrix) { return matrix.panels() * kPanel; }
-
 Floats times(const Kernels& kernels, const MatrixView& matrix, const float* x, int64_t rows) {
   const Activations act(matrix, rows);
-  for (int64_t r = 0; r < rows; ++r) kernels.prepare(act.view, r, x + r * matrix.cols, matrix.cols, 0, act.view.padded_cols / kGroup);
-  Floats out(size_t(rows * padded_rows(matrix)), kNaN);
+  for (int64_t r = 0; r < rows; ++r) kernels.pack_activations(act.view, r, x + r * matrix.cols, matrix.cols, 0, act.view.groups());
+  Floats out(size_t(rows * matrix.padded_rows()), kNaN);
   for (int64_t unit = 0; unit < matrix.units(); ++unit)
-    kernels.matmul(matrix, act.view, rows, unit, unit + 1, out.data(), padded_rows(matrix));
+    kernels.matmul(matrix, act.view, rows, unit, unit + 1, out.data(), matrix.padded_rows());
   return out;
 }
+
+bool quantised(Format format) { return traits(format).act.kind == ActFormat::Kind::int8; }
 
 // What the kernels make of a row of activations, as values: what they see is rounded to the format's grid.
 std::vector<double> on_grid(Format format, const float* x, int64_t n) {
@@ -169,7 +165,7 @@ bool is_product(const MatrixView& matrix, const float* x, int64_t rows, const Fl
     for (int64_t r = 0; r < rows; ++r) {
       double sum = 0, size = 0;
       for (size_t k = 0; k < w.size(); ++k) sum += a[size_t(r)][k] * w[k], size += std::fabs(a[size_t(r)][k] * w[k]);
-      ok = ok && near(out[size_t(r * padded_rows(matrix) + i)], sum, tolerance * size);
+      ok = ok && near(out[size_t(r * matrix.padded_rows() + i)], sum, tolerance * size);
     }
   }
   return ok;
@@ -177,7 +173,7 @@ bool is_product(const MatrixView& matrix, const float* x, int64_t rows, const Fl
 
 // Every number of rows from 1 to 17: against the reference, and each row the same, bit for bit, whatever its company.
 void test_products(const Kernels& kernels, Format format, int64_t rows, int64_t cols) {
-  const std::string what = std::string(format_name(format)) + " " + std::to_string(rows) + " x " + std::to_string(cols);
+  const std::string what = std::string(traits(format).name) + " " + std::to_string(rows) + " x " + std::to_string(cols);
   constexpr int64_t most = 17;
   Random random(unsigned(rows * 1000 + cols));
   const Packed matrix = random_matrix(random, format, rows, cols);
@@ -189,7 +185,7 @@ void test_products(const Kernels& kernels, Format format, int64_t rows, int64_t 
     const Floats begin = times(kernels, matrix.view, x.data(), m);
     const Floats end = times(kernels, matrix.view, &x[size_t(first * cols)], m);
     check(same(begin.data(), all.data(), begin.size()), kernels.name, what + ": first rows alone");
-    check(same(end.data(), &all[size_t(first * padded_rows(matrix.view))], end.size()), kernels.name,
+    check(same(end.data(), &all[size_t(first * matrix.view.padded_rows())], end.size()), kernels.name,
           what + ": last rows alone");
   }
   if (!quantised(format)) return;
@@ -199,36 +195,76 @@ void test_products(const Kernels& kernels, Format format, int64_t rows, int64_t 
         what + ": integer sums");
 }
 
+// Activations packed for another format or width are refused, by the gate and by what it multiplies.
+void test_misfits(const Kernels& kernels) {
+  constexpr int64_t rows = 2, inner = 32;
+  const auto refused = [](const auto& call) {
+    try {
+      call();
+    } catch (const std::invalid_argument&) {
+      return true;
+    }
+    return false;
+  };
+  for (int f = 0; f < kFormatCount; ++f)
+    for (int other = 0; other < kFormatCount; ++other)
+      for (int64_t cols : {64, 128}) {
+        const Packed matrix(Format(f), inner, 64);
+        const MatrixView next(Format::f32, 16, inner);
+        const Activations act(matrix.view, rows), given(MatrixView(Format(other), 16, cols), rows), out(next, rows);
+        const bool fits = traits(Format(f)).act == traits(Format(other)).act && cols == 64;
+        for (const Activations* a : {&act, &given})
+          for (int64_t r = 0; r < rows; ++r) {
+            const Floats zeros(128, 0.0f);
+            kernels.pack_activations(a->view, r, zeros.data(), a->view.padded_cols, 0, a->view.groups());
+          }
+        Floats y(size_t(rows * inner), 0.0f);
+        const std::string what = std::string(kFormats[f].name) + " with activations for " + kFormats[other].name;
+        const auto check_call = [&](const auto& call) { check(refused(call) == !fits, kernels.name, what); };
+        check_call([&] { kernels.matmul(matrix.view, given.view, rows, 0, 1, y.data(), inner); });
+        check_call([&] {
+          kernels.gated(matrix.view, given.view, {nullptr, {}, y.data(), inner}, rows, 0, 1, out.view);
+        });
+        check_call([&] {
+          kernels.gated(matrix.view, act.view, {&matrix.view, given.view}, rows, 0, 1, out.view);
+        });
+      }
+}
+
 double gelu(double x) { return x / 2 * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x))); }
 
-// Whether row `r` of two sets of activations is prepared alike.
+// Whether row `r` of two sets of activations is packed alike.
 bool same_row(const Activations& a, const Activations& b, int64_t r) {
   const int lanes = a.view.lanes;
   const ActView x = a.view.tile(r / lanes), y = b.view.tile(r / lanes);
   bool ok = true;
-  for (int64_t i = r % lanes; i < x.padded_cols / lane_columns(x.format) * lanes; i += lanes)
+  for (int64_t i = r % lanes; i < x.padded_cols / x.format.lane_columns() * lanes; i += lanes)
     ok = ok && std::memcmp(x.data + i * 4, y.data + i * 4, 4) == 0;
-  for (int64_t i = r % lanes; quantised(x.format) && i < x.tile_groups(); i += lanes)
+  for (int64_t i = r % lanes; x.format.kind == ActFormat::Kind::int8 && i < x.tile_groups(); i += lanes)
     ok = ok && x.scale[i] == y.scale[i] && x.start[i] == y.start[i];
   return ok;
 }
 
 void test_gated(const Kernels& kernels, Format format, int64_t inner, int64_t cols) {
-  const std::string what = std::string(format_name(format)) + " gelu times up";
+  const std::string what = std::string(traits(format).name) + " gelu times up";
   constexpr int64_t rows = 11;
   Random random(unsigned(inner + cols));
   const Packed gate = random_matrix(random, Format::f32, inner, cols);
-  const Packed up = random_matrix(random, Format::f32, inner, cols);
+  const Packed up = random_matrix(random, Format::bf16, inner, cols);
   const Floats x = random.floats(rows * cols, 0.1f);
   const Floats a = times(kernels, gate.view, x.data(), rows), b = times(kernels, up.view, x.data(), rows);
   const Activations act(gate.view, rows);
-  for (int64_t r = 0; r < rows; ++r) kernels.prepare(act.view, r, &x[size_t(r * cols)], cols, 0, act.view.padded_cols / kGroup);
-  const int64_t ld = padded_rows(gate.view), padded = pad_cols(format, inner), units = gate.view.units();
-  const Activations plain(Format::f32, pad_cols(Format::f32, inner), rows), want(format, padded, rows);
-  const Activations two(format, padded, rows), one(format, padded, rows);
-  kernels.gated(gate.view, &up.view, nullptr, 0, act.view, rows, 0, units, plain.view);
-  kernels.gated(gate.view, &up.view, nullptr, 0, act.view, rows, 0, units, two.view);
-  kernels.gated(gate.view, nullptr, b.data(), ld, act.view, rows, 0, units, one.view);
+  for (int64_t r = 0; r < rows; ++r) kernels.pack_activations(act.view, r, &x[size_t(r * cols)], cols, 0, act.view.groups());
+  const Activations up_act(up.view, rows);
+  for (int64_t r = 0; r < rows; ++r)
+    kernels.pack_activations(up_act.view, r, &x[size_t(r * cols)], cols, 0, up_act.view.groups());
+  const int64_t ld = gate.view.padded_rows(), units = gate.view.units();
+  const MatrixView next(format, 16, inner), floats(Format::f32, 16, inner);
+  const Activations plain(floats, rows), want(next, rows), two(next, rows), one(next, rows);
+  const GateFactor product{&up.view, up_act.view}, given{nullptr, {}, b.data(), ld};
+  kernels.gated(gate.view, act.view, product, rows, 0, units, plain.view);
+  kernels.gated(gate.view, act.view, product, rows, 0, units, two.view);
+  kernels.gated(gate.view, act.view, given, rows, 0, units, one.view);
   bool exact = true;
   for (int64_t r = 0; r < rows; ++r) {
     Floats row(static_cast<size_t>(inner));
@@ -237,9 +273,9 @@ void test_gated(const Kernels& kernels, Format format, int64_t inner, int64_t co
       std::memcpy(&row[size_t(i)], plain.view.tile(r / kTile).data + (i * kTile + r % kTile) * 4, 4);
       exact = exact && near(row[size_t(i)], product, 2e-6 * (std::fabs(product) + 1e-6));
     }
-    kernels.prepare(want.view, r, row.data(), inner, 0, want.view.padded_cols / kGroup);
-    check(same_row(two, want, r), kernels.name, what + ", prepared");
-    check(same_row(one, want, r), kernels.name, what + " of before, prepared");
+    kernels.pack_activations(want.view, r, row.data(), inner, 0, want.view.groups());
+    check(same_row(two, want, r), kernels.name, what + ", packed");
+    check(same_row(one, want, r), kernels.name, what + " of before, packed");
   }
   check(exact, kernels.name, what);
 }
@@ -382,37 +418,38 @@ void test_checksum(const Kernels& kernels, int64_t n) {
   check(kernels.checksum(memory.get(), n) != total, kernels.name, "checksum of damaged bytes");
 }
 
-// Draws from logits that integers give exactly: the tokens of decode/draw.py, folded into one number.
+// Samples from logits that integers give exactly: the tokens of decode/sampler.py, folded into one number.
 void test_sampler(const Kernels& kernels) {
   Floats x(1000);
   for (uint32_t i = 0; i < 1000; ++i) x[i] = float(int32_t(i * 2654435761u >> 8) - (1 << 23)) / float(1 << 21);
   struct Case {
-    Draw draw;
+    SamplingParams params;
     uint32_t tokens;
   };
   constexpr float off = std::numeric_limits<float>::infinity();
-  const Case cases[] = {{{1.0f, 0, 1.0, off, 1}, 0xfb47a8c6u},
-                        {{0.7f, 64, 0.95, off, 2}, 0xd5394d47u},
-                        {{1.5f, 0, 0.9, off, 3}, 0x30df50abu},
-                        {{1.0f, 0, 1.0, 2.3025851249694824f, 0x500000007u}, 0x0a19ce5au},
-                        {{2.0f, 20, 0.5, 1.2039728164672852f, 4}, 0x0e770206u}};
+  const Case cases[] = {{{1.0f, 0, 1.0, off, 1}, 0xc6aae000u},
+                        {{0.7f, 64, 0.95, off, 2}, 0xea72ff18u},
+                        {{1.5f, 0, 0.9, off, 3}, 0xc428757au},
+                        {{1.0f, 0, 1.0, 2.3025851249694824f, 0x500000007u}, 0x6fd148bau},
+                        {{2.0f, 20, 0.5, 1.2039728164672852f, 4}, 0xc850caf7u}};
   for (const Case& c : cases) {
     uint32_t tokens = 0;
     for (uint32_t position = 0; position < 50; ++position) {
-      Draw draw = c.draw;
-      tokens = tokens * 31 + uint32_t(kernels.sampler->draw({x.data(), nullptr, 1000}, draw, position, false).token);
+      tokens = tokens * 31 + uint32_t(kernels.sample({x.data(), nullptr, 1000}, c.params, position, false).token);
     }
-    check(tokens == c.tokens, kernels.name, "drawn tokens");
+    check(tokens == c.tokens, kernels.name, "sampled tokens");
   }
 }
 
 void test_isa(const Kernels& kernels) {
-  for (Format format : {Format::f32, Format::bf16, Format::q8, Format::q4}) {
+  for (int f = 0; f < kFormatCount; ++f) {
+    const Format format = Format(f);
     for (int64_t rows : {1, 16, 17, 33, 70})
       for (int64_t cols : {1, 31, 32, 33, 64, 95, 200, 513, 1100}) test_products(kernels, format, rows, cols);
     test_gated(kernels, format, 72, 50);
     test_gated(kernels, format, 128, 64);
   }
+  test_misfits(kernels);
   for (bool bf16 : {true, false})
     for (int64_t dim : {32, 80, 256}) test_attention(kernels, bf16, dim);
   for (int64_t n : {16, 40, 256, 1000}) test_rows(kernels, n);
@@ -424,30 +461,30 @@ void test_isa(const Kernels& kernels) {
 
 }  // namespace
 
-// More members than processors, and runs that end with some of them left out: every item dealt once, in every run.
-void test_team() {
+// More workers than processors, and runs that end with some of them left out: every item taken once, in every run.
+void test_thread_pool() {
   constexpr int64_t n = 997;
   for (int size : {1, 2, 3, 5}) {
-    Team team(size);
+    ThreadPool pool(size);
     for (int run = 0; run < 300; ++run) {
       std::vector<int64_t> first(n, 0), second(n, 0);
-      team.run([&](const Member& m) {
-        m.deal(n, 1 + run % 3 * 200, [&](int64_t begin, int64_t end) {
+      pool.run([&](const Worker& w) {
+        w.parallel_for(n, 1 + run % 3 * 200, [&](int64_t begin, int64_t end) {
           for (int64_t i = begin; i < end; ++i) first[size_t(i)] += i + run;
         });
-        m.barrier();
-        m.deal(n, 1 + run % 5 * 7, [&](int64_t begin, int64_t end) {
+        w.barrier();
+        w.parallel_for(n, 1 + run % 5 * 7, [&](int64_t begin, int64_t end) {
           for (int64_t i = begin; i < end; ++i) second[size_t(i)] += first[size_t(i * 7 % n)];
         });
-        m.barrier();
+        w.barrier();
         int64_t begin, end;
-        m.share(n, begin, end);
+        w.share(n, begin, end);
         for (int64_t i = begin; i < end; ++i) first[size_t(i)] = second[size_t(i * 3 % n)];
       });
       bool right = true;
       for (int64_t i = 0; i < n; ++i)
         right = right && second[size_t(i)] == i * 7 % n + run && first[size_t(i)] == i * 3 % n * 7 % n + run;
-      check(right, "team", std::to_string(size) + " members lost or repeated work");
+      check(right, "thread pool", std::to_string(size) + " workers lost or repeated work");
     }
   }
 }
@@ -465,7 +502,7 @@ int main() {
     test_isa(select_kernels(isa));
     report(isa.c_str(), failed);
   }
-  test_team();
-  report("team", failed);
+  test_thread_pool();
+  report("thread pool", failed);
   return failed ? 1 : 0;
 }

@@ -53,9 +53,6 @@ class Draft:
     acceptance: tuple[float, ...] = ()  # [CONFIDENCE_BINS]: chance of acceptance by the drafter's confidence
     simulated: int | None = None  # for benchmarks only: SIMULATED number of accepted tokens, whatever is sampled
 
-    def __bool__(self) -> bool:
-        return bool(self.tokens or self.length)
-
 
 NO_DRAFT = Draft()
 CONFIDENCE_BINS = 16  # of equal width, over 0..1

@@ -17,9 +17,9 @@ ROOMS = {
     "errors": 0,
     "files": 0,
     "config": 0,
+    "quant": 0.5,  # the table of weight formats, which everything may ask
     "text": 1,
     "checkpoint": 1,
-    "quant": 1,
     "models": 2,
     "_cpu": 2,  # the compiled kernels
     "backends": 3,

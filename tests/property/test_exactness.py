@@ -1,4 +1,4 @@
-"""The contract: text and logits do not depend on drafting, chunks, threads or company. Bit for bit."""
+"""The contract: text and logits do not depend on drafts, chunks, threads or the rest of the batch. Bit for bit."""
 
 from __future__ import annotations
 
@@ -14,14 +14,24 @@ from safetensors.numpy import load_file, save_file
 
 from paceline import _cpu
 from paceline.checkpoint.hub import ASSETS
-from paceline.engine.prefix import PrefixCache
+from paceline.engine.prefix_cache import PrefixCache
 from paceline.engine.scheduler import Scheduler
 from paceline.engine.sequence import Sequence
 from paceline.engine.step import step
 from paceline.errors import BackendError
 from paceline.quant.blocks import FORMATS
 from tests.parity.fixtures import SHAPES, VOCABULARY, WINDOW, write_pair
-from tests.support import NATIVE, Oracle, Run, any_backend, examples, run, sequence, unplaced
+from tests.support import (
+    NATIVE,
+    KnowingProposer,
+    Run,
+    any_backend,
+    examples,
+    proposers_of,
+    run,
+    sequence,
+    unplaced,
+)
 
 TOKENS = 3 * WINDOW
 SEEDS = (0, 1)
@@ -63,7 +73,7 @@ def assert_same(one: Run, other: Run) -> None:
     chunk=st.integers(1, 32),
     threads=st.integers(1, 2),
 )
-def test_drafting_chunks_and_threads_change_nothing(
+def test_drafts_chunks_and_threads(
     pairs, quant: str, shape: str, seed: int, head: str, prompt: list[int], depth: int, chunk: int, threads: int
 ) -> None:
     folders = pairs(shape, seed, head)
@@ -80,14 +90,16 @@ def test_drafting_chunks_and_threads_change_nothing(
     honesty=st.sampled_from([0.3, 0.7, 0.9, 1.0]),
     seed=st.integers(0, 999),
 )
-def test_any_pattern_of_acceptance_changes_nothing(
+def test_any_pattern_of_acceptance(
     pairs, quant: str, shape: str, prompt: list[int], depth: int, honesty: float, seed: int
 ) -> None:
     """Random drafters are never right; one that knows the text and lies now and then makes every kind of round."""
     backend = any_backend(*pairs(shape, 0, "dense"), quant, threads=2)
     (plain,) = run(backend, [sequence(backend, prompt, max_tokens=TOKENS)])
-    oracle = Oracle(backend, [*prompt, *plain.tokens], honesty, seed)
-    (drafted,) = run(oracle, [sequence(oracle, prompt, max_tokens=TOKENS, draft_tokens=depth)])
+    knowing = KnowingProposer(honesty, seed, VOCABULARY)
+    one = sequence(backend, prompt, max_tokens=TOKENS, draft_tokens=depth)
+    knowing.texts[one] = [*prompt, *plain.tokens]
+    (drafted,) = run(backend, [one], proposers=[knowing])
     assert_same(plain, drafted)
     if honesty == 1.0:
         assert drafted.statistics.accepted == drafted.statistics.drafted > 0
@@ -100,9 +112,7 @@ def test_any_pattern_of_acceptance_changes_nothing(
     requests=st.lists(st.tuples(prompts, st.integers(0, 8)), min_size=2, max_size=4),
     chunk=st.integers(1, 32),
 )
-def test_company_changes_nothing(
-    pairs, quant: str, shape: str, requests: list[tuple[list[int], int]], chunk: int
-) -> None:
+def test_batch_invariance(pairs, quant: str, shape: str, requests: list[tuple[list[int], int]], chunk: int) -> None:
     folders = pairs(shape, 0, "dense")
     backend = any_backend(*folders, quant, slots=4, threads=2)
     together = run(backend, [sequence(backend, prompt, draft_tokens=depth) for prompt, depth in requests], chunk)
@@ -119,11 +129,11 @@ def test_every_depth_on_every_instruction_set(pairs, quant: str, isa: str) -> No
         assert_same(runs[0], other)
 
 
-def test_what_cannot_be_undone_is_refused(pairs) -> None:
+def test_truncating_too_far_is_refused(pairs) -> None:
     backend = any_backend(*pairs("e2b", 0, "dense"), max_rows=16)
     s = sequence(backend, list(range(3, 103)))
-    while s.reading:
-        step(backend, [s], 16)
+    while s.in_prefill:
+        step(backend, (), [s], 16)
     with pytest.raises(BackendError, match="sliding rings hold only"):
         backend.truncate(s.slot, 20)
     with pytest.raises(BackendError, match="cannot truncate"):
@@ -133,7 +143,7 @@ def test_what_cannot_be_undone_is_refused(pairs) -> None:
 
 @pytest.mark.parametrize("quant", FORMATS)
 @pytest.mark.parametrize("threads", [1, 2])
-def test_the_bundled_pair_at_every_depth(quant: str, threads: int) -> None:
+def test_bundled_pair_at_every_depth(quant: str, threads: int) -> None:
     """A trained pair accepts long lines, on a prompt longer than the sliding window, in chunks of any size."""
     folders = ASSETS / "tiny-python", ASSETS / "tiny-python-assistant"
     backend = any_backend(*folders, quant, threads=threads, context=512, max_rows=64)
@@ -148,7 +158,7 @@ def test_the_bundled_pair_at_every_depth(quant: str, threads: int) -> None:
 
 
 @pytest.mark.parametrize("head", ["centroid", "dense"])
-def test_a_drafter_with_damaged_weights_changes_nothing(pairs, tmp_path: Path, head: str) -> None:
+def test_drafter_with_damaged_weights(pairs, tmp_path: Path, head: str) -> None:
     target, drafter = pairs("e2b", 0, head)
     damaged = tmp_path / "damaged"
     shutil.copytree(drafter, damaged)
@@ -170,18 +180,18 @@ def test_a_drafter_with_damaged_weights_changes_nothing(pairs, tmp_path: Path, h
     depth=st.integers(0, 8),
     chunk=st.integers(1, 32),
 )
-def test_rows_taken_over_from_another_prompt_change_nothing(
+def test_cached_prefixes(
     pairs, quant: str, shape: str, first: list[int], common: int, own: list[int], depth: int, chunk: int
 ) -> None:
     folders = pairs(shape, 0, "centroid")
     backend = any_backend(*folders, quant, slots=2)
-    scheduler = Scheduler(backend, chunk, prefixes=PrefixCache(backend, 1 << 30))
+    scheduler = Scheduler(backend, proposers_of(backend), chunk, prefix_cache=PrefixCache(backend, 1 << 30))
     before = queued(scheduler, first * 3, depth)
     prompt = [*before.tokens[:common], *own]  # a branch anywhere: in the prompt, in its text, or right behind it
     for _ in range(3):  # the second and third time, more and more is kept
         other = queued(scheduler, prompt, depth)
         expected = generate(folders, quant, prompt, depth=0, chunk=chunk)
-        assert_same(Run(other.generated, np.array(other.rule.rows), other.statistics), expected)
+        assert_same(Run(other.generated, np.array(other.rows), other.statistics), expected)
     assert len(prompt) < 20 or other.statistics.cached_tokens > 0
 
 

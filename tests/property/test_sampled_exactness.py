@@ -1,7 +1,7 @@
 """The contract under sampling: text, logits and log-probabilities do not depend on drafting. Bit for bit.
 
-Random drafters are hardly ever right, so as many cases have a drafter that knows the text, lies at a chosen rate, and
-says anything about its confidence: rounds then accept any number of drafts and stop anywhere.
+Random drafters are hardly ever right, so as many cases have a proposer that knows the text and lies at a chosen rate:
+rounds then accept any number of tokens.
 """
 
 from __future__ import annotations
@@ -17,17 +17,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from paceline.backends.base import Backend
-from paceline.decode import draw as twin
+from paceline.decode import sampler
 from paceline.decode.draft_length import MAX_DEPTH, Costs, State
-from paceline.decode.rules import DRAFTER_STREAM, TARGET_STREAM, Coupled
 from paceline.decode.sampling_params import check_sampling_params
+from paceline.engine.proposers import DrafterProposer, Proposer
 from paceline.engine.sequence import Sequence
 from paceline.engine.step import step
 from paceline.quant.blocks import FORMATS
-from paceline.types import Anchors, Logprobs, Plan, SamplingParams
+from paceline.types import GREEDY, Draft, Logprobs, SamplingParams, Work
 from tests.parity.fixtures import SHAPES, VOCABULARY, WINDOW, write_pair
-from tests.property.sampled import Informed
-from tests.support import NATIVE, Recorder, Run, any_backend, examples, sequence
+from tests.support import NATIVE, KnowingProposer, Run, any_backend, examples, only_native, sequence
 
 TOKENS = 14
 HEADS = ("centroid", "dense")
@@ -111,45 +110,62 @@ class Told(Run):
     rounds: Counter[tuple[int, int]]
 
 
+class PerSequence(Proposer):
+    """Asks another proposer for each sequence."""
+
+    def __init__(self) -> None:
+        self.of: dict[Sequence, Proposer] = {}
+
+    def propose(self, sequence: Sequence, most: int) -> Draft | None:
+        return self.of[sequence].propose(sequence, most)
+
+    def observe(self, rounds: list, seconds: float | None) -> None:
+        for s, result in rounds:
+            self.of[s].observe([(s, result)], seconds if len(rounds) == 1 else None)
+
+
+def drafter_proposer(backend: Backend, one: Sequence, drafting: Drafting) -> DrafterProposer:
+    """The native drafter's, with costs and a past of its own."""
+    proposer = DrafterProposer(lambda: drafting.costs, backend.info.stops_early)
+    proposer.begin(one)
+    if drafting.draft_tokens is None:
+        proposer._states[one] = drafting.control
+    return proposer
+
+
 def prepared(
     backend: Backend,
     prompt: list[int],
-    sampling: SamplingParams,
+    params: SamplingParams,
     drafting: Drafting | None = None,
     logprobs: int | None = None,
 ) -> Sequence:
-    drafting = drafting or Drafting(0)
-    return sequence(
-        backend,
-        prompt,
-        rule=Recorder(Coupled(sampling, backend.draw)),
-        max_tokens=TOKENS,
-        draft_tokens=drafting.draft_tokens,
-        costs=drafting.costs,
-        control=drafting.control,
-        logprobs=logprobs,
-    )
+    drafts = drafting.draft_tokens if drafting else 0
+    return sequence(backend, prompt, params=params, max_tokens=TOKENS, draft_tokens=drafts, logprobs=logprobs)
 
 
-def finish(backend: Backend, sequences: list[Sequence], chunk: int = 32) -> list[Told]:
-    """Drive sequences to their ends, all in the same batches, and give their slots back, also if that fails."""
+def finish(
+    backend: Backend, sequences: list[Sequence], proposer: Proposer | None = None, chunk: int = 32
+) -> list[Told]:
+    """Drive sequences to their ends, all in the same steps, and free their slots, also if that fails."""
     told: dict[int, list[Logprobs | None]] = {s.slot: [] for s in sequences}
     rounds: dict[int, Counter[tuple[int, int]]] = {s.slot: Counter() for s in sequences}
+    proposers = [proposer] if proposer else []
     try:
         while running := [s for s in sequences if s.finish is None]:
-            for s, event in zip(running, step(backend, running, chunk), strict=True):
+            for s, event in zip(running, step(backend, proposers, running, chunk), strict=True):
                 if event:
                     told[s.slot] += [piece.logprobs for piece in event.pieces]
                     rounds[s.slot][event.drafted, event.accepted] += 1
     finally:
         for s in sequences:
             backend.close_slot(s.slot)
-    return [Told(s.generated, np.array(s.rule.rows), s.statistics, told[s.slot], rounds[s.slot]) for s in sequences]
+    return [Told(s.generated, np.array(s.rows), s.statistics, told[s.slot], rounds[s.slot]) for s in sequences]
 
 
-def alone(backend: Backend, prompt: list[int], sampling: SamplingParams, logprobs: int | None = None) -> Told:
+def alone(backend: Backend, prompt: list[int], params: SamplingParams, logprobs: int | None = None) -> Told:
     """Plain decoding."""
-    (run,) = finish(backend, [prepared(backend, prompt, sampling, logprobs=logprobs)])
+    (run,) = finish(backend, [prepared(backend, prompt, params, logprobs=logprobs)])
     assert run.statistics.drafted == 0
     return run
 
@@ -162,7 +178,7 @@ def assert_same(one: Told, other: Told) -> None:
 
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_native_drafter_changes_nothing(backends, shape: str, head: str) -> None:
+def test_native_drafter(backends, shape: str, head: str) -> None:
     seen: Counter[int] = Counter()
 
     @anything(max_examples=EXAMPLES)
@@ -179,7 +195,8 @@ def test_the_native_drafter_changes_nothing(backends, shape: str, head: str) -> 
     ) -> None:
         backend = backends(shape, quant, head)
         plain = alone(backend, prompt, sampling, logprobs)
-        (drafted,) = finish(backend, [prepared(backend, prompt, sampling, drafting, logprobs)], chunk)
+        s = prepared(backend, prompt, sampling, drafting, logprobs)
+        (drafted,) = finish(backend, [s], drafter_proposer(backend, s, drafting), chunk)
         assert_same(plain, drafted)
         seen.update(depth for depth, _ in drafted.rounds.elements())
 
@@ -189,7 +206,7 @@ def test_the_native_drafter_changes_nothing(backends, shape: str, head: str) -> 
 
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_any_pattern_of_acceptance_changes_nothing(backends, shape: str, head: str) -> None:
+def test_any_pattern_of_acceptance(backends, shape: str, head: str) -> None:
     seen: Counter[tuple[int, int]] = Counter()
 
     @anything(max_examples=EXAMPLES)
@@ -200,7 +217,6 @@ def test_any_pattern_of_acceptance_changes_nothing(backends, shape: str, head: s
         drafting=draftings(),
         chunk=st.integers(1, 32),
         honesty=st.sampled_from([0.3, 0.7, 0.9, 1.0]),
-        confidence=st.sampled_from([None, 0.0, 1.0, math.nan, math.inf, -1.0]),
         seed=st.integers(0, 999),
         logprobs=st.sampled_from([None, 0, 5]),
     )
@@ -211,16 +227,15 @@ def test_any_pattern_of_acceptance_changes_nothing(backends, shape: str, head: s
         drafting: Drafting,
         chunk: int,
         honesty: float,
-        confidence: float | None,
         seed: int,
         logprobs: int | None,
     ) -> None:
         backend = backends(shape, quant, head)
         plain = alone(backend, prompt, sampling, logprobs)
-        informed = Informed(backend, honesty, confidence, seed)
-        s = prepared(informed, prompt, sampling, drafting, logprobs)
-        informed.texts[s.slot] = [*prompt, *plain.tokens]
-        (drafted,) = finish(informed, [s], chunk)
+        knowing = KnowingProposer(honesty, seed, VOCABULARY)
+        s = prepared(backend, prompt, sampling, drafting, logprobs)
+        knowing.texts[s] = [*prompt, *plain.tokens]
+        (drafted,) = finish(backend, [s], knowing, chunk)
         assert_same(plain, drafted)
         if honesty == 1.0:
             assert drafted.statistics.accepted == drafted.statistics.drafted
@@ -242,7 +257,7 @@ def test_any_pattern_of_acceptance_changes_nothing(backends, shape: str, head: s
     chunk=st.integers(1, 32),
     honesty=st.sampled_from([None, 0.7, 0.9]),
 )
-def test_company_changes_nothing(
+def test_batch_invariance(
     backends,
     shape: str,
     quant: str,
@@ -250,28 +265,32 @@ def test_company_changes_nothing(
     chunk: int,
     honesty: float | None,
 ) -> None:
-    """Sequences with settings of their own, in one batch, drafted by the native drafter or one that knows the texts."""
+    """Sequences with settings of their own in one batch, drafted by the native drafter or by a knowing proposer."""
     backend = backends(shape, quant, "dense")
-    plain = [alone(backend, prompt, sampling, 5) for prompt, sampling, _ in requests]
-    drafter = backend if honesty is None else Informed(backend, honesty, None, 0)
-    sequences = [prepared(drafter, prompt, sampling, drafting, 5) for prompt, sampling, drafting in requests]
-    if isinstance(drafter, Informed):
-        drafter.texts = {s.slot: [*s.tokens, *mine.tokens] for s, mine in zip(sequences, plain, strict=True)}
-    for mine, together in zip(plain, finish(drafter, sequences, chunk), strict=True):
+    plain = [alone(backend, prompt, params, 5) for prompt, params, _ in requests]
+    proposer = PerSequence()
+    sequences = []
+    for (prompt, params, drafting), mine in zip(requests, plain, strict=True):
+        s = prepared(backend, prompt, params, drafting, 5)
+        knowing = KnowingProposer(honesty or 0, len(sequences), VOCABULARY)
+        knowing.texts[s] = [*prompt, *mine.tokens]
+        proposer.of[s] = drafter_proposer(backend, s, drafting) if honesty is None else knowing
+        sequences.append(s)
+    for mine, together in zip(plain, finish(backend, sequences, proposer, chunk), strict=True):
         assert_same(mine, together)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_log_probabilities_are_those_of_plain_decoding(backends, shape: str) -> None:
+def test_logprobs_are_those_of_plain_decoding(backends, shape: str) -> None:
     """Equal as floats, and those of the settings' temperature alone."""
     backend = backends(shape, "f32", "centroid")
     sampling = SamplingParams(temperature=0.7, top_k=20, top_p=0.9, presence_penalty=1.0, seed=6)
     prompt = list(range(40, 60))
     plain = alone(backend, prompt, sampling, 5)
-    informed = Informed(backend, 0.8, None, 1)
-    s = prepared(informed, prompt, sampling, Drafting(4), 5)
-    informed.texts[s.slot] = [*prompt, *plain.tokens]
-    (drafted,) = finish(informed, [s])
+    knowing = KnowingProposer(0.8, 1, VOCABULARY)
+    s = prepared(backend, prompt, sampling, Drafting(4), 5)
+    knowing.texts[s] = [*prompt, *plain.tokens]
+    (drafted,) = finish(backend, [s], knowing)
     assert 0 < drafted.statistics.accepted < drafted.statistics.drafted
     assert drafted.logprobs == plain.logprobs
     for token, row, mine in zip(plain.tokens, plain.logits.astype(np.float64) / 0.7, drafted.logprobs, strict=True):
@@ -283,37 +302,25 @@ def test_log_probabilities_are_those_of_plain_decoding(backends, shape: str) -> 
         assert [value for _, value in mine.top] == pytest.approx(logs[best].tolist(), abs=1e-9)
 
 
+@only_native
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("stream", [TARGET_STREAM, DRAFTER_STREAM])
-@anything(max_examples=examples(60))
-@given(shape=st.sampled_from(SHAPES), sampling=samplings(), depth=st.integers(1, MAX_DEPTH), newest=tokens)
-def test_drafts_are_drawn_as_the_target_draws(
-    backends, head: str, stream: int, shape: str, sampling: SamplingParams, depth: int, newest: int
+@anything(max_examples=60)
+@given(shape=st.sampled_from(SHAPES), params=samplings(), length=st.integers(1, MAX_DEPTH), seed=st.integers(0, 99))
+def test_drafter_samples_as_the_target_does(
+    backends, head: str, shape: str, params: SamplingParams, length: int, seed: int
 ) -> None:
-    """From the drafter's logits, without penalties and bias; confidence is the guess's share of what was allowed."""
+    """From the drafter's logits, without constraints; confidence is the token's share of what was allowed."""
     backend = backends(shape, "f32", head)
-    s = prepared(backend, [5, 6, 7, 8], sampling)
+    slot = backend.open_slot()
     try:
-        step(backend, [s], 32)
-        one = np.array([4], np.int32)
-        anchors = Anchors(
-            np.array([s.slot], np.int32),
-            one,
-            np.array([newest], np.int32),
-            s.hidden[None],
-            (sampling,),
-            (Plan(depth),),
-            (stream,),
-            with_logits=True,
-        )
-        drafts = backend.draft(anchors).settled()
+        (first,) = backend.run([Work(slot, 0, [5, 6, 7, 8 + seed], GREEDY)])
+        (result,) = backend.run([Work(slot, 4, first.sampled, params, Draft(length=length))])
+        logits, _ = backend._decoder.last_draft_step(0)
     finally:
-        backend.close_slot(s.slot)
-    assert drafts.lengths.tolist() == [depth]
-    for k in range(depth):
-        row, token = drafts.logits[0, k], drafts.tokens[0, k]
-        assert token == twin.draw(row, sampling, 5 + k, stream)
-        if sampling.temperature > 0:
-            ids, weights = twin.allowed(row, sampling)
-            share = np.float32(weights[ids == token].sum() / weights.sum())
-            assert drafts.confidence[0, k] == share
+        backend.close_slot(slot)
+    assert len(result.drafted) == len(result.confidence) == length
+    token = result.drafted[-1]
+    assert token == sampler.sample(logits, params, 4 + length)
+    if params.temperature > 0:
+        ids, weights = sampler.allowed(logits, params)
+        assert np.float32(result.confidence[-1]) == np.float32(weights[ids == token].sum() / weights.sum())

@@ -1,4 +1,4 @@
-"""The audit over the fake backend: what it compares, and that it sees every kind of difference."""
+"""The audit over the scripted backend: what it compares, and that it sees every kind of difference."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from paceline.backends.fake import FakeBackend
 from paceline.bench.audit import (
     SAMPLINGS,
     TIMED,
@@ -26,61 +25,68 @@ from paceline.bench.audit import (
 from paceline.engine.engine import Engine
 from paceline.engine.scheduler import Scheduler
 from paceline.errors import PromptError
-from paceline.types import Batch, Output, SamplingParams, Statistics
-from tests.unit.test_engine import engine as fake_engine
+from paceline.types import Result, SamplingParams, Statistics, Work
+from tests.scripted_backend import ScriptedBackend
+from tests.unit.test_engine import engine as scripted_engine
 
 PROMPTS = ("Ask me.", "A prompt of more than one chunk.")
 TOKENS = 24
 
 
-def engine(backend: FakeBackend | None = None, **settings: object) -> Engine:
-    return fake_engine(backend=backend or FakeBackend(slots=1, context=128), prompt_chunk=16, **settings)
+def engine(backend: ScriptedBackend | None = None, **settings: object) -> Engine:
+    return scripted_engine(backend=backend or ScriptedBackend(slots=1, context=128), prompt_chunk=16, **settings)
 
 
-class RowsMatter(FakeBackend):
+class RowsMatter(ScriptedBackend):
     """Logits that depend on how many rows a round has, in their last bit alone."""
 
-    def forward(self, batch: Batch) -> Output:
-        output = super().forward(batch)
-        if len(output.logits) > 1:
-            output.logits[:, 7] = np.nextafter(output.logits[:, 7], np.float32(9))
-        return output
+    def run(self, works: list[Work]) -> list[Result]:
+        results = super().run(works)
+        for result in results:
+            if result.drafted and result.logits is not None:
+                result.logits[:, 7] = np.nextafter(result.logits[:, 7], np.float32(9))
+        return results
 
 
-class ChunksMatter(FakeBackend):
-    """The last row of a prompt that is read in pieces has a NaN."""
+class ChunksMatter(ScriptedBackend):
+    """The last row of a prompt that is run in chunks has a NaN."""
 
-    def forward(self, batch: Batch) -> Output:
-        output = super().forward(batch)
-        if batch.positions[0] and len(batch.wanted) > 1 and len(output.logits) == 1:
-            output.logits[0, 7] = np.nan
-        return output
+    def run(self, works: list[Work]) -> list[Result]:
+        results = super().run(works)
+        for work, result in zip(works, results, strict=True):
+            if work.position and len(work.tokens) > 1 and result.logits is not None:
+                result.logits[0, 7] = np.nan
+        return results
 
 
-class Forgetful(FakeBackend):
-    """Draws another token than it did the first time at a place."""
+class Forgetful(ScriptedBackend):
+    """Samples another token than it did the first time at a position."""
 
     def __init__(self, **settings: object) -> None:
         super().__init__(**settings)
-        self._drawn: set[tuple[int, bytes]] = set()
+        self._seen: set[int] = set()
 
-    def draw(self, logits: np.ndarray, sampling: SamplingParams, position: int) -> int:
-        key = (position, logits.tobytes())
-        again = key in self._drawn
-        self._drawn.add(key)
-        return (super().draw(logits, sampling, position) + again) % self.vocab_size
+    def run(self, works: list[Work]) -> list[Result]:
+        results = []
+        for work, result in zip(works, super().run(works), strict=True):
+            again = work.position in self._seen and bool(result.sampled)
+            self._seen.add(work.position)
+            last = (result.sampled[-1] + again) % self.info.vocab_size if result.sampled else None
+            results.append(replace(result, sampled=(*result.sampled[:-1], last)) if result.sampled else result)
+        return results
 
 
 def test_an_exact_backend_is_identical() -> None:
     found = audit(engine(), PROMPTS, TOKENS)
     assert found.identical
-    assert len(found.runs) == len(PROMPTS) * len(SAMPLINGS) * 6
+    assert len(found.runs) == len(PROMPTS) * len(SAMPLINGS) * 7
     assert {str(run.case) for run in found.runs} == {
         "1 draft",
         "2 drafts",
         "4 drafts",
         "8 drafts",
         "as many drafts as pay",
+        "4 drafts, 2 threads",
         "4 drafts, prompt chunks of 5",
     }
     assert {run.rows for run in found.runs} == {TOKENS}  # every row of every run
@@ -88,17 +94,17 @@ def test_an_exact_backend_is_identical() -> None:
 
 
 def test_a_stop_token_in_mid_round_is_no_difference() -> None:
-    e = engine(FakeBackend(slots=1, context=128, truth=1.0), stop_ids=frozenset(range(0, 64, 5)))
+    e = engine(ScriptedBackend(slots=1, context=128, truth=1.0), stop_ids=frozenset(range(0, 64, 5)))
     found = audit(e, PROMPTS, TOKENS)
     assert found.identical
     assert any(run.rows < TOKENS for run in found.runs)
 
 
 def test_without_a_drafter_chunks_are_compared() -> None:
-    e = engine(FakeBackend(slots=1, context=128, can_draft=False))
+    e = engine(ScriptedBackend(slots=1, context=128, has_drafter=False))
     found = audit(e, PROMPTS, TOKENS)
     assert found.identical
-    assert {run.case for run in found.runs} == set(cases_of(e)) == {Case(0, chunk=5)}
+    assert {run.case for run in found.runs} == set(cases_of(e)) == {Case(0, threads=2), Case(0, chunk=5)}
     assert found.acceptance_by_depth == ()
     assert measure_speeds(e, PROMPTS, TOKENS) is None
 
@@ -125,8 +131,8 @@ def test_one_bit_of_one_logit_is_a_difference() -> None:
 
 
 def test_a_broken_prompt_chunk_is_a_difference() -> None:
-    e = engine(ChunksMatter(slots=1, context=128))
-    e = replace(e, scheduler=Scheduler(e.backend, 64))
+    e = engine(ChunksMatter(slots=1, context=128, max_rows=64))
+    e = replace(e, scheduler=Scheduler(e.backend, e.scheduler.proposers, 64))
     found = audit(e, PROMPTS, TOKENS)
     assert {run.case for run in found.different} == {Case(4, chunk=5)}
     where = found.different[0].difference
@@ -179,16 +185,14 @@ def test_acceptance_is_of_rounds_at_the_greatest_depth() -> None:
         )
     )
     assert found.acceptance_by_depth == (0.5, 0.25, 0.025, 0, 0, 0, 0, 0)
-    fake = audit(engine(FakeBackend(slots=1, context=128, truth=1.0)), PROMPTS, TOKENS)
+    fake = audit(engine(ScriptedBackend(slots=1, context=128, truth=1.0)), PROMPTS, TOKENS)
     assert fake.acceptance_by_depth[0] == 1
 
 
-def test_the_engine_keeps_what_it_knew() -> None:
+def test_slots_are_free_afterwards() -> None:
     e = engine()
-    before = e.experience.state
     audit(e, PROMPTS, TOKENS)
-    assert e.experience.state is before
-    assert e.generate(PROMPTS[0], raw=True, max_tokens=3).tokens  # its slot is free again
+    assert e.generate(PROMPTS[0], raw=True, max_tokens=3).tokens
 
 
 def test_speeds() -> None:
@@ -210,7 +214,7 @@ def test_progress_reaches_its_end() -> None:
     seen: list[tuple[str, int, int]] = []
     audit(engine(), PROMPTS, 2, lambda *state: seen.append(state))
     assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)
-    assert seen[-1][1:] == (len(PROMPTS) * len(SAMPLINGS) * 7 - 1, len(PROMPTS) * len(SAMPLINGS) * 7)
+    assert seen[-1][1:] == (len(PROMPTS) * len(SAMPLINGS) * 8 - 1, len(PROMPTS) * len(SAMPLINGS) * 8)
     seen.clear()
     measure_speeds(engine(), PROMPTS, 2, lambda *state: seen.append(state))
     total = 3 * len(PROMPTS) * len(TIMED) * len(TIMED_DEPTHS)

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from paceline.backends.fake import FakeBackend
 from paceline.decode.draft_length import MAX_DEPTH
 from paceline.engine.cost_model import load_costs, measure_costs
 from paceline.types import SamplingParams
+from tests.scripted_backend import ScriptedBackend
 
 GREEDY = SamplingParams()
 
 
 def test_costs_of_every_depth() -> None:
-    backend = FakeBackend(slots=1)
+    backend = ScriptedBackend(slots=1)
     costs = measure_costs(backend, GREEDY)
     assert len(costs.rounds) == MAX_DEPTH + 1
     assert min(costs.rounds) > 0 <= costs.token
@@ -25,13 +25,13 @@ def test_costs_of_every_depth() -> None:
 
 
 def test_costs_of_several_at_once() -> None:
-    costs = measure_costs(FakeBackend(slots=5), GREEDY)
+    costs = measure_costs(ScriptedBackend(slots=5), GREEDY)
     assert [count for count, _ in costs.shared] == [2, 4, 5]
     assert {len(rounds) for _, rounds in costs.shared} == {len(costs.rounds)}
 
 
 def test_a_short_context_is_priced_as_far_as_it_goes() -> None:
-    costs = measure_costs(FakeBackend(context=16), GREEDY)
+    costs = measure_costs(ScriptedBackend(context=16), GREEDY)
     assert len(costs.rounds) == 5
 
 
@@ -48,7 +48,7 @@ DAMAGED = [
 
 @pytest.mark.parametrize("damage", [None, *DAMAGED])
 def test_costs_are_kept(tmp_path: Path, damage: str | None) -> None:
-    backend = FakeBackend(slots=2)
+    backend = ScriptedBackend(slots=2)
     first = load_costs(backend, GREEDY, "about", tmp_path / "new", print)
     (path,) = (tmp_path / "new").iterdir()
     if damage is not None:
@@ -61,11 +61,11 @@ def test_costs_are_kept(tmp_path: Path, damage: str | None) -> None:
 
 def test_other_settings_have_other_costs(tmp_path: Path) -> None:
     for about, sampling in (("a", GREEDY), ("b", GREEDY), ("a", SamplingParams(temperature=1.0))):
-        load_costs(FakeBackend(), sampling, about, tmp_path, print)
+        load_costs(ScriptedBackend(), sampling, about, tmp_path, print)
     assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_a_folder_that_cannot_be_written_costs_time_only(tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("")
-    assert load_costs(FakeBackend(), GREEDY, "about", blocked, print).rounds
+    assert load_costs(ScriptedBackend(), GREEDY, "about", blocked, print).rounds

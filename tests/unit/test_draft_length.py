@@ -17,7 +17,6 @@ from paceline.decode.draft_length import (
     Costs,
     Drift,
     State,
-    _extras,
     acceptance,
     next_plan,
     next_request,
@@ -28,7 +27,7 @@ from paceline.decode.draft_length import (
     stop_floors,
     useless,
 )
-from paceline.types import CONFIDENCE_BINS, Line, Plan
+from paceline.types import CONFIDENCE_BINS, Draft, Result
 
 # Milliseconds of rounds of depth 0 to 8: measured ones, and two made up to be hard.
 COSTS = {
@@ -58,6 +57,10 @@ class Outcome:
     state: State
 
 
+def outcome(drafted: int, accepted: int, *confidence: float) -> Result:
+    return Result((0,) * (accepted + 1), (0,) * drafted, confidence)
+
+
 def simulate(
     costs: Costs, profile: Callable[[int], Chances], tokens: int, depth: int | None, seed: int, sure: bool = False
 ) -> Outcome:
@@ -69,9 +72,9 @@ def simulate(
     while done < tokens:
         if depth is None and state.plan is None:
             state = replace(state, plan=next_plan(state, costs))
-        plan = Plan(depth) if depth is not None else state.plan
+        plan = Draft(length=depth) if depth is not None else state.plan
         right, confidence, line = [], [], 1.0
-        for p in profile(done)[: plan.depth]:
+        for p in profile(done)[: plan.length]:
             right.append(chance.random() < p)
             confidence.append(chance.betavariate(6, 2) if right[-1] else chance.betavariate(2, 3) if sure else p)
             if plan.floors:
@@ -81,8 +84,7 @@ def simulate(
         accepted = [*right, False].index(False)
         took = costs.rounds[len(right)] + costs.token * accepted
         spent, done = spent + took, done + accepted + 1
-        drafted = Line(tuple(range(len(right))), tuple(confidence))
-        state = observe(state, costs, drafted, accepted, took * math.exp(noise.gauss(0, 0.05)))
+        state = observe(state, costs, outcome(len(right), accepted, *confidence), took * math.exp(noise.gauss(0, 0.05)))
     return Outcome(done / spent, state)
 
 
@@ -129,11 +131,11 @@ def test_wrong_prices_are_put_right() -> None:
     while done < 1500:
         if state.plan is None:
             state = replace(state, plan=next_plan(state, told, early_stop=False))
-        depth = state.plan.depth
+        depth = state.plan.length
         accepted = next((i for i in range(depth) if random.random() > 0.5), depth)
         took = 30.0 if depth == 0 else 3 * told.rounds[depth]
         spent, done = spent + took, done + accepted + 1
-        state = observe(state, told, Line(tuple(range(depth)), (0.5,) * depth), accepted, took)
+        state = observe(state, told, outcome(depth, accepted, *[0.5] * depth), took)
     assert spent < 1.1 * 30.0 * done
 
 
@@ -145,11 +147,11 @@ def test_plans_are_always_possible(costs: list[float], rounds: list[tuple[int, f
     prices, state = Costs(tuple(costs)), State()
     for drafted, share, milliseconds in rounds:
         plan = next_plan(state, prices)
-        assert 0 <= plan.depth <= prices.deepest
-        assert len(plan.floors) in (0, plan.depth)
+        assert 0 <= plan.length <= prices.deepest
+        assert len(plan.floors) in (0, plan.length)
         assert all(0 <= p <= 1 for p in (*plan.acceptance, *acceptance(state)))
         depth = min(drafted, prices.deepest)
-        state = observe(state, prices, Line(tuple(range(depth)), (share,) * depth), int(share * depth), milliseconds)
+        state = observe(state, prices, outcome(depth, int(share * depth), *[share] * depth), milliseconds)
     assert next_request(state).lost == 0
 
 
@@ -163,47 +165,47 @@ SHARED = Costs((10.0, 11.0, 12.0), 0.0, ((2, (12.0, 14.0, 16.0)), (4, (16.0, 20.
 
 def test_shared_drafts_go_where_they_are_accepted() -> None:
     good, bad = seen((0.95,) * 8), seen((0.05,) * 8)
-    depths = [plan.depth for plan in share_out([bad, good, bad, good], SHARED)]
+    depths = [plan.length for plan in share_out([bad, good, bad, good], SHARED)]
     assert depths == [0, 2, 0, 2]
-    assert [plan.depth for plan in share_out([bad] * 4, SHARED)] == [0] * 4
-    assert [plan.depth for plan in share_out([good] * 4, SHARED)] == [2] * 4
+    assert [plan.length for plan in share_out([bad] * 4, SHARED)] == [0] * 4
+    assert [plan.length for plan in share_out([good] * 4, SHARED)] == [2] * 4
 
 
 def test_sequences_that_share_rounds_are_tried_again_after_a_while() -> None:
     bad = replace(seen((0.0,) * 8), plain_rounds=33)  # a drafted round costs a sixth more: 33 of them in all
-    assert [plan.depth for plan in share_out([bad] * 2, SHARED)] == [0, 0]
+    assert [plan.length for plan in share_out([bad] * 2, SHARED)] == [0, 0]
     bad = replace(bad, plain_rounds=34)
     (plan, other) = share_out([bad, seen((0.0,) * 8)], SHARED)
-    assert (plan.depth, other.depth) == (1, 1)
-    after = observe(replace(bad, plan=plan), SHARED, Line((1,), (0.5,)), 0, None)
-    assert after.plan == Plan(0)
+    assert (plan.length, other.length) == (1, 1)
+    after = observe(replace(bad, plan=plan), SHARED, outcome(1, 0, 0.5), None)
+    assert after.plan == Draft()
     assert after.plain_rounds == 0
-    assert observe(after, SHARED, Line(), 0, None) is after
+    assert observe(after, SHARED, outcome(0, 0), None) is after
 
 
 def test_wrong_prices_of_shared_rounds_are_put_right() -> None:
     """Measured, drafting does not pay; really, drafted rounds take 30 % less than that, and the machine is slower."""
     dear = Costs((10.0, 18.0), 0.0, ((4, (16.0, 30.0)),))
     state, drift = seen((0.7,) * 8), Drift()
-    assert [plan.depth for plan in share_out([state] * 4, dear, drift)] == [0] * 4
+    assert [plan.length for plan in share_out([state] * 4, dear, drift)] == [0] * 4
     for _ in range(10):  # a probe among plain rounds
         for _ in range(20):
             drift = observe_shared(drift, dear, [0] * 4, 0, 1.2 * 16)
         drift = observe_shared(drift, dear, [1] * 4, 3, 1.2 * 0.7 * 30)
     assert drift.speed == pytest.approx(math.log(1.2), abs=0.01)
     assert drift.drafted == pytest.approx(math.log(0.7), abs=0.02)
-    assert [plan.depth for plan in share_out([state] * 4, dear, drift)] == [1] * 4
+    assert [plan.length for plan in share_out([state] * 4, dear, drift)] == [1] * 4
 
 
-def test_few_of_many_draft_where_only_they_gain() -> None:
-    """Depth 2 for two of four costs what two that draft cost by themselves, or their share of what all would cost."""
-    assert _extras(SHARED, 4)[1][1] == max(16.0 - 12.0, (24.0 - 16.0) / 2)
-    assert _extras(SHARED, 4)[0] == [1.0, 2.0, 3.0, 4.0]
+def test_only_those_draft_that_gain() -> None:
+    """One good drafter among four: its drafts alone cost 2 ms more and bring nearly two tokens."""
+    good, bad = seen((0.95,) * 8), seen((0.02,) * 8)
+    assert [plan.length for plan in share_out([bad, bad, good, bad], SHARED)] == [0, 0, 2, 0]
 
 
 @pytest.mark.parametrize("confidence", [math.nan, math.inf, -1.0, 7.0, 0.0, 1.0])
 def test_any_confidence_is_borne(confidence: float) -> None:
-    state = observe(State(), SHARED, Line((1,), (confidence,)), 1, 10.0)
+    state = observe(State(), SHARED, outcome(1, 1, confidence), 10.0)
     assert sum(state.sure_tried) == 1
 
 

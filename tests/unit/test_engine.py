@@ -1,19 +1,21 @@
-"""The engine over the fake backend: prompts, limits, and streams that are left early."""
+"""The engine over the scripted backend: prompts, limits, and streams that are dropped early."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from paceline.backends.fake import FakeBackend
 from paceline.decode.draft_length import Costs
-from paceline.engine.engine import Engine, Experience, Stream
+from paceline.engine.engine import Engine, Stream
+from paceline.engine.proposers import DrafterProposer
 from paceline.engine.scheduler import Scheduler
 from paceline.errors import PromptError, SettingsError
 from paceline.types import SamplingParams
-from tests.support import Ids
+from tests.scripted_backend import ScriptedBackend
+from tests.support import Ids, proposers_of
 
 
 class Letters:
@@ -32,8 +34,8 @@ class Template:
 
 
 def engine(**settings: object) -> Engine:
-    backend = settings.setdefault("backend", FakeBackend(slots=1, context=64))
-    chunk = settings.pop("prompt_chunk", 8)
+    backend = settings.setdefault("backend", ScriptedBackend(slots=1, context=64))
+    chunk, costs = settings.pop("prompt_chunk", 8), settings.pop("costs", Costs((10.0, 11.0, 12.0, 13.0)))
     defaults = {
         "tokenizer": Letters(),
         "chat_template": Template(),
@@ -41,12 +43,8 @@ def engine(**settings: object) -> Engine:
         "drafter_config": None,
         "stop_ids": frozenset(),
         "sampling": SamplingParams(),
-        "quant": "f32",
-        "threads": 1,
-        "weight_bytes": 0,
         "draft_tokens": 4,
-        "scheduler": Scheduler(backend, chunk),
-        "experience": Experience(lambda: Costs((10.0, 11.0, 12.0, 13.0))),
+        "scheduler": Scheduler(backend, proposers_of(backend, costs), chunk),
     }
     return Engine(**{**defaults, **settings})
 
@@ -91,7 +89,7 @@ def test_no_template_means_raw() -> None:
         {"draft_tokens": "many"},
         {"logprobs": 101},
         {"logprobs": -1},
-        {"acceptance_rule": "hope"},
+        {"regex": "a", "schema": {}},
         {"stop": [""]},
         {"stop": ""},
     ],
@@ -111,7 +109,7 @@ def test_generate_and_stream_agree() -> None:
     assert whole.statistics.drafted > 0
 
 
-def test_a_stream_waits_for_a_slot_and_moves_the_others_on_meanwhile() -> None:
+def test_streams_wait_for_a_slot() -> None:
     e = engine()
     first, second = e.stream([1, 2, 3], max_tokens=20), e.stream([4], max_tokens=3)
     next(first)
@@ -131,8 +129,8 @@ def test_closing_a_stream_frees_its_slot() -> None:
     assert e.backend.open_slot() == 0
 
 
-def test_streams_read_in_turn_share_passes_and_write_what_they_write_alone() -> None:
-    e = engine(backend=FakeBackend(slots=3, context=128))
+def test_streams_share_passes() -> None:
+    e = engine(backend=ScriptedBackend(slots=3, context=128))
     prompts = [[1, 2, 3], list(range(40)), [9]]
     alone = [e.generate(prompt, max_tokens=30).tokens for prompt in prompts]
     streams = [e.stream(prompt, max_tokens=30) for prompt in prompts]
@@ -144,14 +142,14 @@ def test_streams_read_in_turn_share_passes_and_write_what_they_write_alone() -> 
     assert passes < 40  # alone they take 30 and more each without drafts, 3 times
 
 
-def test_a_stream_left_early_gives_its_slot_back() -> None:
+def test_dropped_streams_free_their_slots() -> None:
     e = engine()
     for _ in e.stream([1, 2, 3]):
         break
     assert isinstance(e.stream([4]), Stream)
 
 
-def test_a_seed_is_taken_and_reported() -> None:
+def test_seeds_are_taken_and_reported() -> None:
     e = engine(sampling=SamplingParams(temperature=1.0))
     one, two = (e.generate([1, 2, 3], max_tokens=20) for _ in range(2))
     assert one.sampling.seed != two.sampling.seed
@@ -159,15 +157,7 @@ def test_a_seed_is_taken_and_reported() -> None:
     assert e.generate([1, 2, 3], sampling=one.sampling, max_tokens=20, draft_tokens=0).tokens == one.tokens
 
 
-@pytest.mark.parametrize("rule", ["coupled", "rejection"])
-@pytest.mark.parametrize("depth", [0, 3, "auto"])
-def test_greedy_text_is_the_same_by_either_rule(rule: str, depth: int | str) -> None:
-    e = engine()
-    settings = {"acceptance_rule": rule, "draft_tokens": depth, "max_tokens": 30}
-    assert e.generate([1, 2, 3], **settings).tokens == e.generate([1, 2, 3], draft_tokens=0, max_tokens=30).tokens
-
-
-def test_stop_strings_end_the_text_whatever_was_drafted() -> None:
+def test_stop_strings_with_any_draft() -> None:
     e = engine()
     whole = e.generate([1, 2, 3], max_tokens=40).text
     stop = whole[len(whole) // 2 :][:9]
@@ -176,7 +166,7 @@ def test_stop_strings_end_the_text_whatever_was_drafted() -> None:
     assert len(cut[0].tokens) < 40
 
 
-def test_logprobs_are_the_targets_own_and_do_not_depend_on_drafts() -> None:
+def test_logprobs_do_not_depend_on_drafts() -> None:
     e = engine(sampling=SamplingParams(temperature=0.8, top_k=5, seed=3))
     plain, drafted = (e.generate([1, 2, 3], logprobs=4, max_tokens=30, draft_tokens=depth) for depth in (0, 5))
     assert plain.logprobs == drafted.logprobs
@@ -185,18 +175,20 @@ def test_logprobs_are_the_targets_own_and_do_not_depend_on_drafts() -> None:
     assert e.generate([1, 2, 3], max_tokens=3).logprobs == ()
 
 
-def test_auto_drafts_where_it_pays_and_stops_where_it_does_not() -> None:
+def test_auto_drafts_where_it_pays() -> None:
     cheap, dear = Costs((10.0, 10.1, 10.2, 10.3, 10.4)), Costs((10.0, 90.0, 180.0))
     for costs, least, most in ((cheap, 2.0, 5.0), (dear, 1.0, 1.1)):
-        e = engine(backend=FakeBackend(slots=1, context=512, truth=0.9), experience=Experience(lambda c=costs: c))
+        e = engine(backend=ScriptedBackend(slots=1, context=512, truth=0.9), costs=costs)
         statistics = e.generate([1, 2, 3], draft_tokens="auto", max_tokens=300).statistics
         assert least <= statistics.acceptance_length <= most
 
 
-def test_a_drafter_that_is_never_right_is_named_once() -> None:
+def test_useless_drafters_are_named_once() -> None:
     said: list[str] = []
-    backend = FakeBackend(slots=1, context=512, truth=0.0)
-    e = engine(backend=backend, experience=Experience(lambda: Costs((10.0, 10.01, 10.02))), notify=said.append)
+    backend = ScriptedBackend(slots=1, context=512, truth=0.0)
+    e = engine(backend=backend)
+    proposer = DrafterProposer(lambda: Costs((10.0, 10.01, 10.02)), False, said.append)
+    e = replace(e, scheduler=Scheduler(backend, [proposer], 8))
     for _ in range(3):
         e.generate([1, 2, 3], draft_tokens="auto", max_tokens=400)
     assert len(said) == 1

@@ -1,4 +1,4 @@
-"""Beginnings of prompts that are not read again: what is found, what is kept, and that texts stay the same."""
+"""The prefix cache: what is found, what is stored, and that texts stay the same."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paceline.backends.fake import FakeBackend
-from paceline.decode.rules import Coupled
-from paceline.engine.prefix import PrefixCache
+from paceline.engine.prefix_cache import PrefixCache
 from paceline.engine.scheduler import Scheduler
 from paceline.engine.sequence import Sequence
 from paceline.types import SamplingParams
-from tests.unit.test_scheduler import Watched, alone, drain, request
+from tests.scripted_backend import ScriptedBackend
+from tests.support import proposers_of
+from tests.unit.test_scheduler import Watch, alone, drain, request
 
 
-def scheduler(backend: FakeBackend, memory: int = 1 << 20, chunk: int = 8) -> Scheduler:
-    return Scheduler(backend, chunk, prefixes=PrefixCache(backend, memory))
+def scheduler(backend: ScriptedBackend, memory: int = 1 << 20, chunk: int = 8) -> Scheduler:
+    return Scheduler(backend, proposers_of(backend), chunk, prefix_cache=PrefixCache(backend, memory))
 
 
 def serve(scheduler: Scheduler, *prompts: list[int], **other: object) -> list[Sequence]:
@@ -34,40 +34,40 @@ def cached(scheduler: Scheduler, *prompts: list[int], **other: object) -> list[i
     return [s.statistics.cached_tokens for s in serve(scheduler, *prompts, **other)]
 
 
-def test_the_next_turn_reads_only_what_is_new() -> None:
-    backend = Watched(slots=1)
-    mine = scheduler(backend)
+def test_next_turn_runs_only_what_is_new() -> None:
+    watch = Watch()
+    mine = scheduler(ScriptedBackend(slots=1, watch=watch))
     [first] = serve(mine, list(range(40)), max_tokens=30)
-    backend.passes.clear()
+    watch.passes.clear()
     [second] = serve(mine, [*first.tokens, 1, 2, 3], max_tokens=1)
     assert second.statistics.cached_tokens == len(first.tokens) - 1  # the newest token was never run
-    assert backend.passes == [{0: 4}]
+    assert watch.passes == [{0: 4}]
 
 
-def test_the_same_prompt_again_reads_one_token() -> None:
-    mine = scheduler(FakeBackend(slots=1))
+def test_same_prompt_again_runs_one_token() -> None:
+    mine = scheduler(ScriptedBackend(slots=1))
     assert cached(mine, list(range(40)), max_tokens=1) == [0]
     assert cached(mine, list(range(40)), max_tokens=1) == [39]
 
 
-def test_a_branch_point_is_learned() -> None:
-    """Nothing was kept at the end of the shared part, so the second prompt reads it too, and the third does not."""
-    mine = scheduler(FakeBackend(slots=1, reach=4))
+def test_branch_points_get_snapshots() -> None:
+    """There is no snapshot at the end of the shared part, so the second prompt runs it too, and the third does not."""
+    mine = scheduler(ScriptedBackend(slots=1, reach=4))
     shared = [7] * 50
     prompts = [[*shared, *[n] * 60] for n in (1, 2, 3)]
     assert [cached(mine, prompt, max_tokens=1) for prompt in prompts] == [[0], [0], [50]]
 
 
-def test_prompts_that_come_together_are_read_once() -> None:
-    backend = Watched(slots=4)
-    mine = scheduler(backend)
+def test_shared_prefix_of_concurrent_prompts() -> None:
+    watch = Watch()
+    mine = scheduler(ScriptedBackend(slots=4, watch=watch))
     shared = [7] * 60
     assert cached(mine, *[[*shared, *[n] * 20] for n in (1, 2, 3)], max_tokens=1) == [0, 60, 60]
-    assert sum(sum(rows.values()) for rows in backend.passes) == 60 + 3 * 20
+    assert sum(sum(rows.values()) for rows in watch.passes) == 60 + 3 * 20
 
 
-def test_whoever_waits_goes_on_when_the_reader_leaves() -> None:
-    backend = FakeBackend(slots=2)
+def test_followers_go_on_when_their_leader_is_cancelled() -> None:
+    backend = ScriptedBackend(slots=2)
     mine = scheduler(backend)
     reads, waits = (request(backend, [7] * 100, max_tokens=5) for _ in range(2))
     for sequence in (reads, waits):
@@ -77,30 +77,30 @@ def test_whoever_waits_goes_on_when_the_reader_leaves() -> None:
     mine.cancel(reads)
     drain(mine)
     assert (reads.finish, waits.finish) == ("cancelled", "length")
-    assert waits.statistics.cached_tokens == 24  # what the other had read
+    assert waits.statistics.cached_tokens == 24  # the prefix that the other had run
     assert waits.generated == alone([7] * 100, max_tokens=5)
 
 
-def test_memory_is_bounded_and_the_least_used_goes_first() -> None:
-    mine = scheduler(FakeBackend(slots=1), memory=4 * 150)  # three prompts of 40 tokens, four bytes each
+def test_memory_is_bounded_by_least_recent_use() -> None:
+    mine = scheduler(ScriptedBackend(slots=1), memory=4 * 150)  # three prompts of 40 tokens, four bytes each
     first, second, third, fourth = ([n] * 40 for n in range(4))
     for prompt in (first, second, third, first, fourth):
         serve(mine, prompt, max_tokens=1)
-        assert mine.prefixes.nbytes <= 4 * 150
+        assert mine.prefix_cache.nbytes <= 4 * 150
     assert cached(mine, first, max_tokens=1) == [39]
     assert cached(mine, second, max_tokens=1) == [0]
 
 
-def test_what_is_larger_than_the_memory_is_not_kept() -> None:
-    mine = scheduler(FakeBackend(slots=1), memory=4 * 30)
+def test_snapshots_larger_than_memory() -> None:
+    mine = scheduler(ScriptedBackend(slots=1), memory=4 * 30)
     serve(mine, [1] * 40, max_tokens=1)
-    assert mine.prefixes.count == 0
+    assert mine.prefix_cache.count == 0
 
 
-def test_a_longer_snapshot_takes_the_place_of_a_shorter_one() -> None:
-    mine = scheduler(FakeBackend(slots=1, reach=1000))
+def test_longer_snapshots_replace_shorter_ones() -> None:
+    mine = scheduler(ScriptedBackend(slots=1, reach=1000))
     serve(mine, [1] * 40, max_tokens=60)
-    assert mine.prefixes.count == 1
+    assert mine.prefix_cache.count == 1
 
 
 texts = st.lists(st.integers(0, 2), max_size=40)
@@ -117,19 +117,19 @@ texts = st.lists(st.integers(0, 2), max_size=40)
     memory=st.sampled_from([0, 400, 1 << 20]),
     seed=st.integers(0, 1 << 30),
 )
-def test_texts_do_not_depend_on_what_was_kept(
+def test_text_does_not_depend_on_the_cache(
     requests: list[tuple], slots: int, chunk: int, reach: int, memory: int, seed: int
 ) -> None:
     dice = random.Random(seed)
-    backend = FakeBackend(slots=slots, truth=0.6, reach=reach)
+    backend = ScriptedBackend(slots=slots, truth=0.6, reach=reach)
     mine = scheduler(backend, memory, chunk)
     sequences: list[Sequence] = []
     for shared, own, most, temperature in requests:
         prompt = [9, *[shared] * (20 * shared), *own]
         if sequences and dice.random() < 0.3:  # a next turn
             prompt = [*dice.choice(sequences).tokens, *own, 5]
-        rule = Coupled(SamplingParams(temperature=temperature, seed=len(sequences)), backend.draw)
-        sequences.append(request(backend, prompt, max_tokens=most, rule=rule, draft_tokens=dice.randrange(5)))
+        params = SamplingParams(temperature=temperature, seed=len(sequences))
+        sequences.append(request(backend, prompt, max_tokens=most, params=params, draft_tokens=dice.randrange(5)))
         mine.submit(sequences[-1], lambda _: None)
         for _ in range(dice.randrange(6)):
             mine.tick()
@@ -137,15 +137,15 @@ def test_texts_do_not_depend_on_what_was_kept(
             mine.cancel(dice.choice(sequences))
     drain(mine)
     for s in sequences:
-        text = alone(s.tokens[: s.prompt_length], max_tokens=s.max_tokens, rule=s.rule)
+        text = alone(s.tokens[: s.prompt_length], max_tokens=s.max_tokens, params=s.params)
         assert s.generated == text[: len(s.generated)]
         assert s.finish == "cancelled" or s.generated == text
-    assert mine.prefixes.nbytes <= memory
+    assert mine.prefix_cache.nbytes <= memory
     assert sorted(backend.open_slot() for _ in range(slots)) == list(range(slots))
 
 
 def test_the_property_can_fail() -> None:
-    class Forgetful(FakeBackend):
+    class Forgetful(ScriptedBackend):
         def restore(self, slot: int, snapshot: object) -> None:
             super().restore(slot, snapshot)
             self._cache[slot][0] += 1

@@ -1,4 +1,4 @@
-"""Settings of sampling: what is refused, what penalties and bias do, log-probabilities."""
+"""Sampling parameters: what is refused, what penalties, bias and grammars do, log-probabilities."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import math
 import numpy as np
 import pytest
 
-from paceline.decode.rules import Coupled
-from paceline.decode.sampling_params import History, adjusted, check_sampling_params, logprobs_of
-from paceline.decode.verify import verify
+from paceline.decode.acceptance import accept
+from paceline.decode.constraints import Grammar, LogitsConstraint, constraint_of
+from paceline.decode.logprobs import logprobs_of
+from paceline.decode.sampler import sample
+from paceline.decode.sampling_params import check_sampling_params
 from paceline.errors import SettingsError
-from paceline.types import Line, SamplingParams
+from paceline.types import GREEDY, SamplingParams, Work
 
 
 @pytest.mark.parametrize(
@@ -52,33 +54,38 @@ def test_settings_at_the_edge() -> None:
     assert check_sampling_params(edge, 8) is edge
 
 
-def history(prompt: list[int], text: list[int]) -> History:
-    seen = History(prompt)
-    for token in text:
-        seen.add(token)
-    return seen
-
-
 LOGITS = np.array([2.0, -2.0, 1.0, 0.0, 4.0], np.float32)
 
 
-def test_nothing_to_adjust_copies_nothing() -> None:
-    assert adjusted(LOGITS, SamplingParams(1.0, 2, 0.5, 0.1), history([0], [1])) is LOGITS
+def constrained(params: SamplingParams, prompt: tuple = (), text: tuple = (), grammar: Grammar | None = None) -> list:
+    """LOGITS after a constraint."""
+    constraint = LogitsConstraint(params, prompt, grammar)
+    for token in text:
+        constraint.commit(token)
+    logits = LOGITS.copy()
+    constraint.apply(logits)
+    return logits.tolist()
+
+
+def test_no_constraint_where_logits_stay_as_they_are() -> None:
+    assert constraint_of(SamplingParams(1.0, 2, 0.5, 0.1), [0], None) is None
+    for name, value in (("repetition_penalty", 1.1), ("bias", ((1, 1.0),)), ("suppressed", (1,))):
+        assert constraint_of(SamplingParams(**{name: value}), [0], None) is not None
 
 
 def test_penalties_bias_and_suppressed_tokens() -> None:
-    seen = history([0, 1], [4, 4, 2])
-    assert adjusted(LOGITS, SamplingParams(repetition_penalty=2.0), seen).tolist() == [1, -4, 0.5, 0, 2]
-    assert adjusted(LOGITS, SamplingParams(presence_penalty=1.0), seen).tolist() == [2, -2, 0, 0, 3]
-    assert adjusted(LOGITS, SamplingParams(frequency_penalty=1.0), seen).tolist() == [2, -2, 0, 0, 2]
-    assert adjusted(LOGITS, SamplingParams(bias=((3, 9.0), (3, -1.0))), seen).tolist() == [2, -2, 1, 8, 4]
-    assert adjusted(LOGITS, SamplingParams(suppressed=(4, 0)), seen).tolist() == [-np.inf, -2, 1, 0, -np.inf]
-    assert LOGITS.tolist() == [2, -2, 1, 0, 4]
+    seen = {"prompt": (0, 1), "text": (4, 4, 2)}
+    assert constrained(SamplingParams(repetition_penalty=2.0), **seen) == [1, -4, 0.5, 0, 2]
+    assert constrained(SamplingParams(presence_penalty=1.0), **seen) == [2, -2, 0, 0, 3]
+    assert constrained(SamplingParams(frequency_penalty=1.0), **seen) == [2, -2, 0, 0, 2]
+    assert constrained(SamplingParams(bias=((3, 9.0), (3, -1.0))), **seen) == [2, -2, 1, 8, 4]
+    assert constrained(SamplingParams(suppressed=(4, 0)), **seen) == [-np.inf, -2, 1, 0, -np.inf]
 
 
-def test_suppressed_tokens_are_never_drawn() -> None:
+def test_suppressed_tokens_are_never_sampled() -> None:
     hot = SamplingParams(temperature=50.0, suppressed=(0, 2, 3, 4), seed=1)
-    assert {Coupled(hot).settle(LOGITS, p, History(), Line(), 0) for p in range(200)} == {1}
+    logits = np.array(constrained(hot), np.float32)
+    assert {sample(logits, hot, position) for position in range(200)} == {1}
 
 
 def test_logprobs() -> None:
@@ -113,15 +120,24 @@ class Only:
         return ()
 
 
-def test_a_grammar_masks_each_row_of_a_line_at_its_own_place() -> None:
-    rule, grammar = Coupled(), Only({1, 2}, {0, 3}, {4})
-    commit = verify(np.stack([LOGITS] * 3), Line((2, 0)), rule, History((), grammar), 7)
-    assert (commit.tokens, grammar.written) == ((2, 0, 4), [2, 0, 4])
+def verify(drafted: tuple[int, ...], grammar: Only) -> tuple[int, ...]:
+    work = Work(0, 0, [1], GREEDY, constraint=LogitsConstraint(GREEDY, (), grammar))
+
+    def sampled(row: int) -> int:
+        logits = LOGITS.copy()
+        work.constraint.apply(logits)
+        return int(logits.argmax())
+
+    return accept(work, drafted, sampled)
+
+
+def test_grammars_mask_each_row_at_its_place() -> None:
     grammar = Only({1, 2}, {0, 3}, {4})
-    commit = verify(np.stack([LOGITS] * 3), Line((4, 0)), rule, History((), grammar), 7)
-    assert (commit.tokens, grammar.written) == ((2,), [2])  # the draft was not allowed, and nothing went beyond it
+    assert (verify((2, 0), grammar), grammar.written) == ((2, 0, 4), [2, 0, 4])
+    grammar = Only({1, 2}, {0, 3}, {4})  # a draft that is not allowed: nothing goes beyond it
+    assert (verify((4, 0), grammar), grammar.written) == ((2,), [2])
 
 
-def test_a_grammar_wins_over_suppressed_tokens() -> None:
-    settled = adjusted(LOGITS, SamplingParams(suppressed=(1, 2)), History((), Only({1, 2})))
-    assert np.flatnonzero(settled > -np.inf).tolist() == [1, 2]
+def test_grammars_win_over_suppressed_tokens() -> None:
+    logits = constrained(SamplingParams(suppressed=(1, 2)), grammar=Only({1, 2}))
+    assert np.flatnonzero(np.array(logits) > -np.inf).tolist() == [1, 2]

@@ -8,12 +8,11 @@ from pathlib import Path
 from paceline.checkpoint.sizes import weight_bytes
 from paceline.config import DrafterConfig, TargetConfig
 from paceline.errors import SettingsError
-from paceline.quant.blocks import FORMATS
+from paceline.quant.formats import FORMATS
 
 AUTO_SHARE = 0.7  # of the memory at hand that `auto` lets the weights take
 
-# A drafter's format follows its target's, but not below q8: it is small, and its mistakes cost rounds.
-DRAFTER_FORMAT = {"f32": "f32", "bf16": "bf16", "q8": "q8", "q4": "q8"}
+DRAFTER_FORMAT = {name: f.drafter for name, f in FORMATS.items()}
 
 
 def check_quant(quant: str) -> None:
@@ -23,14 +22,13 @@ def check_quant(quant: str) -> None:
 
 
 def choose_quant(config: TargetConfig | DrafterConfig, dtype: str, memory: int) -> str:
-    """The most precise format whose weights take at most 70 % of `memory` bytes; q4 if none does.
+    """The most precise format whose weights take at most 70 % of `memory` bytes; the smallest if none does.
 
     A checkpoint in bf16 has nothing to gain from f32, which is chosen only where the files hold it.
     """
-    for quant in ("f32", "bf16", "q8") if dtype == "F32" else ("bf16", "q8"):
-        if weight_bytes(config, quant) <= AUTO_SHARE * memory:
-            return quant
-    return "q4"
+    candidates = [name for name in FORMATS if name != "f32" or dtype == "F32"]
+    fitting = (name for name in candidates if weight_bytes(config, name) <= AUTO_SHARE * memory)
+    return next(fitting, candidates[-1])
 
 
 def available_memory() -> int:

@@ -174,7 +174,7 @@ class SimulatedAcceptance(DrafterProposer):
 
     def propose(self, sequence: Sequence, most: int) -> Draft:
         draft = super().propose(sequence, most)
-        self._round += bool(draft)
+        self._round += draft.length > 0
         accepted = sum((self._round * GOLDEN_RATIO) % 1.0 < share for share in self.shares)
         return replace(draft, simulated=accepted)
 

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 from paceline.checkpoint.names import PLE_TABLE, TOKEN_ORDERING, expected_tensors
 from paceline.config import DrafterConfig, TargetConfig
+from paceline.quant.formats import FORMATS, GROUP
 
-# Bytes of 32 weights: q8 and q4 are GGUF's Q8_0 and Q4_0, an fp16 scale and 32 numbers of 8 or 4 bits.
-BYTES_OF_32 = {"f32": 128, "bf16": 64, "q8": 34, "q4": 18}
 CACHE_BYTES = 2  # bf16
 
 
@@ -41,7 +40,7 @@ def weight_bytes(config: TargetConfig | DrafterConfig, quant: str) -> int:
     for name, shape in expected_tensors(config).items():
         if name == PLE_TABLE:
             continue
-        total += math.prod(shape) * (4 * 32 if len(shape) == 1 else BYTES_OF_32[quant]) // 32
+        total += math.prod(shape) * (4 * GROUP if len(shape) == 1 else FORMATS[quant].group_bytes) // GROUP
     return total
 
 

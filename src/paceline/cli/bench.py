@@ -12,6 +12,7 @@ import typer
 
 from paceline.cli.options import DeviceOption, ThreadsOption
 from paceline.errors import SettingsError
+from paceline.quant.formats import FORMATS, METAVAR
 
 bench = typer.Typer(
     help="Measure kernels, decoding and prompts. Ends in one JSON line on stdout.", no_args_is_help=True
@@ -22,7 +23,7 @@ ShapeOption = Annotated[
     str | None,
     typer.Option(help="Random weights in an official shape.", metavar="e2b|e4b|12b|26b|31b", show_default=False),
 ]
-QuantOption = Annotated[str, typer.Option(help="Weight format.", metavar="f32|bf16|q8|q4")]
+QuantOption = Annotated[str, typer.Option(help="Weight format.", metavar=METAVAR)]
 ContextOption = Annotated[int, typer.Option(help="Tokens in the cache before each measurement.", min=16)]
 DraftOption = Annotated[int, typer.Option(help="Tokens drafted a round.", min=1, max=15)]
 RepeatsOption = Annotated[int, typer.Option(help="Runs of each measurement; medians are shown.", min=1)]
@@ -45,7 +46,6 @@ def kernels(threads: ThreadsOption = None, repeats: RepeatsOption = 7) -> None:
     from paceline.bench.machine import ReadBandwidth, peak_memory
     from paceline.bench.report import console, kernel_table
     from paceline.bench.runs import kernel_gb_per_s
-    from paceline.quant.blocks import FORMATS
 
     count = threads or default_threads()
     isa = os.environ.get("PACELINE_ISA", "")

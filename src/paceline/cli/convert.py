@@ -8,12 +8,13 @@ from typing import Annotated
 import typer
 
 from paceline.cli.options import MODEL_HELP, DrafterOption, ThreadsOption
+from paceline.quant.formats import METAVAR
 
 
 def convert(
     model: Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL")],
     out: Annotated[Path, typer.Argument(help="The folder to make; it must not exist.", metavar="OUT")],
-    quant: Annotated[str, typer.Option(help="Weight format.", metavar="f32|bf16|q8|q4")] = "q4",
+    quant: Annotated[str, typer.Option(help="Weight format.", metavar=METAVAR)] = "q4",
     drafter: DrafterOption = "auto",
     threads: ThreadsOption = None,
 ) -> None:

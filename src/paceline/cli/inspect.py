@@ -109,9 +109,10 @@ def _parameters(config: TargetConfig) -> dict[str, int]:
 
 
 def _memory(config: TargetConfig | DrafterConfig) -> dict[str, int]:
-    from paceline.checkpoint.sizes import BYTES_OF_32, weight_bytes
+    from paceline.checkpoint.sizes import weight_bytes
+    from paceline.quant.formats import FORMATS
 
-    return {quant: weight_bytes(config, quant) for quant in BYTES_OF_32}
+    return {quant: weight_bytes(config, quant) for quant in FORMATS}
 
 
 def _cache(config: TargetConfig) -> dict[str, int]:
@@ -145,6 +146,7 @@ def _drafter(target: TargetConfig, folder: Path) -> dict[str, Any]:
     from paceline.checkpoint.sizes import count_parameters, weight_bytes
     from paceline.config import check_pair
     from paceline.errors import PairError
+    from paceline.quant.formats import FORMATS
 
     checkpoint = Checkpoint.open(folder)
     config = checkpoint.drafter_config()
@@ -164,7 +166,7 @@ def _drafter(target: TargetConfig, folder: Path) -> dict[str, Any]:
         "centroids": config.centroids,
         "parameters": count_parameters(config).total,
         "files": _file_sizes(checkpoint),
-        "memory": _memory(config) | {"q4": weight_bytes(config, "q8")},  # a drafter is never kept below q8
+        "memory": {quant: weight_bytes(config, f.drafter) for quant, f in FORMATS.items()},
     }
 
 

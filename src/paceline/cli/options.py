@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from paceline.errors import SettingsError
+from paceline.quant.formats import FORMATS, METAVAR
 
 if TYPE_CHECKING:
     from paceline import Engine
@@ -42,9 +43,9 @@ MaxTokensOption = Annotated[int, typer.Option(help="Stop after this many tokens.
 QuantOption = Annotated[
     str,
     typer.Option(
-        help="Weights in memory: f32 as the reference, bf16 as in the files, q8 and q4 smaller and faster; auto "
-        "chooses for this machine.",
-        metavar="auto|f32|bf16|q8|q4",
+        help=f"Weights in memory: {', '.join(f'{f.name} {f.summary}' for f in FORMATS.values())}; auto chooses for "
+        "this machine.",
+        metavar=f"auto|{METAVAR}",
     ),
 ]
 DeviceOption = Annotated[

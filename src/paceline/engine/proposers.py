@@ -123,8 +123,10 @@ class DrafterProposer(Proposer):
         if sequence.draft_tokens is not None:
             return Draft(length=min(sequence.draft_tokens, most))
         state = self._states[sequence]
-        plan = state.plan or next_plan(state, self.costs, self.stops_early)
-        self._states[sequence] = replace(state, plan=plan)
+        plan = state.plan
+        if plan is None:
+            plan = next_plan(state, self.costs, self.stops_early)
+            self._states[sequence] = replace(state, plan=plan)
         return plan if plan.length <= most else replace(plan, length=most, floors=plan.floors[:most])
 
     def observe(self, rounds: Rounds, seconds: float | None) -> None:

@@ -1,1 +1,1 @@
-"""Block formats: the slow NumPy twins of the native packer and matrix kernels."""
+"""Weight formats: their table, and the NumPy reference of the native packer and matrix kernels."""

@@ -1,15 +1,9 @@
-"""Weight formats as NumPy arithmetic: the oracle that the native kernels are tested against.
+"""Weight formats as NumPy arithmetic: the reference that the native kernels are tested against.
 
-Formats (GGUF's names in brackets; groups are 32 neighbouring columns of one row):
+Activations of a quantised matrix are quantised too, a row and group at a time: scale = max |x| / 127 in float32,
+q = x / scale rounded to even. A group's products are then summed as integers, exactly.
 
-* `f32`, `bf16`: plain.
-* `q8` [Q8_0]: scale = max |x| / 127 as fp16, q = round(x / scale) in -127..127.
-* `q4` [Q4_0]: scale = x of largest magnitude / -8 as fp16, q = floor(x / scale + 8.5) in 0..15, value (q - 8) * scale.
-
-Activations that meet a quantised matrix are quantised themselves, a row and group at a time: scale = max |x| / 127 in
-float32, q = x / scale rounded to even. A group's products are then summed as integers, exactly.
-
-The packed layout is described in `csrc/cpu/formats.hpp`; `pack` builds the same bytes.
+The packed layout is described in `csrc/cpu/formats/formats.hpp`; `pack` builds the same bytes.
 """
 
 from __future__ import annotations
@@ -19,11 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-FORMATS = ("f32", "bf16", "q8", "q4")
-GROUP = 32
-BLOCK = 64  # columns that quantised matrices are padded to
-PANEL = 16
-OFFSET = {"q8": 128, "q4": 8}  # added to q so that stored weights are unsigned
+from paceline.quant.formats import FORMATS, GROUP
+
+PANEL = 16  # output rows that are packed together
 
 Floats = NDArray[np.float32]
 
@@ -53,19 +45,17 @@ def pad_columns(x: Floats) -> Floats:
 
 
 def quantise(x: Floats, fmt: str) -> Quantised:
-    """Quantise weights [rows, columns] to the grid of `q8` or `q4`."""
+    """Quantise weights [rows, columns] to the grid of a format."""
     groups = pad_columns(x).reshape(x.shape[0], -1, GROUP)
-    if fmt == "q8":
-        scale = (np.abs(groups).max(-1) / np.float32(127)).astype(np.float32)
-    else:
-        at = np.abs(groups).argmax(-1)[..., None]
-        scale = (np.take_along_axis(groups, at, -1)[..., 0] / np.float32(-8)).astype(np.float32)
+    offset, divisor = FORMATS[fmt].offset, FORMATS[fmt].divisor
+    extreme = np.take_along_axis(groups, np.abs(groups).argmax(-1)[..., None], -1)[..., 0]
+    scale = ((np.abs(extreme) if divisor > 0 else extreme) / np.float32(divisor)).astype(np.float32)
     inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale != 0)
     scaled = groups * inverse[..., None]
-    if fmt == "q8":
+    if divisor > 0:
         q = np.trunc(scaled + np.copysign(np.float32(0.5), scaled))  # half away from zero
     else:
-        q = np.minimum(15, np.trunc(scaled + np.float32(8.5))) - 8
+        q = np.minimum(2 * offset - 1, np.trunc(scaled + np.float32(offset + 0.5))) - offset
     return Quantised(scale.astype(np.float16), q.astype(np.int8))
 
 
@@ -77,11 +67,9 @@ def dequantise(matrix: Quantised, columns: int) -> Floats:
 
 def round_trip(x: Floats, fmt: str) -> Floats:
     """What a matrix [rows, columns] becomes when it is stored in a format."""
-    if fmt == "f32":
-        return np.asarray(x, np.float32)
-    if fmt == "bf16":
-        return from_bf16(to_bf16(x))
-    return dequantise(quantise(x, fmt), x.shape[1])
+    if FORMATS[fmt].quantised:
+        return dequantise(quantise(x, fmt), x.shape[1])
+    return from_bf16(to_bf16(x)) if fmt == "bf16" else np.asarray(x, np.float32)
 
 
 def quantise_activations(x: Floats) -> tuple[Floats, NDArray[np.int8]]:
@@ -97,7 +85,7 @@ def matmul(weights: Floats, x: Floats, fmt: str) -> NDArray[np.float64]:
 
     Integer sums within a group are exact; everything else is float64, so kernels differ from it by rounding only.
     """
-    if fmt in ("q8", "q4"):
+    if FORMATS[fmt].quantised:
         w = quantise(weights, fmt)
         scales, q = quantise_activations(x)
         sums = np.einsum("rgi,ogi->rog", q.astype(np.int64), w.q.astype(np.int64)).astype(np.float64)
@@ -109,29 +97,28 @@ def matmul(weights: Floats, x: Floats, fmt: str) -> NDArray[np.float64]:
 
 
 def pack(weights: Floats, fmt: str) -> bytes:
-    """The packed bytes of a matrix [outputs, columns]: panels of 16 outputs, see `csrc/cpu/formats.hpp`."""
+    """The packed bytes of a matrix [outputs, columns]: panels of 16 outputs, see `csrc/cpu/formats/formats.hpp`."""
     rows, columns = weights.shape
-    padded = np.zeros((rows + -rows % PANEL, columns + -columns % (BLOCK if fmt in OFFSET else GROUP)), np.float32)
+    padded = np.zeros((rows + -rows % PANEL, columns + -columns % FORMATS[fmt].block), np.float32)
     padded[:rows, :columns] = weights
     panels = []
     for first in range(0, len(padded), PANEL):
         panel = padded[first : first + PANEL]
-        if fmt == "f32":
-            panels.append(panel.T.tobytes())
-        elif fmt == "bf16":
-            panels.append(to_bf16(panel).reshape(PANEL, -1, 2).transpose(1, 0, 2).tobytes())
-        else:
+        if FORMATS[fmt].quantised:
             panels.append(_pack_quantised(quantise(panel, fmt), fmt, min(PANEL, rows - first)))
+        else:
+            stored = to_bf16(panel) if fmt == "bf16" else panel
+            panels.append(stored.reshape(PANEL, -1, 4 // stored.itemsize).transpose(1, 0, 2).tobytes())
     return b"".join(panels)
 
 
 def _pack_quantised(panel: Quantised, fmt: str, used: int) -> bytes:
     """Blocks of two groups, scales first. Lanes from `used` on belong to no row and are zero bytes."""
     scales = panel.scales.copy()  # [16, groups]
-    unsigned = (panel.q.astype(np.int16) + OFFSET[fmt]).astype(np.uint8)  # [16, groups, 32]
+    unsigned = (panel.q.astype(np.int16) + FORMATS[fmt].offset).astype(np.uint8)  # [16, groups, 32]
     scales[used:], unsigned[used:] = 0, 0
     lanes = unsigned.reshape(PANEL, -1, 4)  # fours of k
-    packed = lanes if fmt == "q8" else np.bitwise_or(lanes[:, ::2], np.left_shift(lanes[:, 1::2], 4))
+    packed = lanes if FORMATS[fmt].bits == 8 else np.bitwise_or(lanes[:, ::2], np.left_shift(lanes[:, 1::2], 4))
     blocks = scales.shape[1] // 2
     front = scales.T.reshape(blocks, -1).view(np.uint8)  # [blocks, 2 x 16 x 2 bytes]
     data = packed.transpose(1, 0, 2).reshape(blocks, -1)  # [blocks, fours or eights x 16 x 4 bytes]

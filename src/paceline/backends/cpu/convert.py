@@ -14,14 +14,13 @@ from numpy.typing import NDArray
 from paceline.backends.cpu.load import load_drafter, load_target
 from paceline.backends.cpu.packfile import write_pack
 from paceline.backends.cpu.weights import CheckpointWeights
-from paceline.backends.formats import DRAFTER_FORMAT
 from paceline.checkpoint import Checkpoint, resolve
 from paceline.checkpoint.checkpoint import PACKED_NAME
 from paceline.checkpoint.hub import DRAFTER_FOLDER
 from paceline.checkpoint.names import PLE_TABLE
 from paceline.config import check_pair
 from paceline.errors import CheckpointError, SettingsError
-from paceline.quant.blocks import FORMATS
+from paceline.quant.formats import FORMATS
 
 Tables = Mapping[str, NDArray[Any]]
 TEXT_FILES = (
@@ -47,7 +46,7 @@ def convert(
         target: checkpoint folder.
         drafter: its drafter's folder, or None.
         out: the folder to make; it must not exist. It appears when it is whole.
-        quant: f32, bf16, q8 or q4; the drafter is never packed below q8.
+        quant: weight format; the drafter is packed in the one that `quant.formats` names beside it.
         threads: for the checksums.
         progress: called with the file bytes of every tensor packed.
 
@@ -90,7 +89,7 @@ def _convert_pair(
     _write(checkpoint, weights, out, threads, tables)
     if draft_checkpoint:
         draft_config = draft_checkpoint.drafter_config()
-        draft_weights = CheckpointWeights(resolve(draft_checkpoint, draft_config), DRAFTER_FORMAT[quant], progress)
+        draft_weights = CheckpointWeights(resolve(draft_checkpoint, draft_config), FORMATS[quant].drafter, progress)
         load_drafter(draft_config, draft_weights)
         (out / DRAFTER_FOLDER).mkdir()
         _write(draft_checkpoint, draft_weights, out / DRAFTER_FOLDER, threads, {})

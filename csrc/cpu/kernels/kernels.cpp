@@ -1,0 +1,23 @@
+// Compiled once for each instruction set: PACELINE_SET names the set's file, PACELINE_NAMESPACE the namespace, and
+// PACELINE_SAMPLER that of the set's sampler, which is compiled without contraction.
+#include "kernels/kernels.hpp"
+
+#include "kernels/attention.hpp"
+#include "kernels/elementwise.hpp"
+#include "kernels/matmul.hpp"
+
+#define PACELINE_STRING_(x) #x
+#define PACELINE_STRING(x) PACELINE_STRING_(x)
+
+namespace PACELINE_SAMPLER {
+paceline::Sampled sample(const paceline::Logits&, const paceline::SamplingParams&, uint32_t position, bool probability);
+}
+
+namespace PACELINE_NAMESPACE {
+
+extern const paceline::Kernels table;
+const paceline::Kernels table = {PACELINE_STRING(PACELINE_NAMESPACE), pack_activations, matmul, gated, rms_norm,
+                                 add_scaled, axpy, rope, append, attend, softcap, arg_max, checksum,
+                                 PACELINE_SAMPLER::sample};
+
+}  // namespace PACELINE_NAMESPACE

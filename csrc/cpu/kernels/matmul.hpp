@@ -1,0 +1,115 @@
+// Matrix kernels: panels of 16 outputs by tiles of up to 8 batch rows, for each weight format. Included by kernels.cpp.
+#pragma once
+
+#include <algorithm>
+#include <array>
+
+#include "kernels/kernels.hpp"
+#include "kernels/operands.hpp"
+#include PACELINE_PANELS
+
+namespace PACELINE_NAMESPACE {
+
+using paceline::ActFormat;
+using paceline::GateFactor;
+using paceline::MatrixView;
+
+constexpr int kUnitPanels = paceline::kUnit / kPanel;
+
+using PanelKernel = void (*)(const uint8_t* panel, const ActView& act, int rows, f32x16* out);
+
+constexpr auto kPanelKernels = []<int... F>(std::integer_sequence<int, F...>) {
+  return std::array<PanelKernel, sizeof...(F)>{panel_tile<Format(F)>...};
+}(std::make_integer_sequence<int, paceline::kFormatCount>());
+
+inline int tile_rows(int64_t rows, int64_t tile) { return int(rows - tile * kTile < kTile ? rows - tile * kTile : kTile); }
+
+void matmul(const MatrixView& w, const ActView& act, int64_t rows, int64_t begin, int64_t end, float* out, int64_t ld) {
+  paceline::check_fits(w, act);
+  const PanelKernel kernel = kPanelKernels[size_t(w.format)];
+  const int64_t last = std::min(end * kUnitPanels, w.panels());
+  for (int64_t panel = begin * kUnitPanels; panel < last; ++panel)
+    for (int64_t tile = 0; tile * kTile < rows; ++tile) {
+      const int count = tile_rows(rows, tile);
+      f32x16 y[kTile];
+      kernel(w.panel(panel), act.tile(tile), count, y);
+      for (int m = 0; m < count; ++m) store(out + (tile * kTile + m) * ld + panel * kPanel, y[m]);
+    }
+}
+
+// Pack one group of columns of a row into its lane of a tile.
+inline void pack_group(const ActView& act, int64_t row, int64_t group, f32x16 x0, f32x16 x1) {
+  static_assert(kGroup == 32);  // x0 and x1
+  const int64_t lane = row % act.lanes;
+  const ActView tile = act.tile(row / act.lanes);
+  const int columns = act.format.lane_columns(), step = act.lanes * 4;
+  uint8_t* p = tile.data + (group * kGroup / columns * act.lanes + lane) * 4;
+  uint8_t packed[kGroup * 4];
+  switch (act.format.kind) {
+    case ActFormat::Kind::f32:
+      store(packed, x0);
+      store(packed + 64, x1);
+      break;
+    case ActFormat::Kind::bf16:
+      store(packed, to_bf16(x0));
+      store(packed + 32, to_bf16(x1));
+      break;
+    case ActFormat::Kind::int8: {
+      const f32x16 zero = splat(0.0f);
+      const f32x16 m0 = max(x0, zero - x0), m1 = max(x1, zero - x1);
+      const float top = max_lane(max(m0, m1)), scale = top / 127.0f, inverse = top > 1e-30f ? 127.0f / top : 0.0f;
+      const i32x16 q0 = convert<i32x16>(round_even(x0 * splat(inverse)));
+      const i32x16 q1 = convert<i32x16>(round_even(x1 * splat(inverse)));
+      store_bytes(reinterpret_cast<int8_t*>(packed), q0);
+      store_bytes(reinterpret_cast<int8_t*>(packed) + 16, q1);
+      tile.scale[group * act.lanes + lane] = scale;
+      tile.start[group * act.lanes + lane] = -act.format.offset * sum(q0 + q1);
+    }
+  }
+  for (int i = 0; i < kGroup / columns; ++i) std::memcpy(p + i * step, packed + 4 * i, 4);
+}
+
+void pack_activations(const ActView& act, int64_t row, const float* x, int64_t n, int64_t begin, int64_t end) {
+  for (int64_t group = begin; group < end; ++group) {
+    const int64_t left = n - group * kGroup;
+    if (left >= kGroup) {
+      pack_group(act, row, group, load<f32x16>(x + group * kGroup), load<f32x16>(x + group * kGroup + 16));
+    } else {
+      float t[kGroup] = {};
+      for (int64_t i = 0; i < left; ++i) t[i] = x[group * kGroup + i];
+      pack_group(act, row, group, load<f32x16>(t), load<f32x16>(t + 16));
+    }
+  }
+}
+
+void gated(const MatrixView& gate, const ActView& act, const GateFactor& factor, int64_t rows, int64_t begin, int64_t end,
+           const ActView& out) {
+  static_assert(paceline::kUnit == kGroup);  // a unit's outputs are one group of the next matrix's columns
+  paceline::check_fits(gate, act);
+  if (factor.up) paceline::check_fits(*factor.up, factor.up_act);
+  const PanelKernel gate_kernel = kPanelKernels[size_t(gate.format)];
+  const PanelKernel up_kernel = factor.up ? kPanelKernels[size_t(factor.up->format)] : nullptr;
+  for (int64_t unit = begin; unit < end; ++unit)
+    for (int64_t tile = 0; tile * kTile < rows; ++tile) {
+      const int count = tile_rows(rows, tile);
+      f32x16 y[kUnitPanels][kTile], z[kUnitPanels][kTile];
+      for (int half = 0; half < kUnitPanels; ++half) {
+        const int64_t panel = unit * kUnitPanels + half;
+        for (int m = 0; m < count; ++m) y[half][m] = z[half][m] = splat(0.0f);
+        if (panel >= gate.panels()) continue;  // an odd panel at the end: the padding of the next matrix is zero
+        gate_kernel(gate.panel(panel), act.tile(tile), count, y[half]);
+        if (up_kernel) up_kernel(factor.up->panel(panel), factor.up_act.tile(tile), count, z[half]);
+        else
+          for (int m = 0; m < count; ++m)
+            z[half][m] = load<f32x16>(factor.given + (tile * kTile + m) * factor.ld + panel * kPanel);
+      }
+      for (int m = 0; m < count; ++m)
+        pack_group(out, tile * kTile + m, unit, gelu(y[0][m]) * z[0][m], gelu(y[1][m]) * z[1][m]);
+      if (unit + 1 < gate.units()) continue;
+      for (int m = 0; m < count; ++m)  // zeros for the columns that pad the rows to whole blocks
+        for (int64_t group = unit + 1; group < out.groups(); ++group)
+          pack_group(out, tile * kTile + m, group, splat(0.0f), splat(0.0f));
+    }
+}
+
+}  // namespace PACELINE_NAMESPACE

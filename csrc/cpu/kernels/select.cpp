@@ -1,0 +1,67 @@
+// Which compiled instruction sets this processor can run.
+#include <stdexcept>
+
+#include "kernels/kernels.hpp"
+
+#if __aarch64__ && __linux__
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
+// The sets compiled in, best first: set(name, whether this processor can run it).
+#if __x86_64__
+#define PACELINE_SETS(set)                                                                               \
+  set(avx512, has("avx512f") && has("avx512bw") && has("avx512vl") && has("avx512dq") &&                 \
+                  has("avx512vnni") && has("avx512bf16") && has("fma"))                                  \
+  set(avx2, has("avx2") && has("fma"))                                                                   \
+  set(generic, true)
+#define has(feature) bool(__builtin_cpu_supports(feature))
+#elif __aarch64__ && __linux__
+#define PACELINE_SETS(set) set(neon, (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0) set(generic, true)
+#elif __aarch64__ && __APPLE__  // all their processors have had the dot product since 2019
+#define PACELINE_SETS(set) set(neon, true) set(generic, true)
+#else
+#define PACELINE_SETS(set) set(generic, true)
+#endif
+
+#define PACELINE_DECLARE(set, usable) namespace set { extern const paceline::Kernels table; }
+PACELINE_SETS(PACELINE_DECLARE)
+
+namespace paceline {
+namespace {
+
+struct Choice {
+  const Kernels* kernels;
+  bool usable;
+};
+
+std::vector<Choice> choices() {
+#if __x86_64__
+  __builtin_cpu_init();
+#endif
+#define PACELINE_CHOICE(set, usable) {&set::table, usable},
+  return {PACELINE_SETS(PACELINE_CHOICE)};
+}
+
+}  // namespace
+
+std::vector<std::string> usable_isas() {
+  std::vector<std::string> names;
+  for (const Choice& choice : choices())
+    if (choice.usable) names.push_back(choice.kernels->name);
+  return names;
+}
+
+const Kernels& select_kernels(const std::string& isa) {
+  std::string known;
+  for (const Choice& choice : choices()) {
+    known += (known.empty() ? "" : ", ") + std::string(choice.kernels->name);
+    if (isa.empty() ? choice.usable : isa == choice.kernels->name) {
+      if (choice.usable) return *choice.kernels;
+      throw std::invalid_argument("this processor cannot run the " + isa + " kernels");
+    }
+  }
+  throw std::invalid_argument("unknown instruction set " + isa + " (compiled in: " + known + ")");
+}
+
+}  // namespace paceline

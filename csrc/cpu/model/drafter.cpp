@@ -1,0 +1,198 @@
+#include "model/drafter.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <stdexcept>
+
+namespace paceline {
+
+Drafter::Drafter(DrafterWeights weights, std::shared_ptr<Target> target)
+    : weights_(std::move(weights)), target_(std::move(target)), runner_(target_->kernels(), weights_.shape) {
+  for (const Layer& layer : weights_.layers) {
+    const int64_t source = target_->last_layer(layer.sliding);
+    if (source < 0) throw std::invalid_argument("the target has no cache for one of the drafter's layers");
+    views_.push_back(&target_->views(source));
+  }
+}
+
+// The position is that of the newest token, which is not cached; sliding layers see the window of rows before it.
+std::vector<Row> Drafter::check(const std::vector<DraftRequest>& requests) const {
+  std::vector<Row> rows;
+  for (const DraftRequest& r : requests) {
+    const Cache& cache = target_->cache();
+    if (r.slot < 0 || r.slot >= cache.slots() || r.position < 1 || r.position != cache.length(r.slot) || r.newest < 0 ||
+        r.newest >= target_->weights().vocab)
+      throw std::invalid_argument("a draft that does not continue its slot");
+    const int64_t first = std::max(int64_t(0), r.position - target_->weights().window);
+    rows.push_back({r.slot, r.position, r.position - 1, first, int64_t(rows.size())});
+  }
+  return rows;
+}
+
+void Drafter::reserve(int64_t rows) {
+  const int64_t backbone = weights_.backbone, width = weights_.head->view().padded_rows();
+  const int threads = target_->pool().size();
+  runner_.reserve(weights_.layers, rows, target_->cache().context(), threads, true,
+                  act_formats({weights_.post_projection.get(), &first_head()}));
+  inputs_.reserve(round_up(rows, kTile), round_up(2 * backbone, kMaxBlock), threads);
+  rows_.reserve(rows, round_up(weights_.shape.hidden, kMaxBlock));
+  both_.reserve(size_t(threads * rows * 2 * backbone * 4));
+  next_.reserve(size_t(rows * round_up(backbone, kPanel) * 4));
+  x_.reserve(size_t(rows * round_up(weights_.shape.hidden, kPanel) * 4));
+  logits_.reserve(size_t(rows * width * 4));
+  clusters_.resize(size_t(rows));
+  ids_.resize(size_t(rows));
+}
+
+// All sequences take their steps together until the last one stops; what a stopped one computes is void.
+std::vector<DraftResult> Drafter::draft(const std::vector<DraftRequest>& requests) {
+  const int64_t count = int64_t(requests.size());
+  std::vector<Row> rows = check(requests);
+  reserve(count);
+  std::vector<Sampled> sampled;
+  for (int64_t r = 0; r < count; ++r) {
+    for (bool sliding : {true, false}) target_->rope(sliding).cover(requests[size_t(r)].position + 1);
+    std::copy_n(requests[size_t(r)].hidden, weights_.backbone, next_.floats() + r * weights_.backbone);
+    sampled.push_back({requests[size_t(r)].newest, 1.0f});
+  }
+  std::vector<DraftResult> results(requests.size());
+  target_->pool().run([&](const Worker& w) {
+    std::vector<float> chance(requests.size(), 1.0f);  // of each draft so far, -1 once it has stopped; alike on all
+    for (int64_t step = 0, going = count; going > 0; ++step) {
+      enter(w, sampled, count);
+      for (size_t i = 0; i < weights_.layers.size(); ++i) {
+        const Layer& layer = weights_.layers[i];
+        runner_.run(w, LayerRunner::Call{layer, *views_[i], target_->rope(layer.sliding)}, rows);
+      }
+      choose(w, requests, step, sampled);
+      for (size_t r = 0; r < requests.size(); ++r) {
+        if (chance[r] < 0) continue;
+        const DraftLimit& limit = requests[r].limit;
+        const float confidence = sampled[r].probability;
+        if (w.id == 0) results[r].tokens.push_back(sampled[r].token), results[r].confidence.push_back(confidence);
+        if (!limit.floors.empty())
+          chance[r] *= limit.acceptance[size_t(std::min(kConfidenceBins - 1, int(confidence * kConfidenceBins)))];
+        const bool hopeless = !limit.floors.empty() && chance[r] < limit.floors[size_t(step)];
+        if (hopeless || step + 1 >= limit.length) chance[r] = -1.0f, --going;
+      }
+    }
+  });
+  return results;
+}
+
+// x = pre_projection(concat(target embedding of the newest token, hidden)).
+void Drafter::enter(const Worker& w, const std::vector<Sampled>& newest, int64_t rows) {
+  const int64_t backbone = weights_.backbone, width = weights_.shape.hidden;
+  float* both = both_.floats() + runner_.copy(w) * rows * 2 * backbone;
+  runner_.for_owned_rows(w, rows, [&](int64_t r) {
+    target_->embed(newest[size_t(r)].token, both + r * 2 * backbone);
+    std::copy_n(next_.floats() + r * backbone, backbone, both + r * 2 * backbone + backbone);
+  });
+  runner_.sync_rows(w);
+  const ActView act = runner_.pack_activations(w, inputs_, *weights_.pre_projection, rows, both, 2 * backbone);
+  runner_.project(w, *weights_.pre_projection, act, rows, x_.floats(), round_up(width, kPanel));
+  w.barrier();
+  runner_.for_owned_rows(w, rows, [&](int64_t r) {
+    std::copy_n(x_.floats() + r * round_up(width, kPanel), width, runner_.x(w, r));
+  });
+}
+
+// Final norm, the hidden state of the next step, and the token sampled from the head. Ends with a barrier.
+void Drafter::choose(const Worker& w, const std::vector<DraftRequest>& requests, int64_t step,
+                     std::vector<Sampled>& sampled) {
+  const int64_t rows = int64_t(requests.size()), ld = weights_.head->view().padded_rows();
+  runner_.norm_rows(w, rows, weights_.final_norm);
+  const std::array<const Matrix*, 2> matrices = {weights_.post_projection.get(), &first_head()};
+  const auto acts = runner_.pack_activations(w, matrices, rows, runner_.temporary(w, 0), weights_.shape.hidden);
+  runner_.project(w, *matrices[0], acts[0], rows, next_.floats(), weights_.backbone);
+  runner_.project(w, *matrices[1], acts[1], rows, logits_.floats(), ld);
+  w.barrier();
+  if (weights_.centroids) centroid_head(w, rows);
+  w.for_share(rows, [&](int64_t r) {
+    const std::vector<int32_t>& ids = ids_[size_t(r)];
+    const int64_t n = weights_.centroids ? int64_t(ids.size()) : weights_.vocab;
+    sampled[size_t(r)] = sample({logits_.floats() + r * ld, ids.empty() ? nullptr : ids.data(), n}, requests[size_t(r)], step);
+  });
+  w.barrier();
+}
+
+// Damaged weights may leave nothing to choose from, or no probability; the target will not mind.
+Sampled Drafter::sample(const Logits& logits, const DraftRequest& request, int64_t step) const {
+  const Kernels& kernels = target_->kernels();
+  const SamplingParams& params = request.params;
+  Sampled sampled{0, 0.0f};
+  if (params.temperature > 0) {
+    sampled = kernels.sample(logits, params, uint32_t(request.position + 1 + step), true);
+  } else {
+    const int64_t best = kernels.arg_max(logits.x, logits.n, &sampled.probability);
+    sampled.token = logits.ids ? -1 : int32_t(best);
+    for (int64_t i = 0; logits.ids && i < logits.n; ++i) {  // of equal logits the lowest token, wherever it stands
+      const int32_t id = logits.ids[i];
+      if (logits.x[i] == logits.x[best] && id >= 0 && (sampled.token < 0 || id < sampled.token)) sampled.token = id;
+    }
+  }
+  if (sampled.token < 0 || sampled.token >= weights_.vocab) sampled.token = 0;
+  if (std::isnan(sampled.probability)) sampled.probability = 0.0f;
+  return sampled;
+}
+
+// The best centroids (their scores are in logits_) select the rows of the head that are computed; the others cannot be
+// drafted. Workers go on with the rows that they would share.
+void Drafter::centroid_head(const Worker& w, int64_t rows) {
+  const Kernels& kernels = target_->kernels();
+  const MatrixView& head = weights_.head->view();
+  const MatrixView& centroids = weights_.centroids->view();
+  const int64_t ld = head.padded_rows(), top_k = weights_.centroid_top_k;
+  const int64_t panels = head.panels() / centroids.rows, width = panels * kPanel;  // a centroid
+  const ActView single = rows_.view(*weights_.head, 1);  // each row meets other rows of the head: tiles of one
+  w.for_share(rows, [&](int64_t r) {
+    float* score = logits_.floats() + r * ld;
+    for (int64_t i = 0; i < centroids.rows; ++i)
+      if (std::isnan(score[i])) score[i] = -3e38f;  // damaged weights must not break the ordering below
+    std::vector<int64_t>& chosen = clusters_[size_t(r)];
+    chosen.resize(size_t(centroids.rows));
+    std::iota(chosen.begin(), chosen.end(), int64_t(0));
+    std::nth_element(chosen.begin(), chosen.begin() + top_k - 1, chosen.end(), [&](int64_t a, int64_t b) {
+      return score[a] != score[b] ? score[a] > score[b] : a < b;
+    });
+    chosen.resize(size_t(top_k));
+    std::sort(chosen.begin(), chosen.end());
+    kernels.pack_activations(single, r, runner_.temporary(w, r), weights_.shape.hidden, 0, single.groups());
+  });
+  w.barrier();
+
+  w.for_share(rows * top_k, [&](int64_t i) {
+    const int64_t r = i / top_k, cluster = clusters_[size_t(r)][size_t(i % top_k)];
+    MatrixView part = head;
+    part.rows = width;
+    part.data = head.panel(cluster * panels);
+    kernels.matmul(part, single.tile(r), 1, 0, part.units(), logits_.floats() + r * ld + i % top_k * width, ld);
+  });
+  w.barrier();
+
+  w.for_share(rows, [&](int64_t r) {
+    float* logit = logits_.floats() + r * ld;
+    std::vector<int32_t>& ids = ids_[size_t(r)];
+    ids.clear();
+    for (const int64_t cluster : clusters_[size_t(r)])
+      ids.insert(ids.end(), &weights_.tokens[size_t(cluster * width)], &weights_.tokens[size_t(cluster * width)] + width);
+    for (size_t i = 0; i < ids.size(); ++i)
+      if (ids[i] < 0) logit[i] = -3e38f;
+  });
+}
+
+void Drafter::last_logits(int64_t row, float* out) const {
+  const int64_t ld = weights_.head->view().padded_rows();
+  const float* logit = logits_.floats() + row * ld;
+  if (!weights_.centroids) {
+    std::copy_n(logit, weights_.vocab, out);
+    return;
+  }
+  std::fill_n(out, weights_.vocab, -3e38f);
+  const std::vector<int32_t>& ids = ids_.at(size_t(row));
+  for (size_t i = 0; i < ids.size(); ++i)
+    if (ids[i] >= 0) out[ids[i]] = logit[i];
+}
+
+}  // namespace paceline

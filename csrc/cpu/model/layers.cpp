@@ -1,0 +1,353 @@
+#include "model/layers.hpp"
+
+#include <algorithm>
+#include <cmath>
+
+namespace paceline {
+namespace {
+
+int64_t padded(const MatrixPtr& matrix) { return matrix ? matrix->view().padded_rows() : 0; }
+
+constexpr int64_t kReplicated = 4096;  // floats of x that every worker may keep for itself
+
+// Units of a matrix that a worker takes at once: a microsecond's work or more.
+int64_t grain(const MatrixView& matrix) {
+  return 1 + (int64_t(32) << 10) / (kUnit / kPanel * matrix.stride);
+}
+
+// f(i, begin, end) over the units of matrices i, as if they were one. They have one width, and some may be null.
+template <class Matrices, class F>
+void parallel_units(const Worker& w, const Matrices& matrices, F f) {
+  const auto units = [&](size_t i) { return matrices[i] ? matrices[i]->view().units() : 0; };
+  int64_t total = 0;
+  for (size_t i = 0; i < matrices.size(); ++i) total += units(i);
+  w.parallel_for(total, grain(matrices[0]->view()), [&](int64_t begin, int64_t end) {
+    int64_t first = 0;
+    for (size_t i = 0; i < matrices.size(); ++i) {
+      const int64_t b = std::max(begin - first, int64_t(0)), e = std::min(end - first, units(i));
+      if (b < e) f(i, b, e);
+      first += units(i);
+    }
+  });
+}
+
+}  // namespace
+
+size_t act_formats(std::initializer_list<const Matrix*> matrices) {
+  std::vector<ActFormat> seen;
+  for (const Matrix* matrix : matrices) {
+    if (!matrix) continue;
+    const ActFormat& act = traits(matrix->view().format).act;
+    if (std::find(seen.begin(), seen.end(), act) == seen.end()) seen.push_back(act);
+  }
+  return seen.size();
+}
+
+void PackedRows::reserve(int64_t lanes, int64_t padded_cols, int64_t copies) {
+  copy_floats_ = lanes * padded_cols;
+  copy_groups_ = round_up(lanes * padded_cols / kGroup, 16);
+  data_.reserve(size_t(copies * copy_floats_ * 4));
+  scale_.reserve(size_t(copies * copy_groups_ * 4));
+  start_.reserve(size_t(copies * copy_groups_ * 4));
+}
+
+ActView PackedRows::view(const Matrix& matrix, int lanes, int64_t copy) const {
+  const MatrixView& v = matrix.view();
+  return {traits(v.format).act, lanes, v.padded_cols, data_.data() + copy * copy_floats_ * 4,
+          scale_.floats() + copy * copy_groups_, reinterpret_cast<int32_t*>(start_.data()) + copy * copy_groups_};
+}
+
+void LayerRunner::reserve(const std::vector<Layer>& layers, int64_t rows, int64_t context, int threads,
+                          bool all_selected, size_t formats) {
+  const int64_t whole = round_up(rows, kTile), hidden = round_up(shape_.hidden, kMaxBlock);
+  int64_t widest = hidden, inner = 0, picks = 0, expert_ld = 0, experts = 0, head_dim = 0;
+  y_ld_ = hidden;
+  replicated_ = all_selected && rows * hidden <= kReplicated;
+  for (const Layer& layer : layers) {
+    qkv_ld_ = std::max(qkv_ld_, padded(layer.q) + padded(layer.k) + padded(layer.v));
+    qkv_ld_ = std::max(qkv_ld_, padded(layer.ple_gate));  // it gathers per-layer inputs too
+    attended_ld_ = std::max(attended_ld_, round_up(shape_.heads * layer.head_dim, 16));
+    head_dim = std::max(head_dim, layer.head_dim);
+    inner = std::max(inner, layer.down->view().padded_cols);
+    formats = std::max(formats, act_formats({layer.q.get(), layer.k.get(), layer.v.get()}));
+    formats = std::max(formats, act_formats({layer.gate.get(), layer.up.get()}));
+    if (layer.ple_projection) inner = std::max(inner, layer.ple_projection->view().padded_cols);
+    if (layer.experts) {
+      picks = rows * layer.experts->active;
+      experts = std::min(picks, int64_t(layer.experts->gate.size()));
+      router_ld_ = padded(layer.experts->router);
+      replicated_ = false;
+      inner = std::max(inner, layer.experts->down[0]->view().padded_cols);
+      expert_ld = hidden;
+    }
+  }
+  widest = std::max({widest, round_up(attended_ld_, kMaxBlock), inner});
+  const int64_t expert_lanes = picks + experts * (kTile - 1), copies = replicated_ ? threads : 1;
+  rows_ = rows;
+  packed_[0].reserve(std::max(whole, expert_lanes), widest, copies);
+  for (size_t i = 1; i < std::size(packed_); ++i) packed_[i].reserve(i < formats ? whole : 0, hidden, copies);
+  inner_.reserve(std::max(whole, expert_lanes), inner);
+  for (Buffer* buffer : {&x_, &t_}) buffer->reserve(size_t(copies * rows * hidden * 4));
+  y_.reserve(size_t(rows * hidden * 4));
+  qkv_.reserve(size_t(rows * qkv_ld_ * 4));
+  attended_.reserve(size_t(rows * attended_ld_ * 4));
+  score_floats_ = std::max(kQueryHeads * round_up(context + 32, 16), 2 * head_dim);
+  scores_.reserve(size_t(threads * score_floats_ * 4));
+  dense_.reserve(size_t(picks ? rows * hidden * 4 : 0));
+  routed_.reserve(size_t(picks ? rows * hidden * 4 : 0));
+  router_.reserve(size_t(picks ? rows * router_ld_ * 4 : 0));
+  expert_out_.reserve(size_t(expert_lanes * expert_ld * 4));
+}
+
+void LayerRunner::run(const Worker& w, const Call& call, std::vector<Row>& rows) {
+  const Layer& layer = call.layer;
+  norm_rows(w, int64_t(rows.size()), layer.input_norm);
+  project_qkv(w, layer, int64_t(rows.size()));
+  if (layer.k) append_kv(w, call, rows);
+  if (call.drop_others) drop_rows(w, call, rows);
+  if (rows.empty()) return;
+  const int64_t count = int64_t(rows.size());
+  attend(w, call, rows);
+  project_attended(w, layer, count);
+  add_normed(w, count, layer.post_attention_norm, 1.0f);
+  feed_forward(w, layer, count);
+  if (layer.experts) mix_experts(w, layer, count);
+  add_normed(w, count, layer.post_feedforward_norm, layer.ple_gate ? 1.0f : layer.scalar);
+  if (layer.ple_gate) add_per_layer_input(w, call, rows);
+}
+
+void LayerRunner::project(const Worker& w, const Matrix& matrix, const ActView& act, int64_t rows, float* y,
+                          int64_t ld) const {
+  w.parallel_for(matrix.view().units(), grain(matrix.view()), [&](int64_t begin, int64_t end) {
+    kernels_.matmul(matrix.view(), act, rows, begin, end, y, ld);
+  });
+}
+
+void LayerRunner::norm_rows(const Worker& w, int64_t rows, const Floats& weight) const {
+  for_owned_rows(w, rows, [&](int64_t r) {
+    kernels_.rms_norm(x(w, r), weight.data(), shape_.hidden, shape_.eps, temporary(w, r));
+  });
+  sync_rows(w);
+}
+
+// Rows are neighbours in a tile, so workers take columns: two of them never write to one cache line.
+ActView LayerRunner::pack_columns(const Worker& w, const PackedRows& where, const Matrix& matrix, int64_t rows,
+                                  const float* source, int64_t ld) const {
+  const ActView view = where.view(matrix, lanes_for(rows), copy(w));
+  int64_t begin = 0, end = view.groups();
+  if (!replicated_) w.share(end, begin, end);
+  for (int64_t r = 0; r < rows; ++r)
+    kernels_.pack_activations(view, r, source + r * ld, matrix.view().cols, begin, end);
+  return view;
+}
+
+// x = (x + norm(y)) * scale. Not synchronised: the worker that owns a row goes on with it.
+void LayerRunner::add_normed(const Worker& w, int64_t rows, const Floats& weight, float scale) const {
+  for_owned_rows(w, rows, [&](int64_t r) {
+    kernels_.rms_norm(y_.floats() + r * y_ld_, weight.data(), shape_.hidden, shape_.eps, temporary(w, r));
+    kernels_.add_scaled(x(w, r), temporary(w, r), shape_.hidden, scale);
+  });
+}
+
+// qkv = the projections of temporary, side by side.
+void LayerRunner::project_qkv(const Worker& w, const Layer& layer, int64_t rows) const {
+  const std::array<const Matrix*, 3> matrices = {layer.q.get(), layer.k.get(), layer.v.get()};
+  const int64_t offsets[3] = {0, padded(layer.q), padded(layer.q) + padded(layer.k)};
+  const auto acts = pack_activations(w, matrices, rows, temporary(w, 0), shape_.hidden);
+  parallel_units(w, matrices, [&](size_t i, int64_t begin, int64_t end) {
+    kernels_.matmul(matrices[i]->view(), acts[i], rows, begin, end, qkv_.floats() + offsets[i], qkv_ld_);
+  });
+  w.barrier();
+}
+
+// Keys are normed and rotated, values are normed.
+void LayerRunner::append_kv(const Worker& w, const Call& call, const std::vector<Row>& rows) const {
+  const Layer& layer = call.layer;
+  const int64_t dim = layer.head_dim, heads = layer.kv_heads;
+  float *key = scores_.floats() + w.id * score_floats_, *value = key + dim;
+  w.for_share(int64_t(rows.size()) * heads, [&](int64_t i) {
+    const Row& row = rows[size_t(i / heads)];
+    const float* k = qkv_.floats() + i / heads * qkv_ld_ + padded(layer.q) + i % heads * dim;
+    const float* v = layer.v ? k + padded(layer.k) : k;
+    kernels_.rms_norm(v, nullptr, dim, shape_.eps, value);
+    kernels_.rms_norm(k, layer.k_norm.data(), dim, shape_.eps, key);
+    kernels_.rope(key, dim, call.rope.cos(row.position), call.rope.sin(row.position), call.rope.pairs());
+    kernels_.append(call.views[size_t(row.slot)], i % heads, row.position, key, value);
+  });
+  w.barrier();
+}
+
+// Only selected rows go on: move them together. One worker does it.
+void LayerRunner::drop_rows(const Worker& w, const Call& call, std::vector<Row>& rows) const {
+  if (w.id == 0) {
+    size_t kept = 0;
+    for (size_t r = 0; r < rows.size(); ++r) {
+      if (!(*call.selected)[size_t(rows[r].origin)]) continue;
+      std::copy_n(x(w, int64_t(r)), shape_.hidden, x(w, int64_t(kept)));
+      std::copy_n(qkv_.floats() + int64_t(r) * qkv_ld_, padded(call.layer.q), qkv_.floats() + int64_t(kept) * qkv_ld_);
+      rows[kept++] = rows[r];
+    }
+    rows.resize(kept);
+  }
+  w.barrier();
+}
+
+// attended = attention of the queries, which are normed and rotated first.
+void LayerRunner::attend(const Worker& w, const Call& call, const std::vector<Row>& rows) const {
+  const Layer& layer = call.layer;
+  const int64_t dim = layer.head_dim, shared = shape_.heads / layer.kv_heads;  // query heads of a K/V head
+  const int64_t calls = (shared + kQueryHeads - 1) / kQueryHeads;
+  float* scratch = scores_.floats() + w.id * score_floats_;
+  w.parallel_for(int64_t(rows.size()) * layer.kv_heads * calls, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t r = i / (layer.kv_heads * calls), h = i / calls % layer.kv_heads, part = i % calls;
+      const int64_t first = h * shared + shared * part / calls, stop = h * shared + shared * (part + 1) / calls;
+      const Row& row = rows[size_t(r)];
+      float* q = qkv_.floats() + r * qkv_ld_ + first * dim;
+      for (int64_t j = 0; j < stop - first; ++j) {
+        kernels_.rms_norm(q + j * dim, layer.q_norm.data(), dim, shape_.eps, q + j * dim);
+        kernels_.rope(q + j * dim, dim, call.rope.cos(row.position), call.rope.sin(row.position), call.rope.pairs());
+      }
+      kernels_.attend(call.views[size_t(row.slot)], h, q, int(stop - first), layer.sliding ? row.first_sliding : 0,
+                      row.last, scratch, attended_.floats() + r * attended_ld_ + first * dim);
+    }
+  });
+  w.barrier();
+}
+
+// y = output projection of attended.
+void LayerRunner::project_attended(const Worker& w, const Layer& layer, int64_t rows) const {
+  const ActView act = pack_activations(w, *layer.o, rows, attended_.floats(), attended_ld_);
+  project(w, *layer.o, act, rows, y_.floats(), y_ld_);
+  w.barrier();
+}
+
+// y = down(gelu(gate norm(x)) * up norm(x))
+void LayerRunner::feed_forward(const Worker& w, const Layer& layer, int64_t rows) const {
+  norm_rows(w, rows, layer.pre_feedforward_norm);
+  const std::array<const Matrix*, 2> matrices = {layer.gate.get(), layer.up.get()};
+  const auto acts = pack_activations(w, matrices, rows, temporary(w, 0), shape_.hidden);
+  gate_and_project(w, *layer.gate, acts[0], {&layer.up->view(), acts[1]}, *layer.down, rows);
+}
+
+// y = down(gelu(gate act) * factor)
+void LayerRunner::gate_and_project(const Worker& w, const Matrix& gate, const ActView& act, const GateFactor& factor,
+                                   const Matrix& down, int64_t rows) const {
+  const ActView inner = inner_.view(down, lanes_for(rows));
+  w.parallel_for(gate.view().units(), grain(gate.view()), [&](int64_t begin, int64_t end) {
+    kernels_.gated(gate.view(), act, factor, rows, begin, end, inner);
+  });
+  w.barrier();
+  project(w, down, inner, rows, y_.floats(), y_ld_);
+  w.barrier();
+}
+
+// x = (x + norm(projection(gelu(gate x) * per-layer input))) * layer scalar
+void LayerRunner::add_per_layer_input(const Worker& w, const Call& call, const std::vector<Row>& rows) const {
+  const Layer& layer = call.layer;
+  const int64_t count = int64_t(rows.size());
+  GateFactor factor{nullptr, {}, call.ple, call.ple_stride};
+  if (rows.back().origin + 1 != count) {  // rows were dropped: put the inputs of the others side by side
+    factor.given = qkv_.floats();
+    factor.ld = qkv_ld_;
+    w.for_share(count, [&](int64_t r) {
+      std::copy_n(call.ple + rows[size_t(r)].origin * call.ple_stride, layer.ple_gate->view().rows,
+                  qkv_.floats() + r * qkv_ld_);
+    });
+  }
+  sync_rows(w);
+  const ActView act = pack_activations(w, *layer.ple_gate, count, x(w, 0), shape_.hidden);
+  gate_and_project(w, *layer.ple_gate, act, factor, *layer.ple_projection, count);
+  add_normed(w, count, layer.ple_norm, layer.scalar);
+}
+
+// y = norm(y) + norm(experts(norm(x))): the dense output is in y already.
+void LayerRunner::mix_experts(const Worker& w, const Layer& layer, int64_t rows) {
+  const Experts& e = *layer.experts;
+  const int64_t hidden = shape_.hidden;
+  w.for_share(rows, [&](int64_t r) {
+    kernels_.rms_norm(y_.floats() + r * y_ld_, e.post_norm_dense.data(), hidden, shape_.eps,
+                      dense_.floats() + r * hidden);
+    kernels_.rms_norm(x(w, r), e.pre_norm.data(), hidden, shape_.eps, routed_.floats() + r * hidden);
+    kernels_.rms_norm(x(w, r), e.router_norm.data(), hidden, shape_.eps, temporary(w, r));
+  });
+  sync_rows(w);
+  project(w, *e.router, pack_activations(w, *e.router, rows, temporary(w, 0), hidden), rows, router_.floats(),
+          router_ld_);
+  w.barrier();
+  if (w.id == 0) choose_experts(e, rows);
+  w.barrier();
+
+  // The weights of each chosen expert are read once for all its rows.
+  const ActView act = packed_[0].view(*e.gate[0], expert_lanes_), inner = inner_.view(*e.down[0], expert_lanes_);
+  w.for_share(rows * e.active, [&](int64_t i) {
+    kernels_.pack_activations(act, picks_[size_t(i)].slot, routed_.floats() + i / e.active * hidden, hidden, 0,
+                              act.groups());
+  });
+  w.barrier();
+  std::vector<const Matrix*> gates, downs;
+  for (const Hit& hit : hits_) gates.push_back(e.gate[size_t(hit.expert)].get());
+  for (const Hit& hit : hits_) downs.push_back(e.down[size_t(hit.expert)].get());
+  parallel_units(w, gates, [&](size_t i, int64_t begin, int64_t end) {
+    const Hit& hit = hits_[i];
+    const ActView tile = act.tile(hit.tile);
+    kernels_.gated(gates[i]->view(), tile, {&e.up[size_t(hit.expert)]->view(), tile}, hit.rows, begin, end,
+                   inner.tile(hit.tile));
+  });
+  w.barrier();
+  parallel_units(w, downs, [&](size_t i, int64_t begin, int64_t end) {
+    const Hit& hit = hits_[i];
+    kernels_.matmul(downs[i]->view(), inner.tile(hit.tile), hit.rows, begin, end,
+                    expert_out_.floats() + hit.tile * expert_lanes_ * y_ld_, y_ld_);
+  });
+  w.barrier();
+  w.for_share(rows, [&](int64_t r) {
+    float* total = temporary(w, r);
+    std::fill_n(total, hidden, 0.0f);
+    for (int64_t k = 0; k < e.active; ++k) {
+      const Pick& pick = picks_[size_t(r * e.active + k)];
+      kernels_.axpy(total, expert_out_.floats() + pick.slot * y_ld_, hidden, pick.weight);
+    }
+    kernels_.rms_norm(total, e.post_norm.data(), hidden, shape_.eps, total);
+    std::copy_n(dense_.floats() + r * hidden, hidden, y_.floats() + r * y_ld_);
+    kernels_.add_scaled(y_.floats() + r * y_ld_, total, hidden, 1.0f);
+  });
+}
+
+// Softmax over the router's scores, the best few (ties to the lowest expert) renormalised, rows grouped by expert.
+void LayerRunner::choose_experts(const Experts& e, int64_t rows) {
+  const int64_t count = int64_t(e.gate.size());
+  std::vector<int64_t> order(static_cast<size_t>(count)), load(static_cast<size_t>(count), 0);
+  picks_.clear();
+  for (int64_t r = 0; r < rows; ++r) {
+    float* score = router_.floats() + r * router_ld_;
+    for (int64_t i = 0; i < count; ++i)
+      if (std::isnan(score[i])) score[i] = -3e38f;  // damaged weights must not break the ordering below
+    for (int64_t i = 0; i < count; ++i) order[size_t(i)] = i;
+    std::partial_sort(order.begin(), order.begin() + e.active, order.end(), [&](int64_t a, int64_t b) {
+      return score[a] != score[b] ? score[a] > score[b] : a < b;
+    });
+    std::sort(order.begin(), order.begin() + e.active);  // sum in the order of the experts' numbers
+    float top = score[order[0]], total = 0;
+    for (int64_t k = 0; k < e.active; ++k) top = std::max(top, score[order[size_t(k)]]);
+    for (int64_t k = 0; k < e.active; ++k) total += std::exp(score[order[size_t(k)]] - top);
+    for (int64_t k = 0; k < e.active; ++k) {
+      const int64_t expert = order[size_t(k)];
+      const float weight = std::exp(score[expert] - top) / total * e.per_expert_scale[size_t(expert)];
+      picks_.push_back({expert, load[size_t(expert)]++, weight});
+    }
+  }
+  expert_lanes_ = lanes_for(*std::max_element(load.begin(), load.end()));
+  hits_.clear();
+  int64_t tile = 0;
+  std::vector<int64_t> first(size_t(count), 0);
+  for (int64_t i = 0; i < count; ++i) {
+    if (!load[size_t(i)]) continue;
+    hits_.push_back({i, load[size_t(i)], tile});
+    first[size_t(i)] = tile * expert_lanes_;
+    tile += (load[size_t(i)] + expert_lanes_ - 1) / expert_lanes_;
+  }
+  for (Pick& pick : picks_) pick.slot += first[size_t(pick.expert)];
+}
+
+}  // namespace paceline

@@ -1,0 +1,146 @@
+#include "model/target.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+#include <string>
+
+namespace paceline {
+namespace {
+
+std::vector<Cache::Layer> cache_layers(const TargetWeights& weights) {
+  std::vector<Cache::Layer> layers;
+  for (const Layer& layer : weights.layers) layers.push_back({layer.sliding, bool(layer.k), layer.kv_heads, layer.head_dim});
+  return layers;
+}
+
+float element(const Table& table, int64_t index) {
+  if (table.type == Element::f32) return static_cast<const float*>(table.data)[index];
+  const uint16_t bits = static_cast<const uint16_t*>(table.data)[index];
+  return table.type == Element::bf16 ? bf16_to_float(bits) : half_to_float(bits);
+}
+
+}  // namespace
+
+Target::Target(TargetWeights weights, const Kernels& kernels, int threads, int64_t slots, int64_t context,
+               int64_t max_rows, bool bf16_cache)
+    : weights_(std::move(weights)), kernels_(kernels), pool_(std::make_unique<ThreadPool>(threads)),
+      cache_(cache_layers(weights_), slots, context, weights_.window, max_rows, bf16_cache),
+      rope_sliding_(weights_.rope_sliding), rope_full_(weights_.rope_full), runner_(kernels, weights_.shape) {
+  for (size_t i = 0; i < weights_.layers.size(); ++i) {
+    const Layer& layer = weights_.layers[i];
+    if (layer.k) last_kv_ = int64_t(i);
+    views_.emplace_back();
+    for (int64_t slot = 0; slot < slots; ++slot) views_.back().push_back(cache_.view(layer.kv_source, slot));
+  }
+}
+
+void Target::set_threads(int threads) {
+  pool_ = std::make_unique<ThreadPool>(threads);
+}
+
+int64_t Target::last_layer(bool sliding) const {
+  for (int64_t i = int64_t(weights_.layers.size()) - 1; i >= 0; --i)
+    if (weights_.layers[size_t(i)].k && weights_.layers[size_t(i)].sliding == sliding) return i;
+  return -1;
+}
+
+void Target::embed(int32_t token, float* out) const {
+  weights_.embedding->row(token, out);
+  for (int64_t i = 0; i < weights_.shape.hidden; ++i) out[i] *= weights_.embed_scale;
+}
+
+std::vector<Row> Target::check(const int32_t* slots, const int32_t* positions, const int32_t* tokens,
+                               int64_t rows) const {
+  std::vector<Row> out;
+  std::vector<int64_t> next(size_t(cache_.slots()), -1), count(size_t(cache_.slots()), 0);
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t slot = slots[r], position = positions[r];
+    if (slot < 0 || slot >= cache_.slots()) throw std::invalid_argument("no slot " + std::to_string(slot));
+    int64_t& expected = next[size_t(slot)];
+    if (expected < 0) expected = cache_.length(slot);
+    else if (slots[r - 1] != slot) throw std::invalid_argument("the rows of slot " + std::to_string(slot) + " are apart");
+    if (position != expected++)
+      throw std::invalid_argument("row at position " + std::to_string(position) + " where slot " +
+                                  std::to_string(slot) + " continues at " + std::to_string(expected - 1));
+    if (position >= cache_.context()) throw std::invalid_argument("position past the context");
+    if (++count[size_t(slot)] > cache_.max_rows()) throw std::invalid_argument("too many rows of one slot");
+    if (tokens[r] < 0 || tokens[r] >= weights_.vocab) throw std::invalid_argument("no token " + std::to_string(tokens[r]));
+    out.push_back({slot, position, position, std::max(int64_t(0), position - weights_.window + 1), r});
+  }
+  return out;
+}
+
+int64_t Target::forward(const int32_t* slots, const int32_t* positions, const int32_t* tokens, const uint8_t* wanted,
+                        int64_t count) {
+  std::vector<Row> rows = check(slots, positions, tokens, count);
+  if (rows.empty()) return 0;
+  const std::vector<uint8_t> keep(wanted, wanted + count);
+  const int64_t kept = std::count_if(keep.begin(), keep.end(), [](uint8_t w) { return w != 0; });
+  int64_t top = 0;
+  for (const Row& row : rows) top = std::max(top, row.position + 1);
+  rope_sliding_.cover(top);
+  rope_full_.cover(top);
+  const int64_t ple_row = weights_.ple_size * int64_t(weights_.layers.size());
+  runner_.reserve(weights_.layers, count, cache_.context(), pool_->size(), kept == count);
+  ple_.reserve(size_t(count * round_up(ple_row, kPanel) * 4));
+  hidden_.reserve(size_t(kept * weights_.shape.hidden * 4));
+  logits_.reserve(size_t(kept * logits_ld() * 4));
+
+  pool_->run([&](const Worker& w) {
+    embed_rows(w, tokens, count);
+    for (size_t i = 0; i < weights_.layers.size(); ++i) {
+      const Layer& layer = weights_.layers[i];
+      const LayerRunner::Call call{layer, views_[i], rope(layer.sliding), ple_.floats() + int64_t(i) * weights_.ple_size,
+                                   round_up(ple_row, kPanel), int64_t(i) == last_kv_ && kept < count, &keep};
+      runner_.run(w, call, rows);
+      if (rows.empty()) break;
+    }
+    if (kept) head(w, kept);
+  });
+  for (int64_t r = 0; r < count; ++r) cache_.extend(slots[r], positions[r] + 1);
+  return kept;
+}
+
+// x = embedding * scale, and the per-layer inputs of all layers:
+// (norm(projection(x) * hidden^-0.5) + table row * scale) * 2^-0.5.
+void Target::embed_rows(const Worker& w, const int32_t* tokens, int64_t rows) {
+  runner_.for_owned_rows(w, rows, [&](int64_t r) { embed(tokens[r], runner_.x(w, r)); });
+  if (!weights_.ple_size) return;
+  const int64_t size = weights_.ple_size, layers = int64_t(weights_.layers.size());
+  const int64_t ld = round_up(size * layers, kPanel), hidden = weights_.shape.hidden;
+  runner_.sync_rows(w);
+  const ActView act = runner_.pack_activations(w, *weights_.ple_projection, rows, runner_.x(w, 0), hidden);
+  runner_.project(w, *weights_.ple_projection, act, rows, ple_.floats(), ld);
+  w.barrier();
+  const float root = 1.0f / std::sqrt(float(hidden)), half = std::sqrt(0.5f);
+  w.for_share(rows, [&](int64_t r) {
+    for (int64_t layer = 0; layer < layers; ++layer) {
+      float* p = ple_.floats() + r * ld + layer * size;
+      for (int64_t i = 0; i < size; ++i) p[i] *= root;
+      kernels_.rms_norm(p, weights_.ple_norm.data(), size, weights_.shape.eps, p);
+      const int64_t from = tokens[r] * weights_.ple_table.cols + layer * size;
+      for (int64_t i = 0; i < size; ++i) p[i] = (p[i] + element(weights_.ple_table, from + i) * weights_.ple_scale) * half;
+    }
+  });
+}
+
+// The wanted rows are the first of x: final norm, LM head, soft cap.
+void Target::head(const Worker& w, int64_t rows) {
+  const int64_t hidden = weights_.shape.hidden;
+  runner_.norm_rows(w, rows, weights_.final_norm);
+  w.for_share(rows, [&](int64_t r) {
+    std::copy_n(runner_.temporary(w, r), hidden, hidden_.floats() + r * hidden);
+  });
+  const ActView act = runner_.pack_activations(w, *weights_.embedding, rows, runner_.temporary(w, 0), hidden);
+  const MatrixView& matrix = weights_.embedding->view();
+  w.parallel_for(matrix.units(), 1, [&](int64_t begin, int64_t end) {
+    kernels_.matmul(matrix, act, rows, begin, end, logits_.floats(), logits_ld());
+    if (weights_.softcap == 0) return;
+    const int64_t first = begin * kUnit, last = std::min(end * kUnit, logits_ld());
+    for (int64_t r = 0; r < rows; ++r)
+      kernels_.softcap(logits_.floats() + r * logits_ld() + first, last - first, weights_.softcap);
+  });
+}
+
+}  // namespace paceline

@@ -1,0 +1,72 @@
+// A Gemma 4 target: one forward pass over a ragged batch of rows.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "model/layers.hpp"
+
+namespace paceline {
+
+struct TargetWeights {
+  int64_t vocab = 0, window = 0;
+  Shape shape;
+  float embed_scale = 1.0f, softcap = 0.0f;  // 0: none
+  Floats rope_sliding, rope_full;            // frequencies of the rotating pairs
+  MatrixPtr embedding;                       // also the LM head
+  Floats final_norm;
+  std::vector<Layer> layers;
+
+  // Per-layer embeddings; ple_size 0: none. The table stays in its mapped file.
+  int64_t ple_size = 0;
+  float ple_scale = 1.0f;
+  Table ple_table;
+  MatrixPtr ple_projection;
+  Floats ple_norm;
+};
+
+class Target {
+ public:
+  Target(TargetWeights weights, const Kernels& kernels, int threads, int64_t slots, int64_t context, int64_t max_rows,
+         bool bf16_cache);
+
+  // Rows of a slot are adjacent, with positions that continue its cache. Returns how many are wanted; their logits
+  // [wanted, logits_ld()] and hidden states [wanted, hidden] stay valid until the next call.
+  int64_t forward(const int32_t* slots, const int32_t* positions, const int32_t* tokens, const uint8_t* wanted,
+                  int64_t rows);
+
+  float* logits() { return logits_.floats(); }
+  const float* hidden() const { return hidden_.floats(); }
+  int64_t logits_ld() const { return round_up(weights_.vocab, kPanel); }
+
+  void set_threads(int threads);
+  int threads() const { return pool_->size(); }
+
+  const TargetWeights& weights() const { return weights_; }
+  const Kernels& kernels() const { return kernels_; }
+  Cache& cache() { return cache_; }
+  const Cache& cache() const { return cache_; }
+  ThreadPool& pool() { return *pool_; }
+  RopeTable& rope(bool sliding) { return sliding ? rope_sliding_ : rope_full_; }
+  // Views of a layer's cache, a slot.
+  const std::vector<CacheView>& views(int64_t layer) const { return views_[size_t(layer)]; }
+  int64_t last_layer(bool sliding) const;  // the last with K/V of its own of that type; -1 if none
+  void embed(int32_t token, float* out) const;  // [hidden], scaled
+
+ private:
+  std::vector<Row> check(const int32_t* slots, const int32_t* positions, const int32_t* tokens, int64_t rows) const;
+  void embed_rows(const Worker& w, const int32_t* tokens, int64_t rows);
+  void head(const Worker& w, int64_t rows);
+
+  TargetWeights weights_;
+  const Kernels& kernels_;
+  std::unique_ptr<ThreadPool> pool_;
+  Cache cache_;
+  std::vector<std::vector<CacheView>> views_;  // [layer][slot]: the cache its queries read
+  RopeTable rope_sliding_, rope_full_;
+  LayerRunner runner_;
+  int64_t last_kv_ = 0;  // after this layer's K/V only wanted rows go on
+  Buffer ple_, logits_, hidden_;
+};
+
+}  // namespace paceline

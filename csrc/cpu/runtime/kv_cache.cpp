@@ -1,0 +1,103 @@
+#include "runtime/kv_cache.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+namespace paceline {
+
+Cache::Cache(const std::vector<Layer>& layers, int64_t slots, int64_t context, int64_t window, int64_t max_rows,
+             bool bf16)
+    : context_(context), window_(window), max_rows_(max_rows), bf16_(bf16), length_(size_t(slots), 0),
+      high_(size_t(slots), 0) {
+  const int64_t whole = round_up(context, 16);
+  ring_ = std::min(whole, round_up(window + max_rows, 16));
+  for (const Layer& layer : layers) {
+    const int64_t ring = layer.sliding ? ring_ : whole;
+    const int64_t half = layer.own ? layer.kv_heads * ring * layer.head_dim * (bf16 ? 2 : 4) : 0;
+    places_.push_back({ring, layer.head_dim, half, slot_bytes_});
+    slot_bytes_ += size_t(2 * half);
+  }
+  memory_.reserve(slot_bytes_ * size_t(slots));
+}
+
+CacheView Cache::view(int64_t layer, int64_t slot) const {
+  const Place& place = places_[size_t(layer)];
+  uint8_t* p = memory_.data() + size_t(slot) * slot_bytes_ + place.offset;
+  return {bf16_, place.ring, place.head_dim, p, p + place.key_bytes};
+}
+
+void Cache::extend(int64_t slot, int64_t length) {
+  length_.at(size_t(slot)) = length;
+  high_[size_t(slot)] = std::max(high_[size_t(slot)], length);
+}
+
+void Cache::truncate(int64_t slot, int64_t length) {
+  int64_t& current = length_.at(size_t(slot));
+  if (length < 0 || length > current)
+    throw std::invalid_argument("cannot truncate a cache of " + std::to_string(current) + " rows to " +
+                                std::to_string(length));
+  if (ring_ < context_ && std::max<int64_t>(0, length - window_) < high_[size_t(slot)] - ring_)
+    throw std::invalid_argument("cannot roll back to " + std::to_string(length) + ": the sliding rings hold only " +
+                                std::to_string(ring_) + " rows");
+  current = length;
+}
+
+template <class F>
+void Cache::each_stretch(int64_t high, F f) const {
+  for (const Place& place : places_) {
+    // Keys and values of a head are each one stretch: blocks of sixteen positions, or rows, in ascending order.
+    const int64_t head = place.ring * place.head_dim * (bf16_ ? 2 : 4);
+    const int64_t filled = std::min(place.ring, round_up(high, 16)) * place.head_dim * (bf16_ ? 2 : 4);
+    for (int64_t at = 0; at < 2 * place.key_bytes; at += head) f(place.offset + size_t(at), size_t(filled));
+  }
+}
+
+Cache::Snapshot Cache::save(int64_t slot) const {
+  Snapshot snapshot{{}, length(slot), high_[size_t(slot)]};
+  size_t bytes = 0;
+  each_stretch(snapshot.high, [&](size_t, size_t n) { bytes += n; });
+  snapshot.rows.reserve(bytes);
+  const uint8_t* from = memory_.data() + size_t(slot) * slot_bytes_;
+  uint8_t* to = snapshot.rows.data();
+  each_stretch(snapshot.high, [&](size_t offset, size_t n) {
+    std::memcpy(to, from + offset, n);
+    to += n;
+  });
+  return snapshot;
+}
+
+void Cache::restore(int64_t slot, const Snapshot& snapshot) {
+  if (length(slot) != 0) throw std::invalid_argument("slot " + std::to_string(slot) + " is not empty");
+  const uint8_t* from = snapshot.rows.data();
+  uint8_t* to = memory_.data() + size_t(slot) * slot_bytes_;
+  each_stretch(snapshot.high, [&](size_t offset, size_t n) {
+    std::memcpy(to + offset, from, n);
+    from += n;
+  });
+  length_[size_t(slot)] = snapshot.length;
+  high_[size_t(slot)] = snapshot.high;
+}
+
+int64_t Cache::shortest(const Snapshot& snapshot) const {
+  const bool rolls = ring_ < context_ && snapshot.high > ring_;
+  return rolls ? std::min(snapshot.length, snapshot.high - ring_ + window_) : 0;
+}
+
+void RopeTable::cover(int64_t positions) {
+  const int64_t have = pairs() ? int64_t(cos_.size()) / pairs() : positions;
+  if (positions <= have) return;
+  const int64_t upto = round_up(positions, 256);
+  cos_.resize(size_t(upto * pairs()));
+  sin_.resize(cos_.size());
+  for (int64_t p = have; p < upto; ++p)
+    for (int64_t i = 0; i < pairs(); ++i) {
+      const float angle = float(p) * frequencies_[size_t(i)];  // in float, as the reference does
+      cos_[size_t(p * pairs() + i)] = float(std::cos(double(angle)));
+      sin_[size_t(p * pairs() + i)] = float(std::sin(double(angle)));
+    }
+}
+
+}  // namespace paceline

@@ -1,0 +1,79 @@
+// The KV cache, and the rotary angles of its positions.
+#pragma once
+
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "formats/cache_view.hpp"
+#include "runtime/memory.hpp"
+
+namespace paceline {
+
+// Keys and values of every layer that has its own, for a fixed number of slots.
+//
+// Full-attention layers keep every position. Sliding layers keep a ring of window + max_rows positions, so that rows
+// of a rejected draft never overwrite rows that are still visible.
+class Cache {
+ public:
+  struct Layer {
+    bool sliding, own;
+    int64_t kv_heads, head_dim;
+  };
+  Cache(const std::vector<Layer>& layers, int64_t slots, int64_t context, int64_t window, int64_t max_rows, bool bf16);
+
+  CacheView view(int64_t layer, int64_t slot) const;
+  int64_t slots() const { return int64_t(length_.size()); }
+  int64_t context() const { return context_; }
+  int64_t max_rows() const { return max_rows_; }
+  int64_t length(int64_t slot) const { return length_.at(size_t(slot)); }
+  size_t bytes() const { return memory_.bytes(); }
+
+  void extend(int64_t slot, int64_t length);
+  // Throws std::invalid_argument when the rings no longer hold what a row at `length` would see.
+  void truncate(int64_t slot, int64_t length);
+  void clear(int64_t slot) { length_.at(size_t(slot)) = high_.at(size_t(slot)) = 0; }
+
+  // The rows of a slot, copied out and back in: whole sliding rings, and full layers as far as they are filled.
+  struct Snapshot {
+    Buffer rows;
+    int64_t length = 0, high = 0;
+  };
+  Snapshot save(int64_t slot) const;
+  // Throws std::invalid_argument when the slot is not empty.
+  void restore(int64_t slot, const Snapshot& snapshot);
+  // The shortest length that a snapshot can be cut back to once it is restored.
+  int64_t shortest(const Snapshot& snapshot) const;
+
+ private:
+  // Calls f(offset, bytes) for each stretch of a slot that `high` positions have filled.
+  template <class F>
+  void each_stretch(int64_t high, F f) const;
+
+  struct Place {
+    int64_t ring, head_dim, key_bytes;
+    size_t offset;
+  };
+  int64_t context_, window_, max_rows_, ring_;
+  bool bf16_;
+  size_t slot_bytes_ = 0;
+  std::vector<Place> places_;  // a layer
+  std::vector<int64_t> length_, high_;  // a slot; high: one past the highest position ever written
+  Buffer memory_;
+};
+
+// Rotation angles, filled as positions are first used.
+class RopeTable {
+ public:
+  RopeTable() = default;
+  explicit RopeTable(std::vector<float> frequencies) : frequencies_(std::move(frequencies)) {}
+  void cover(int64_t positions);
+  int64_t pairs() const { return int64_t(frequencies_.size()); }
+  const float* cos(int64_t position) const { return cos_.data() + position * pairs(); }
+  const float* sin(int64_t position) const { return sin_.data() + position * pairs(); }
+
+ private:
+  std::vector<float> frequencies_, cos_, sin_;
+};
+
+}  // namespace paceline

@@ -1,0 +1,63 @@
+#include "runtime/memory.hpp"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace paceline {
+
+void Buffer::reserve(size_t bytes, bool huge) {
+  if (bytes <= bytes_) return;
+  const size_t align = huge && bytes >= (size_t(4) << 20) ? size_t(2) << 20 : 4096;
+  bytes = (bytes + 4095) / 4096 * 4096;
+  memory_.reset();
+  memory_.reset(static_cast<uint8_t*>(std::aligned_alloc(align, (bytes + align - 1) / align * align)));
+  if (!memory_) throw std::bad_alloc();
+  bytes_ = bytes;
+#if defined(__linux__)
+  if (align > 4096) madvise(memory_.get(), bytes_, MADV_HUGEPAGE);
+#endif
+}
+
+namespace {
+
+MatrixView shape_of(Format format, int64_t rows, int64_t cols) {
+  if (rows <= 0 || cols <= 0) throw std::invalid_argument("a matrix needs at least one row and one column");
+  return MatrixView(format, rows, cols);
+}
+
+}  // namespace
+
+Matrix::Matrix(Format format, int64_t rows, int64_t cols) : view_(shape_of(format, rows, cols)) {
+  memory_.reserve(bytes(), true);
+  view_.data = memory_.data();
+  if (rows % kPanel)  // the lanes past the end
+    std::fill_n(memory_.data() + (view_.panels() - 1) * view_.stride, view_.stride, uint8_t(0));
+}
+
+Matrix::Matrix(Format format, int64_t rows, int64_t cols, const uint8_t* packed, size_t bytes)
+    : view_(shape_of(format, rows, cols)) {
+  if (bytes != this->bytes())
+    throw std::invalid_argument(std::to_string(bytes) + " packed bytes where " + std::to_string(this->bytes()) +
+                                " are needed");
+  view_.data = packed;
+}
+
+void Matrix::pack(Element type, const void* source, int64_t first, int64_t count) {
+  if (!memory_.data()) throw std::invalid_argument("a mapped matrix cannot be packed");
+  if (first < 0 || count < 0 || first + count > view_.rows)
+    throw std::invalid_argument("rows " + std::to_string(first) + " to " + std::to_string(first + count) +
+                                " of a matrix of " + std::to_string(view_.rows));
+  pack_rows(view_, memory_.data(), type, source, first, count);
+}
+
+void Matrix::fill_random(uint64_t seed) {
+  if (!memory_.data()) throw std::invalid_argument("a mapped matrix cannot be filled");
+  randomise(view_, memory_.data(), seed);
+}
+
+}  // namespace paceline

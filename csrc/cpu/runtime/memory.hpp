@@ -1,0 +1,60 @@
+// Memory that kernels read and write: aligned buffers, packed matrices, tables that stay in a mapped file.
+#pragma once
+
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#include "formats/formats.hpp"
+
+namespace paceline {
+
+// Bytes aligned for the widest loads; grows, never shrinks, and does not keep its contents when it grows. Untouched
+// pages cost nothing. `huge` asks for huge pages, which suit memory that is written whole and then streamed.
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(size_t bytes) { reserve(bytes); }
+  void reserve(size_t bytes, bool huge = false);
+  uint8_t* data() const { return memory_.get(); }
+  float* floats() const { return reinterpret_cast<float*>(memory_.get()); }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  struct Free {
+    void operator()(uint8_t* p) const { std::free(p); }
+  };
+  std::unique_ptr<uint8_t[], Free> memory_;
+  size_t bytes_ = 0;
+};
+
+// A packed weight matrix [rows, cols], in memory that it owns or that the caller keeps alive.
+class Matrix {
+ public:
+  Matrix(Format format, int64_t rows, int64_t cols);
+  Matrix(Format format, int64_t rows, int64_t cols, const uint8_t* packed, size_t bytes);  // bytes() of them
+  const MatrixView& view() const { return view_; }
+  size_t bytes() const { return size_t(view_.bytes()); }
+
+  // Pack source rows [count, cols] as matrix rows first, first + 1, ...
+  void pack(Element type, const void* source, int64_t first, int64_t count);
+
+  // Weights for measurements: plausible values without meaning, the same for the same seed.
+  void fill_random(uint64_t seed);
+  void row(int64_t i, float* out) const { unpack_row(view_, i, out); }
+
+ private:
+  Buffer memory_;
+  MatrixView view_;
+};
+
+using MatrixPtr = std::shared_ptr<Matrix>;
+
+// A table in a mapped file that is read a row at a time (per-layer embeddings). The caller keeps the mapping alive.
+struct Table {
+  Element type = Element::f32;
+  int64_t rows = 0, cols = 0;
+  const void* data = nullptr;
+};
+
+}  // namespace paceline

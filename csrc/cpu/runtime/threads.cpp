@@ -1,0 +1,108 @@
+#include "runtime/threads.hpp"
+
+#include <algorithm>
+#include <chrono>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace paceline {
+namespace {
+
+inline void pause() {
+#if defined(__x86_64__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+using Clock = std::chrono::steady_clock;
+constexpr int kSpins = 2000;                                    // then yield at each check
+constexpr auto kAwake = std::chrono::microseconds(2000);        // then sleep until the next run
+
+}  // namespace
+
+ThreadPool::ThreadPool(int size) : size_(std::clamp(size, 1, 255)), active_(size_) {
+  try {
+    for (int id = 1; id < size_; ++id) threads_.emplace_back([this, id] { work_loop(id); });
+  } catch (...) {  // the system has no more threads
+    join();
+    throw;
+  }
+}
+
+ThreadPool::~ThreadPool() { join(); }
+
+void ThreadPool::join() {
+  stop_ = true;
+  epoch_.fetch_add(256);
+  epoch_.notify_all();
+  for (std::thread& thread : threads_) thread.join();
+}
+
+void ThreadPool::run(const std::function<void(const Worker&)>& work) {
+  if (backoff_ > 0 && --backoff_ == 0) active_ = size_;
+  if (active_ == 1) return work(Worker{*this, 0, 1});
+  const auto start = Clock::now();
+  work_ = &work;
+  stalled_.store(0, std::memory_order_relaxed);
+  epoch_.store((epoch_.load(std::memory_order_relaxed) / 256 + 1) * 256 + uint64_t(active_), std::memory_order_release);
+  epoch_.notify_all();
+  work(Worker{*this, 0, active_});
+  barrier(active_);
+  detect_contention(std::chrono::nanoseconds(Clock::now() - start).count());
+}
+
+// If workers waited for a third of a run on average, and not only occasionally, leave one out for some runs, and for
+// more runs each time it happens.
+void ThreadPool::detect_contention(int64_t nanoseconds) {
+  if (stalled_.load(std::memory_order_relaxed) / (active_ - 1) <= nanoseconds / 3) {
+    if (contended_ > 0 && --contended_ == 0) next_backoff_ = 16;
+  } else if (++contended_ >= 4) {
+    contended_ = 3;  // one more such run is enough
+    --active_;
+    backoff_ = next_backoff_;
+    next_backoff_ = std::min<int64_t>(2 * next_backoff_, 1024);
+  }
+}
+
+void ThreadPool::work_loop(int id) {
+  uint64_t seen = 0;
+  while (true) {
+    const auto start = Clock::now();
+    uint64_t epoch;
+    for (int spins = 0; (epoch = epoch_.load(std::memory_order_acquire)) == seen; ++spins) {
+      pause();
+      if (spins % 64 == 63 && Clock::now() - start > kAwake) epoch_.wait(seen);
+    }
+    seen = epoch;
+    if (stop_) return;
+    // A run does not end before its workers do, but one that this worker is not part of may be over already.
+    const int workers = int(epoch % 256);
+    if (id >= workers) continue;
+    (*work_)(Worker{*this, id, workers});
+    barrier(workers);
+  }
+}
+
+// Sense-reversing barrier: the last to arrive opens the next phase.
+void ThreadPool::barrier(int workers) {
+  const uint32_t phase = phase_.load(std::memory_order_relaxed);
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == workers - 1) {
+    arrived_.store(0, std::memory_order_relaxed);
+    for (WorkQueue& queue : queues_) queue.next.store(0, std::memory_order_relaxed);
+    phase_.store(phase + 1, std::memory_order_release);
+    return;
+  }
+  for (int spins = 0; spins < kSpins; ++spins) {
+    if (phase_.load(std::memory_order_acquire) != phase) return;
+    pause();
+  }
+  const auto start = Clock::now();
+  while (phase_.load(std::memory_order_acquire) == phase) std::this_thread::yield();
+  stalled_.fetch_add(std::chrono::nanoseconds(Clock::now() - start).count(), std::memory_order_relaxed);
+}
+
+}  // namespace paceline
