@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-NATIVE := CMakeLists.txt pyproject.toml $(wildcard csrc/cpu/*)
+NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc/cpu -type f)
 
 .PHONY: demo test lint clean
 
@@ -29,6 +29,7 @@ $(VENV)/.installed: $(BIN)/python $(NATIVE)
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	$(BIN)/python -m nanobind.stubgen -q -m paceline._cpu -o src/paceline/_cpu.pyi
 	touch $@
 
 clean:

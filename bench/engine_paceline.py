@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 import paceline
 from paceline.backends.cpu.backend import CpuBackend
-from paceline.backends.cpu.weights import CheckpointWeights
+from paceline.backends.cpu.weights import pack_checkpoint
 from paceline.checkpoint import Checkpoint, resolve
 from paceline.types import GREEDY, Draft, Work
 
@@ -22,7 +22,7 @@ class Paceline:
     def __init__(self, folder: Path, fmt: str, threads: int, room: int) -> None:
         checkpoint = Checkpoint.open(folder)
         config = checkpoint.target_config()
-        weights = CheckpointWeights(resolve(checkpoint, config), fmt)
+        weights = pack_checkpoint(resolve(checkpoint, config), config, fmt)
         self._backend = CpuBackend((config, weights), threads=threads, context=room, max_rows=CHUNK)
         self._slot = self._backend.open_slot()
         self._cached = self._kept = 0

@@ -16,7 +16,7 @@ import numpy as np
 
 from paceline.backends.cpu.backend import CpuBackend, default_threads
 from paceline.bench.machine import ReadBandwidth
-from paceline.bench.random_weights import RandomWeights
+from paceline.bench.random_weights import random_weights
 from paceline.bench.shapes import official_target
 from paceline.engine.cost_model import NullDecoder
 from paceline.engine.prefix_cache import PrefixCache
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=default_threads())
     arguments = parser.parse_args()
     config = official_target(arguments.shape)
-    weights = RandomWeights(config, arguments.quant)
+    weights = random_weights(config, arguments.quant)
     backend = CpuBackend((config, weights), threads=arguments.threads, context=CONTEXT, slots=STREAMS + 1)
     scheduler = Scheduler(backend, (), 256, prefix_cache=PrefixCache(backend, 4 << 30))
     random = np.random.default_rng(0)

@@ -12,14 +12,14 @@ import torch
 
 from paceline.backends.base import Backend
 from paceline.backends.cpu.backend import CpuBackend
-from paceline.backends.cpu.weights import CheckpointWeights
+from paceline.backends.cpu.weights import pack_checkpoint
 from paceline.backends.formats import DRAFTER_FORMAT
 from paceline.checkpoint import Checkpoint, resolve
 from paceline.decode.draft_length import Costs
 from paceline.engine.proposers import DrafterProposer, GrammarProposer, Proposer
 from paceline.engine.sequence import Sequence
 from paceline.engine.step import step
-from paceline.types import GREEDY, Draft, Result, Statistics, Work
+from paceline.types import GREEDY, MAX_DRAFT, Draft, Result, Statistics, Work
 
 
 class Ids:
@@ -106,10 +106,14 @@ def run(
 
 
 def all_logits(backend: Backend, slot: int, tokens: list[int], position: int = 0) -> np.ndarray:
-    """Logits [tokens, vocabulary] of every row, in one pass; the slot then holds the tokens."""
-    draft = Draft(tuple(tokens[1:]), simulated=len(tokens) - 1)
-    (result,) = backend.run([Work(slot, position, tokens[:1], GREEDY, draft, logits=True)])
-    return result.logits
+    """Logits [tokens, vocabulary] of every row, in verifications of at most 16 rows; the slot then holds the tokens."""
+    parts = []
+    for start in range(0, len(tokens), 1 + MAX_DRAFT):
+        rows = tokens[start : start + 1 + MAX_DRAFT]
+        draft = Draft(tuple(rows[1:]), simulated=len(rows) - 1)
+        (result,) = backend.run([Work(slot, position + start, rows[:1], GREEDY, draft, logits=True)])
+        parts.append(result.logits)
+    return np.concatenate(parts)
 
 
 def cpu_backend(
@@ -120,7 +124,7 @@ def cpu_backend(
     def opened(folder: Path, fmt: str, settings: str) -> tuple:
         checkpoint = Checkpoint.open(folder)
         config = getattr(checkpoint, settings)()
-        return config, CheckpointWeights(resolve(checkpoint, config), fmt)
+        return config, pack_checkpoint(resolve(checkpoint, config), config, fmt)
 
     return CpuBackend(
         opened(target, quant, "target_config"),

@@ -96,9 +96,59 @@ uint64_t checksum(const Array<uint8_t, 1>& data, int threads) {
 }
 
 struct Snapshot {
-  Cache::Snapshot rows;
+  KvCache::Snapshot rows;
   int64_t shortest;
 };
+
+// The fields of a paceline.config.TargetConfig or DrafterConfig.
+ModelConfig config_of(nb::handle c) {
+  const auto integer = [](nb::handle from, const char* name) {
+    return nb::cast<int64_t>(nb::getattr(from, name, nb::int_(0)));  // 0: of the other kind of model
+  };
+  const auto rope = [&](const char* name) {
+    const nb::object rope = c.attr(name);
+    return RopeConfig{nb::cast<double>(rope.attr("theta")), nb::cast<double>(rope.attr("rotary_factor"))};
+  };
+  ModelConfig out;
+  out.vocab = integer(c, "vocab_size"), out.hidden = integer(c, "hidden_size"), out.heads = integer(c, "heads");
+  out.window = integer(c, "sliding_window"), out.eps = nb::cast<float>(c.attr("rms_eps"));
+  out.rope_sliding = rope("rope_sliding"), out.rope_full = rope("rope_full");
+  for (nb::handle layer : c.attr("layers"))
+    out.layers.push_back({nb::cast<bool>(layer.attr("sliding")), integer(layer, "head_dim"), integer(layer, "kv_heads"),
+                          integer(layer, "intermediate_size"), integer(layer, "kv_source"),
+                          nb::cast<bool>(layer.attr("has_v_proj"))});
+  const nb::object softcap = nb::getattr(c, "softcap", nb::none()), experts = nb::getattr(c, "experts", nb::none());
+  if (!softcap.is_none()) out.softcap = nb::cast<float>(softcap);
+  out.ple_size = integer(c, "ple_size"), out.ple_vocab = integer(c, "ple_vocab_size");
+  if (!experts.is_none())
+    out.experts = integer(experts, "count"), out.active_experts = integer(experts, "active"),
+    out.expert_intermediate = integer(experts, "intermediate_size");
+  out.backbone = integer(c, "backbone_hidden_size"), out.centroids = integer(c, "centroids");
+  out.centroid_top_k = integer(c, "centroid_top_k");
+  return out;
+}
+
+// {name: Matrix, list of them, float32 or int32 vector, or table [rows, cols]}. Tables are used in place.
+Weights weights_of(const nb::dict& tensors) {
+  Weights weights;
+  for (const auto& [key, tensor] : tensors) {
+    const std::string name = nb::cast<std::string>(key);
+    Array<float, 1> floats;
+    Array<int32_t, 1> integers;
+    AnyRows rows;
+    if (nb::isinstance<Matrix>(tensor)) weights.add(name, nb::cast<MatrixPtr>(tensor));
+    else if (nb::isinstance<nb::list>(tensor)) weights.add(name, nb::cast<std::vector<MatrixPtr>>(tensor));
+    else if (nb::try_cast(tensor, floats, false))
+      weights.add(name, Floats(floats.data(), floats.data() + floats.size()));
+    else if (nb::try_cast(tensor, integers, false))
+      weights.add(name, std::vector<int32_t>(integers.data(), integers.data() + integers.size()));
+    else if (nb::try_cast(tensor, rows, false))
+      weights.add(name, Table{element_of(rows.dtype()), int64_t(rows.shape(0)), int64_t(rows.shape(1)), rows.data(),
+                              std::make_shared<AnyRows>(rows)});
+    else throw std::invalid_argument("the tensor " + name + " is of no known kind");
+  }
+  return weights;
+}
 
 // The sampling parameters of paceline.types; min-p becomes a distance from the best logit, in nats.
 SamplingParams params_of(nb::handle params) {
@@ -157,7 +207,7 @@ nb::tuple tuple_of(const std::vector<T>& values) {
 
 // [(sampled, drafted, confidence, logits or None)]
 nb::list run(Decoder& decoder, const nb::typed<nb::sequence, nb::object>& given) {
-  const int64_t vocab = decoder.target().weights().vocab;
+  const int64_t vocab = decoder.target().weights().config.vocab;
   std::vector<Work> works;
   for (nb::handle work : given) works.push_back(work_of(work, vocab));
   std::vector<Result> results;
@@ -216,78 +266,31 @@ NB_MODULE(_cpu, module) {
   module.def("sample", &sample, "logits"_a, "params"_a, "position"_a, "isa"_a = "",
              "The token sampled from logits [vocab] at an absolute position.");
 
-  nb::class_<Experts>(module, "Experts").def(nb::init<>())
-      .def_rw("active", &Experts::active).def_rw("router", &Experts::router)
-      .def_rw("router_norm", &Experts::router_norm).def_rw("per_expert_scale", &Experts::per_expert_scale)
-      .def_rw("post_norm_dense", &Experts::post_norm_dense).def_rw("pre_norm", &Experts::pre_norm)
-      .def_rw("post_norm", &Experts::post_norm).def_rw("gate", &Experts::gate).def_rw("up", &Experts::up)
-      .def_rw("down", &Experts::down);
-
-  nb::class_<Layer>(module, "Layer").def(nb::init<>())
-      .def_rw("sliding", &Layer::sliding).def_rw("head_dim", &Layer::head_dim).def_rw("kv_heads", &Layer::kv_heads)
-      .def_rw("kv_source", &Layer::kv_source).def_rw("scalar", &Layer::scalar)
-      .def_rw("input_norm", &Layer::input_norm).def_rw("post_attention_norm", &Layer::post_attention_norm)
-      .def_rw("pre_feedforward_norm", &Layer::pre_feedforward_norm)
-      .def_rw("post_feedforward_norm", &Layer::post_feedforward_norm)
-      .def_rw("q_norm", &Layer::q_norm).def_rw("k_norm", &Layer::k_norm)
-      .def_rw("q", &Layer::q).def_rw("k", &Layer::k).def_rw("v", &Layer::v).def_rw("o", &Layer::o)
-      .def_rw("gate", &Layer::gate).def_rw("up", &Layer::up).def_rw("down", &Layer::down)
-      .def_rw("ple_gate", &Layer::ple_gate).def_rw("ple_projection", &Layer::ple_projection)
-      .def_rw("ple_norm", &Layer::ple_norm).def_rw("experts", &Layer::experts);
-
-  nb::class_<TargetWeights>(module, "TargetWeights").def(nb::init<>())
-      .def_rw("vocab", &TargetWeights::vocab).def_rw("window", &TargetWeights::window)
-      .def_prop_rw("hidden", [](const TargetWeights& w) { return w.shape.hidden; },
-                   [](TargetWeights& w, int64_t n) { w.shape.hidden = n; })
-      .def_prop_rw("heads", [](const TargetWeights& w) { return w.shape.heads; },
-                   [](TargetWeights& w, int64_t n) { w.shape.heads = n; })
-      .def_prop_rw("eps", [](const TargetWeights& w) { return w.shape.eps; },
-                   [](TargetWeights& w, float eps) { w.shape.eps = eps; })
-      .def_rw("embed_scale", &TargetWeights::embed_scale).def_rw("softcap", &TargetWeights::softcap)
-      .def_rw("rope_sliding", &TargetWeights::rope_sliding).def_rw("rope_full", &TargetWeights::rope_full)
-      .def_rw("embedding", &TargetWeights::embedding).def_rw("final_norm", &TargetWeights::final_norm)
-      .def_rw("layers", &TargetWeights::layers)
-      .def_rw("ple_size", &TargetWeights::ple_size).def_rw("ple_scale", &TargetWeights::ple_scale)
-      .def_rw("ple_projection", &TargetWeights::ple_projection).def_rw("ple_norm", &TargetWeights::ple_norm)
-      .def("set_ple_table", [](TargetWeights& w, const AnyRows& table) {
-        w.ple_table = {element_of(table.dtype()), int64_t(table.shape(0)), int64_t(table.shape(1)), table.data()};
-      }, "table"_a, nb::keep_alive<1, 2>(), "Use a mapped table [vocab, layers * ple_size] in place.");
-
   nb::class_<Snapshot>(module, "Snapshot", "The rows of a slot, copied out of a cache.")
       .def_prop_ro("nbytes", [](const Snapshot& s) { return s.rows.rows.bytes(); })
       .def_prop_ro("length", [](const Snapshot& s) { return s.rows.length; }, "Positions it holds.")
       .def_ro("shortest", &Snapshot::shortest, "The shortest length it can be cut back to.");
 
-  nb::class_<DrafterWeights>(module, "DrafterWeights").def(nb::init<>())
-      .def_rw("vocab", &DrafterWeights::vocab).def_rw("backbone", &DrafterWeights::backbone)
-      .def_prop_rw("hidden", [](const DrafterWeights& w) { return w.shape.hidden; },
-                   [](DrafterWeights& w, int64_t n) { w.shape.hidden = n; })
-      .def_prop_rw("heads", [](const DrafterWeights& w) { return w.shape.heads; },
-                   [](DrafterWeights& w, int64_t n) { w.shape.heads = n; })
-      .def_prop_rw("eps", [](const DrafterWeights& w) { return w.shape.eps; },
-                   [](DrafterWeights& w, float eps) { w.shape.eps = eps; })
-      .def_rw("pre_projection", &DrafterWeights::pre_projection)
-      .def_rw("post_projection", &DrafterWeights::post_projection)
-      .def_rw("final_norm", &DrafterWeights::final_norm).def_rw("layers", &DrafterWeights::layers)
-      .def_rw("head", &DrafterWeights::head).def_rw("centroids", &DrafterWeights::centroids)
-      .def_rw("centroid_top_k", &DrafterWeights::centroid_top_k).def_rw("tokens", &DrafterWeights::tokens);
-
   nb::class_<Decoder>(module, "Decoder", "A loaded pair and its KV cache.")
-      .def("__init__", [](Decoder* self, const TargetWeights& weights, const DrafterWeights* drafter,
-                          const std::string& isa, int threads, int64_t slots, int64_t context, int64_t max_rows,
-                          bool bf16_cache) {
-        auto target = std::make_shared<Target>(weights, select_kernels(isa), threads, slots, context, max_rows, bf16_cache);
-        auto pair = drafter ? std::make_unique<Drafter>(*drafter, target) : nullptr;
-        new (self) Decoder(std::move(target), std::move(pair));
-      }, "weights"_a, "drafter"_a.none(), nb::kw_only(), "isa"_a, "threads"_a, "slots"_a, "context"_a, "max_rows"_a,
-         "bf16_cache"_a, nb::keep_alive<1, 2>())
+      .def("__init__", [](Decoder* self, nb::handle target_config, const nb::dict& target, nb::handle drafter_config,
+                          const nb::dict& drafter, const std::string& isa, int threads, int64_t slots, int64_t context,
+                          int64_t max_rows, bool bf16_cache) {
+        auto model = std::make_shared<Target>(config_of(target_config), weights_of(target), select_kernels(isa), threads,
+                                              slots, context, max_rows, bf16_cache);
+        std::unique_ptr<Drafter> pair;
+        if (!drafter_config.is_none())
+          pair = std::make_unique<Drafter>(config_of(drafter_config), weights_of(drafter), model);
+        new (self) Decoder(std::move(model), std::move(pair));
+      }, "target_config"_a, "target"_a, "drafter_config"_a.none(), "drafter"_a, nb::kw_only(), "isa"_a, "threads"_a,
+         "slots"_a, "context"_a, "max_rows"_a, "bf16_cache"_a,
+         "Configs are paceline.config's, weights are tensors by name: see paceline.backends.cpu.weights.")
       .def("run", &run, "works"_a, "One step: see paceline.backends.base.Backend.run.")
       .def("length", &Decoder::length, "slot"_a)
       .def("truncate", &Decoder::truncate, "slot"_a, "length"_a, nb::call_guard<nb::gil_scoped_release>())
       .def("clear", &Decoder::clear, "slot"_a, nb::call_guard<nb::gil_scoped_release>())
       .def("save", [](Decoder& decoder, int64_t slot) {
         const nb::gil_scoped_release release;
-        Cache::Snapshot rows = decoder.save(slot);
+        KvCache::Snapshot rows = decoder.save(slot);
         const int64_t shortest = decoder.target().cache().shortest(rows);
         return Snapshot{std::move(rows), shortest};
       }, "slot"_a, "Copy a slot's rows out.")
@@ -299,7 +302,7 @@ NB_MODULE(_cpu, module) {
       .def_prop_ro("isa", [](const Decoder& d) { return d.target().kernels().name; })
       .def_prop_ro("cache_bytes", [](const Decoder& d) { return d.target().cache().bytes(); })
       .def("hidden", [](const Decoder& decoder, int64_t slot) {
-        const size_t size = size_t(decoder.target().weights().shape.hidden);
+        const size_t size = size_t(decoder.target().weights().config.hidden);
         auto out = std::make_unique<float[]>(size);
         std::copy_n(decoder.hidden(slot), size, out.get());
         return owned<float, 1>(out.release(), {size});

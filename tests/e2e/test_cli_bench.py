@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from paceline.backends.fake import FakeBackend
-from paceline.bench.random_weights import RandomWeights
+from paceline.bench.random_weights import random_weights
 from paceline.bench.shapes import DRAFTERS, TARGETS, official_drafter, official_target, prompt_multiply_accumulates
 from paceline.bench.simulated import Script
 from paceline.checkpoint.sizes import count_parameters
@@ -126,6 +126,6 @@ def test_official_shapes_have_the_official_sizes(shape: str, billions: float, dr
 
 def test_random_weights_are_the_same_each_time() -> None:
     drafter = official_drafter("e2b")
-    one, two = (RandomWeights(drafter, "q8").matrix("pre_projection.weight").packed() for _ in range(2))
+    one, two = (random_weights(drafter, "q8").tensors["pre_projection.weight"].packed() for _ in range(2))
     assert one.any()
     assert (one == two).all()

@@ -36,7 +36,7 @@ import json, resource, sys
 from pathlib import Path
 from paceline import _cpu  # what is there before any weight is read
 from paceline.backends.cpu.backend import CpuBackend
-from paceline.backends.cpu.weights import CheckpointWeights
+from paceline.backends.cpu.weights import pack_checkpoint
 from paceline.checkpoint import Checkpoint, resolve
 from paceline.quant.blocks import to_bf16
 
@@ -47,7 +47,7 @@ checkpoint = Checkpoint.open(Path(sys.argv[1]))
 config = checkpoint.target_config()
 tensors = resolve(checkpoint, config)
 before = peak()
-weights = CheckpointWeights(tensors, sys.argv[2])
+weights = pack_checkpoint(tensors, config, sys.argv[2])
 backend = CpuBackend((config, weights), threads=1, context=64, max_rows=16)
 print(json.dumps({"taken": peak() - before, "packed": weights.nbytes,
                   "largest": max(ref.bytes for ref in tensors.refs.values())}))

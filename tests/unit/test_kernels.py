@@ -111,21 +111,3 @@ def test_bad_arguments_are_refused() -> None:
         matrix.pack(np.zeros((16, 32), np.float64))
     with pytest.raises(ValueError, match="unknown instruction set"):
         times(matrix, np.zeros((1, 32), np.float32), "mmx")
-
-
-def test_the_stub_names_what_the_module_has() -> None:
-    import ast
-    from pathlib import Path
-
-    tree = ast.parse((Path(__file__).parents[2] / "src/paceline/_cpu.pyi").read_text())
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef):
-            assert callable(getattr(_cpu, node.name))
-        if isinstance(node, ast.ClassDef):
-            real = {name for name in vars(getattr(_cpu, node.name)) if not name.startswith("_")}
-            named = {
-                item.name if isinstance(item, ast.FunctionDef) else item.target.id
-                for item in node.body
-                if isinstance(item, ast.FunctionDef | ast.AnnAssign)
-            } - {"__init__"}
-            assert named == real, node.name

@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from paceline import _cpu
 from paceline.backends.cpu.backend import CpuBackend
-from paceline.backends.cpu.weights import CheckpointWeights
+from paceline.backends.cpu.weights import native_shapes, pack_checkpoint
 from paceline.checkpoint import Checkpoint, resolve
 from paceline.quant import blocks
 from paceline.types import GREEDY, Work
@@ -18,15 +17,6 @@ from tests.unit.checkpoints import TARGET, target_weights, write
 PROMPT, ROWS = 12, 24
 PARTS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 Mix = tuple[str, str, str]
-
-
-class MixedWeights(CheckpointWeights):
-    """Matrices that meet the same rows are packed in different formats, the others in float32."""
-
-    mix: Mix
-
-    def matrix(self, name: str, quant: str | None = None) -> _cpu.Matrix:
-        return super().matrix(name, format_of(name, self.mix) or quant)
 
 
 def format_of(name: str, mix: Mix) -> str | None:
@@ -38,9 +28,8 @@ def logits(folder: Path, mix: Mix | None = None) -> np.ndarray:
     checkpoint = Checkpoint.open(folder)
     config = checkpoint.target_config()
     tensors = resolve(checkpoint, config)
-    weights = MixedWeights(tensors, "f32") if mix else CheckpointWeights(tensors, "f32")
-    if mix:
-        weights.mix = mix
+    formats = {name: fmt for name in native_shapes(config) if mix and (fmt := format_of(name, mix))}
+    weights = pack_checkpoint(tensors, config, "f32", formats=formats)
     backend = CpuBackend((config, weights), threads=2, context=64, max_rows=32)
     tokens = np.random.default_rng(0).integers(3, config.vocab_size, ROWS).tolist()
     slot = backend.open_slot()

@@ -12,13 +12,13 @@ import pytest
 import paceline
 from paceline import _cpu
 from paceline.backends.cpu import pack_cache
-from paceline.backends.cpu.load import load_drafter, load_target
 from paceline.backends.cpu.pack_cache import fingerprint, pack_path
 from paceline.backends.cpu.packfile import StalePack, _checksum, open_pack, write_pack
-from paceline.backends.cpu.weights import CheckpointWeights
+from paceline.backends.cpu.weights import Weights, pack_checkpoint
 from paceline.backends.formats import choose_quant
 from paceline.bench.shapes import official_target
 from paceline.checkpoint import Checkpoint, resolve
+from paceline.checkpoint.names import PLE_TABLE
 from paceline.errors import CheckpointError, SettingsError
 from paceline.quant.blocks import FORMATS
 from tests.parity.fixtures import write_pair
@@ -41,12 +41,11 @@ def kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "packs"
 
 
-def packed(folder: Path, path: Path, quant: str) -> CheckpointWeights:
+def packed(folder: Path, path: Path, quant: str) -> Weights:
     checkpoint = Checkpoint.open(folder)
     config = checkpoint.target_config()
-    weights = CheckpointWeights(resolve(checkpoint, config), quant)
-    load_target(config, weights)
-    write_pack(path, weights, "mark", 2, {})
+    weights = pack_checkpoint(resolve(checkpoint, config), config, quant)
+    write_pack(path, weights, "mark", 2, with_tables=False)
     return weights
 
 
@@ -56,12 +55,16 @@ def test_what_is_mapped_is_what_was_packed(pair: tuple[Path, Path], tmp_path: Pa
     again = open_pack(tmp_path / "x.pack", 1, fingerprint="mark")
     assert again.quant == quant
     assert again.nbytes == weights.nbytes
-    for name, matrix in weights.matrices.items():
-        copy = again.matrix(name)
-        assert (copy.format, copy.shape) == (matrix.format, matrix.shape)
-        np.testing.assert_array_equal(copy.packed(), matrix.packed())
-    for name, vector in weights.vectors.items():
-        np.testing.assert_array_equal(again.vector(name), vector)
+    copies = dict(again.matrices)
+    assert list(copies) == [name for name, _ in weights.matrices]
+    for name, matrix in weights.matrices:
+        assert (copies[name].format, copies[name].shape) == (matrix.format, matrix.shape)
+        np.testing.assert_array_equal(copies[name].packed(), matrix.packed())
+    assert again.tensors.keys() == weights.tensors.keys() - {PLE_TABLE}
+    for name, tensor in weights.tensors.items():
+        if isinstance(tensor, np.ndarray) and name != PLE_TABLE:
+            assert tensor.dtype == again.tensors[name].dtype
+            np.testing.assert_array_equal(again.tensors[name], tensor)
     assert os.listdir(tmp_path) == ["x.pack"]
 
 
@@ -173,7 +176,7 @@ def test_a_converted_folder_stands_alone(pair: tuple[Path, Path], tmp_path: Path
     convert(*pair, tmp_path / "out", quant, threads=1)
     assert not list((tmp_path / "out").rglob("*.safetensors"))
     engine = paceline.load(str(tmp_path / "out"), context=128)
-    assert engine.quant == quant
+    assert engine.backend.info.quant == quant
     assert engine.drafter_config is not None
     plain = cpu_backend(*pair, quant)
     (expected,) = run(plain, [sequence(plain, PROMPT, max_tokens=12)])
@@ -200,10 +203,10 @@ def test_converting_refuses_what_it_cannot_do(pair: tuple[Path, Path], tmp_path:
 def test_a_drafter_pack_holds_its_ordered_head(pair: tuple[Path, Path], tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(pair[1])
     config = checkpoint.drafter_config()
-    weights = CheckpointWeights(resolve(checkpoint, config), "q8")
-    load_drafter(config, weights)
-    write_pack(tmp_path / "d.pack", weights, "", 1, {})
-    matrix, tokens = open_pack(tmp_path / "d.pack", 1).ordered_head()
+    weights = pack_checkpoint(resolve(checkpoint, config), config, "q8")
+    write_pack(tmp_path / "d.pack", weights, "", 1, with_tables=False)
+    tensors = open_pack(tmp_path / "d.pack", 1).tensors
+    matrix, tokens = tensors["ordered_head.weight"], tensors["ordered_head.tokens"].tolist()
     assert sorted(token for token in tokens if token >= 0) == list(range(config.vocab_size))
     table = cpu_table(pair[1])
     row = next(i for i, token in enumerate(tokens) if token == 77)

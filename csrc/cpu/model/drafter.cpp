@@ -7,8 +7,23 @@
 
 namespace paceline {
 
-Drafter::Drafter(DrafterWeights weights, std::shared_ptr<Target> target)
-    : weights_(std::move(weights)), target_(std::move(target)), runner_(target_->kernels(), weights_.shape) {
+DrafterWeights::DrafterWeights(const ModelConfig& c, const Weights& weights)
+    : config(c), pre_projection(weights.matrix("pre_projection.weight", c.hidden, 2 * c.backbone)),
+      post_projection(weights.matrix("post_projection.weight", c.backbone, c.hidden)),
+      final_norm(weights.vector("norm.weight", c.hidden)), layers(find_layers(c, weights)) {
+  if (!c.centroids) {
+    head = weights.matrix("embed_tokens.weight", c.vocab, c.hidden);
+    return;
+  }
+  const int64_t rows = c.centroids * round_up(c.vocab / c.centroids, kPanel);
+  head = weights.matrix("ordered_head.weight", rows, c.hidden);
+  centroids = weights.matrix("masked_embedding.centroids.weight", c.centroids, c.hidden);
+  tokens = weights.integers("ordered_head.tokens");
+  if (int64_t(tokens.size()) != rows) throw std::invalid_argument("ordered_head.tokens does not fit the head");
+}
+
+Drafter::Drafter(const ModelConfig& config, const Weights& weights, std::shared_ptr<Target> target)
+    : weights_(config, weights), target_(std::move(target)), runner_(target_->kernels(), weights_.config) {
   for (const Layer& layer : weights_.layers) {
     const int64_t source = target_->last_layer(layer.sliding);
     if (source < 0) throw std::invalid_argument("the target has no cache for one of the drafter's layers");
@@ -20,26 +35,26 @@ Drafter::Drafter(DrafterWeights weights, std::shared_ptr<Target> target)
 std::vector<Row> Drafter::check(const std::vector<DraftRequest>& requests) const {
   std::vector<Row> rows;
   for (const DraftRequest& r : requests) {
-    const Cache& cache = target_->cache();
+    const KvCache& cache = target_->cache();
     if (r.slot < 0 || r.slot >= cache.slots() || r.position < 1 || r.position != cache.length(r.slot) || r.newest < 0 ||
-        r.newest >= target_->weights().vocab)
+        r.newest >= target_->weights().config.vocab)
       throw std::invalid_argument("a draft that does not continue its slot");
-    const int64_t first = std::max(int64_t(0), r.position - target_->weights().window);
+    const int64_t first = std::max(int64_t(0), r.position - target_->weights().config.window);
     rows.push_back({r.slot, r.position, r.position - 1, first, int64_t(rows.size())});
   }
   return rows;
 }
 
 void Drafter::reserve(int64_t rows) {
-  const int64_t backbone = weights_.backbone, width = weights_.head->view().padded_rows();
+  const int64_t backbone = weights_.config.backbone, width = weights_.head->view().padded_rows();
   const int threads = target_->pool().size();
   runner_.reserve(weights_.layers, rows, target_->cache().context(), threads, true,
                   act_formats({weights_.post_projection.get(), &first_head()}));
   inputs_.reserve(round_up(rows, kTile), round_up(2 * backbone, kMaxBlock), threads);
-  rows_.reserve(rows, round_up(weights_.shape.hidden, kMaxBlock));
+  rows_.reserve(rows, round_up(weights_.config.hidden, kMaxBlock));
   both_.reserve(size_t(threads * rows * 2 * backbone * 4));
   next_.reserve(size_t(rows * round_up(backbone, kPanel) * 4));
-  x_.reserve(size_t(rows * round_up(weights_.shape.hidden, kPanel) * 4));
+  x_.reserve(size_t(rows * round_up(weights_.config.hidden, kPanel) * 4));
   logits_.reserve(size_t(rows * width * 4));
   clusters_.resize(size_t(rows));
   ids_.resize(size_t(rows));
@@ -53,7 +68,7 @@ std::vector<DraftResult> Drafter::draft(const std::vector<DraftRequest>& request
   std::vector<Sampled> sampled;
   for (int64_t r = 0; r < count; ++r) {
     for (bool sliding : {true, false}) target_->rope(sliding).cover(requests[size_t(r)].position + 1);
-    std::copy_n(requests[size_t(r)].hidden, weights_.backbone, next_.floats() + r * weights_.backbone);
+    std::copy_n(requests[size_t(r)].hidden, weights_.config.backbone, next_.floats() + r * weights_.config.backbone);
     sampled.push_back({requests[size_t(r)].newest, 1.0f});
   }
   std::vector<DraftResult> results(requests.size());
@@ -83,7 +98,7 @@ std::vector<DraftResult> Drafter::draft(const std::vector<DraftRequest>& request
 
 // x = pre_projection(concat(target embedding of the newest token, hidden)).
 void Drafter::enter(const Worker& w, const std::vector<Sampled>& newest, int64_t rows) {
-  const int64_t backbone = weights_.backbone, width = weights_.shape.hidden;
+  const int64_t backbone = weights_.config.backbone, width = weights_.config.hidden;
   float* both = both_.floats() + runner_.copy(w) * rows * 2 * backbone;
   runner_.for_owned_rows(w, rows, [&](int64_t r) {
     target_->embed(newest[size_t(r)].token, both + r * 2 * backbone);
@@ -104,20 +119,20 @@ void Drafter::choose(const Worker& w, const std::vector<DraftRequest>& requests,
   const int64_t rows = int64_t(requests.size()), ld = weights_.head->view().padded_rows();
   runner_.norm_rows(w, rows, weights_.final_norm);
   const std::array<const Matrix*, 2> matrices = {weights_.post_projection.get(), &first_head()};
-  const auto acts = runner_.pack_activations(w, matrices, rows, runner_.temporary(w, 0), weights_.shape.hidden);
-  runner_.project(w, *matrices[0], acts[0], rows, next_.floats(), weights_.backbone);
+  const auto acts = runner_.pack_activations(w, matrices, rows, runner_.temporary(w, 0), weights_.config.hidden);
+  runner_.project(w, *matrices[0], acts[0], rows, next_.floats(), weights_.config.backbone);
   runner_.project(w, *matrices[1], acts[1], rows, logits_.floats(), ld);
   w.barrier();
   if (weights_.centroids) centroid_head(w, rows);
   w.for_share(rows, [&](int64_t r) {
     const std::vector<int32_t>& ids = ids_[size_t(r)];
-    const int64_t n = weights_.centroids ? int64_t(ids.size()) : weights_.vocab;
+    const int64_t n = weights_.centroids ? int64_t(ids.size()) : weights_.config.vocab;
     sampled[size_t(r)] = sample({logits_.floats() + r * ld, ids.empty() ? nullptr : ids.data(), n}, requests[size_t(r)], step);
   });
   w.barrier();
 }
 
-// Damaged weights may leave nothing to choose from, or no probability; the target will not mind.
+// Damaged weights may leave nothing to choose from, or no probability; a bad draft is rejected by verification.
 Sampled Drafter::sample(const Logits& logits, const DraftRequest& request, int64_t step) const {
   const Kernels& kernels = target_->kernels();
   const SamplingParams& params = request.params;
@@ -132,7 +147,7 @@ Sampled Drafter::sample(const Logits& logits, const DraftRequest& request, int64
       if (logits.x[i] == logits.x[best] && id >= 0 && (sampled.token < 0 || id < sampled.token)) sampled.token = id;
     }
   }
-  if (sampled.token < 0 || sampled.token >= weights_.vocab) sampled.token = 0;
+  if (sampled.token < 0 || sampled.token >= weights_.config.vocab) sampled.token = 0;
   if (std::isnan(sampled.probability)) sampled.probability = 0.0f;
   return sampled;
 }
@@ -143,7 +158,7 @@ void Drafter::centroid_head(const Worker& w, int64_t rows) {
   const Kernels& kernels = target_->kernels();
   const MatrixView& head = weights_.head->view();
   const MatrixView& centroids = weights_.centroids->view();
-  const int64_t ld = head.padded_rows(), top_k = weights_.centroid_top_k;
+  const int64_t ld = head.padded_rows(), top_k = weights_.config.centroid_top_k;
   const int64_t panels = head.panels() / centroids.rows, width = panels * kPanel;  // a centroid
   const ActView single = rows_.view(*weights_.head, 1);  // each row meets other rows of the head: tiles of one
   w.for_share(rows, [&](int64_t r) {
@@ -158,7 +173,7 @@ void Drafter::centroid_head(const Worker& w, int64_t rows) {
     });
     chosen.resize(size_t(top_k));
     std::sort(chosen.begin(), chosen.end());
-    kernels.pack_activations(single, r, runner_.temporary(w, r), weights_.shape.hidden, 0, single.groups());
+    kernels.pack_activations(single, r, runner_.temporary(w, r), weights_.config.hidden, 0, single.groups());
   });
   w.barrier();
 
@@ -186,10 +201,10 @@ void Drafter::last_logits(int64_t row, float* out) const {
   const int64_t ld = weights_.head->view().padded_rows();
   const float* logit = logits_.floats() + row * ld;
   if (!weights_.centroids) {
-    std::copy_n(logit, weights_.vocab, out);
+    std::copy_n(logit, weights_.config.vocab, out);
     return;
   }
-  std::fill_n(out, weights_.vocab, -3e38f);
+  std::fill_n(out, weights_.config.vocab, -3e38f);
   const std::vector<int32_t>& ids = ids_.at(size_t(row));
   for (size_t i = 0; i < ids.size(); ++i)
     if (ids[i] >= 0) out[ids[i]] = logit[i];

@@ -10,8 +10,9 @@
 namespace paceline {
 
 struct DrafterWeights {
-  int64_t vocab = 0, backbone = 0;
-  Shape shape;
+  DrafterWeights(const ModelConfig& config, const Weights& weights);
+
+  ModelConfig config;
   MatrixPtr pre_projection, post_projection;
   Floats final_norm;
   std::vector<Layer> layers;  // queries only
@@ -20,7 +21,6 @@ struct DrafterWeights {
   // padded to whole panels; `tokens` names the token of each row, -1 for padding.
   MatrixPtr head;
   MatrixPtr centroids;  // [count, hidden]; empty: dense head
-  int64_t centroid_top_k = 0;
   std::vector<int32_t> tokens;
 };
 
@@ -50,17 +50,17 @@ struct DraftResult {
 
 class Drafter {
  public:
-  Drafter(DrafterWeights weights, std::shared_ptr<Target> target);
+  Drafter(const ModelConfig& config, const Weights& weights, std::shared_ptr<Target> target);
 
   // One result a request.
   std::vector<DraftResult> draft(const std::vector<DraftRequest>& requests);
-  int64_t backbone() const { return weights_.backbone; }
-  int64_t vocab() const { return weights_.vocab; }
+  int64_t backbone() const { return weights_.config.backbone; }
+  int64_t vocab() const { return weights_.config.vocab; }
 
   // The last draft step of anchor `row`, for comparison with a reference: its logits [vocab], -3e38 where the head did
   // not look, and the hidden state [backbone] that a next step would start from.
   void last_logits(int64_t row, float* out) const;
-  const float* last_hidden(int64_t row) const { return next_.floats() + row * weights_.backbone; }
+  const float* last_hidden(int64_t row) const { return next_.floats() + row * weights_.config.backbone; }
 
  private:
   void reserve(int64_t rows);
@@ -74,9 +74,9 @@ class Drafter {
   DrafterWeights weights_;
   std::shared_ptr<Target> target_;
   LayerRunner runner_;
-  std::vector<const std::vector<CacheView>*> views_;  // a layer
-  std::vector<std::vector<int64_t>> clusters_;        // a row: the centroids chosen
-  std::vector<std::vector<int32_t>> ids_;             // a row: the tokens of its logits
+  std::vector<const std::vector<CacheView>*> views_;  // [layer]
+  std::vector<std::vector<int64_t>> clusters_;        // [row]: the chosen centroids
+  std::vector<std::vector<int32_t>> ids_;             // [row]: the tokens of its logits
   Buffer both_, x_, next_, logits_;
   PackedRows inputs_, rows_;
 };

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <stdexcept>
 
 namespace paceline {
 namespace {
@@ -31,7 +32,75 @@ void parallel_units(const Worker& w, const Matrices& matrices, F f) {
   });
 }
 
+// A norm without a weight, followed by the factors `scale` and hidden^-0.5.
+Floats router_norm(const Floats& scale) {
+  const float factor = float(std::pow(double(scale.size()), -0.5));
+  Floats norm = scale;
+  for (float& x : norm) x *= factor;
+  return norm;
+}
+
+std::shared_ptr<Experts> find_experts(const ModelConfig& c, const std::string& prefix, const Weights& weights) {
+  const auto norm = [&](const char* name) { return weights.vector(prefix + name, c.hidden); };
+  const std::string experts = prefix + "experts.";
+  return std::make_shared<Experts>(Experts{
+      c.active_experts,
+      weights.matrix(prefix + "router.proj.weight", c.experts, c.hidden),
+      router_norm(norm("router.scale")),
+      weights.vector(prefix + "router.per_expert_scale", c.experts),
+      norm("post_feedforward_layernorm_1.weight"),
+      norm("pre_feedforward_layernorm_2.weight"),
+      norm("post_feedforward_layernorm_2.weight"),
+      weights.matrices(experts + "gate_proj", c.experts, c.expert_intermediate, c.hidden),
+      weights.matrices(experts + "up_proj", c.experts, c.expert_intermediate, c.hidden),
+      weights.matrices(experts + "down_proj", c.experts, c.hidden, c.expert_intermediate),
+  });
+}
+
 }  // namespace
+
+Layer::Layer(const ModelConfig& c, int64_t index, const Weights& weights) {
+  const LayerConfig& layer = c.layers[size_t(index)];
+  const std::string prefix = "layers." + std::to_string(index) + ".", attention = prefix + "self_attn.";
+  const int64_t queries = c.heads * layer.head_dim, keys = layer.kv_heads * layer.head_dim;
+  const auto norm = [&](const char* name) { return weights.vector(prefix + name, c.hidden); };
+  sliding = layer.sliding, head_dim = layer.head_dim, kv_heads = layer.kv_heads, kv_source = layer.kv_source;
+  scalar = weights.vector(prefix + "layer_scalar", 1)[0];
+  input_norm = norm("input_layernorm.weight");
+  post_attention_norm = norm("post_attention_layernorm.weight");
+  pre_feedforward_norm = norm("pre_feedforward_layernorm.weight");
+  post_feedforward_norm = norm("post_feedforward_layernorm.weight");
+  q = weights.matrix(attention + "q_proj.weight", queries, c.hidden);
+  q_norm = weights.vector(attention + "q_norm.weight", head_dim);
+  o = weights.matrix(attention + "o_proj.weight", c.hidden, queries);
+  gate = weights.matrix(prefix + "mlp.gate_proj.weight", layer.intermediate, c.hidden);
+  up = weights.matrix(prefix + "mlp.up_proj.weight", layer.intermediate, c.hidden);
+  down = weights.matrix(prefix + "mlp.down_proj.weight", c.hidden, layer.intermediate);
+  if (kv_source == index) {
+    k = weights.matrix(attention + "k_proj.weight", keys, c.hidden);
+    k_norm = weights.vector(attention + "k_norm.weight", head_dim);
+    if (layer.has_v) v = weights.matrix(attention + "v_proj.weight", keys, c.hidden);
+  }
+  if (c.ple_size) {
+    ple_gate = weights.matrix(prefix + "per_layer_input_gate.weight", c.ple_size, c.hidden);
+    ple_projection = weights.matrix(prefix + "per_layer_projection.weight", c.hidden, c.ple_size);
+    ple_norm = norm("post_per_layer_input_norm.weight");
+  }
+  if (c.experts) experts = find_experts(c, prefix, weights);
+}
+
+std::vector<Layer> find_layers(const ModelConfig& c, const Weights& weights) {
+  constexpr int64_t lanes = 16;  // vectors are whole native registers
+  std::vector<int64_t> widths = {c.hidden, c.ple_size, c.backbone};
+  for (const LayerConfig& layer : c.layers) widths.push_back(layer.head_dim);
+  for (int64_t width : widths)
+    if (width % lanes)
+      throw std::invalid_argument("the CPU backend takes widths that are multiples of " + std::to_string(lanes) +
+                                  ", and this model has " + std::to_string(width));
+  std::vector<Layer> layers;
+  for (size_t i = 0; i < c.layers.size(); ++i) layers.emplace_back(c, int64_t(i), weights);
+  return layers;
+}
 
 size_t act_formats(std::initializer_list<const Matrix*> matrices) {
   std::vector<ActFormat> seen;
@@ -59,14 +128,14 @@ ActView PackedRows::view(const Matrix& matrix, int lanes, int64_t copy) const {
 
 void LayerRunner::reserve(const std::vector<Layer>& layers, int64_t rows, int64_t context, int threads,
                           bool all_selected, size_t formats) {
-  const int64_t whole = round_up(rows, kTile), hidden = round_up(shape_.hidden, kMaxBlock);
+  const int64_t whole = round_up(rows, kTile), hidden = round_up(config_.hidden, kMaxBlock);
   int64_t widest = hidden, inner = 0, picks = 0, expert_ld = 0, experts = 0, head_dim = 0;
   y_ld_ = hidden;
   replicated_ = all_selected && rows * hidden <= kReplicated;
   for (const Layer& layer : layers) {
     qkv_ld_ = std::max(qkv_ld_, padded(layer.q) + padded(layer.k) + padded(layer.v));
     qkv_ld_ = std::max(qkv_ld_, padded(layer.ple_gate));  // it gathers per-layer inputs too
-    attended_ld_ = std::max(attended_ld_, round_up(shape_.heads * layer.head_dim, 16));
+    attended_ld_ = std::max(attended_ld_, round_up(config_.heads * layer.head_dim, 16));
     head_dim = std::max(head_dim, layer.head_dim);
     inner = std::max(inner, layer.down->view().padded_cols);
     formats = std::max(formats, act_formats({layer.q.get(), layer.k.get(), layer.v.get()}));
@@ -125,7 +194,7 @@ void LayerRunner::project(const Worker& w, const Matrix& matrix, const ActView& 
 
 void LayerRunner::norm_rows(const Worker& w, int64_t rows, const Floats& weight) const {
   for_owned_rows(w, rows, [&](int64_t r) {
-    kernels_.rms_norm(x(w, r), weight.data(), shape_.hidden, shape_.eps, temporary(w, r));
+    kernels_.rms_norm(x(w, r), weight.data(), config_.hidden, config_.eps, temporary(w, r));
   });
   sync_rows(w);
 }
@@ -144,8 +213,8 @@ ActView LayerRunner::pack_columns(const Worker& w, const PackedRows& where, cons
 // x = (x + norm(y)) * scale. Not synchronised: the worker that owns a row goes on with it.
 void LayerRunner::add_normed(const Worker& w, int64_t rows, const Floats& weight, float scale) const {
   for_owned_rows(w, rows, [&](int64_t r) {
-    kernels_.rms_norm(y_.floats() + r * y_ld_, weight.data(), shape_.hidden, shape_.eps, temporary(w, r));
-    kernels_.add_scaled(x(w, r), temporary(w, r), shape_.hidden, scale);
+    kernels_.rms_norm(y_.floats() + r * y_ld_, weight.data(), config_.hidden, config_.eps, temporary(w, r));
+    kernels_.add_scaled(x(w, r), temporary(w, r), config_.hidden, scale);
   });
 }
 
@@ -153,7 +222,7 @@ void LayerRunner::add_normed(const Worker& w, int64_t rows, const Floats& weight
 void LayerRunner::project_qkv(const Worker& w, const Layer& layer, int64_t rows) const {
   const std::array<const Matrix*, 3> matrices = {layer.q.get(), layer.k.get(), layer.v.get()};
   const int64_t offsets[3] = {0, padded(layer.q), padded(layer.q) + padded(layer.k)};
-  const auto acts = pack_activations(w, matrices, rows, temporary(w, 0), shape_.hidden);
+  const auto acts = pack_activations(w, matrices, rows, temporary(w, 0), config_.hidden);
   parallel_units(w, matrices, [&](size_t i, int64_t begin, int64_t end) {
     kernels_.matmul(matrices[i]->view(), acts[i], rows, begin, end, qkv_.floats() + offsets[i], qkv_ld_);
   });
@@ -169,8 +238,8 @@ void LayerRunner::append_kv(const Worker& w, const Call& call, const std::vector
     const Row& row = rows[size_t(i / heads)];
     const float* k = qkv_.floats() + i / heads * qkv_ld_ + padded(layer.q) + i % heads * dim;
     const float* v = layer.v ? k + padded(layer.k) : k;
-    kernels_.rms_norm(v, nullptr, dim, shape_.eps, value);
-    kernels_.rms_norm(k, layer.k_norm.data(), dim, shape_.eps, key);
+    kernels_.rms_norm(v, nullptr, dim, config_.eps, value);
+    kernels_.rms_norm(k, layer.k_norm.data(), dim, config_.eps, key);
     kernels_.rope(key, dim, call.rope.cos(row.position), call.rope.sin(row.position), call.rope.pairs());
     kernels_.append(call.views[size_t(row.slot)], i % heads, row.position, key, value);
   });
@@ -183,7 +252,7 @@ void LayerRunner::drop_rows(const Worker& w, const Call& call, std::vector<Row>&
     size_t kept = 0;
     for (size_t r = 0; r < rows.size(); ++r) {
       if (!(*call.selected)[size_t(rows[r].origin)]) continue;
-      std::copy_n(x(w, int64_t(r)), shape_.hidden, x(w, int64_t(kept)));
+      std::copy_n(x(w, int64_t(r)), config_.hidden, x(w, int64_t(kept)));
       std::copy_n(qkv_.floats() + int64_t(r) * qkv_ld_, padded(call.layer.q), qkv_.floats() + int64_t(kept) * qkv_ld_);
       rows[kept++] = rows[r];
     }
@@ -195,7 +264,7 @@ void LayerRunner::drop_rows(const Worker& w, const Call& call, std::vector<Row>&
 // attended = attention of the queries, which are normed and rotated first.
 void LayerRunner::attend(const Worker& w, const Call& call, const std::vector<Row>& rows) const {
   const Layer& layer = call.layer;
-  const int64_t dim = layer.head_dim, shared = shape_.heads / layer.kv_heads;  // query heads of a K/V head
+  const int64_t dim = layer.head_dim, shared = config_.heads / layer.kv_heads;  // query heads of a K/V head
   const int64_t calls = (shared + kQueryHeads - 1) / kQueryHeads;
   float* scratch = scores_.floats() + w.id * score_floats_;
   w.parallel_for(int64_t(rows.size()) * layer.kv_heads * calls, 1, [&](int64_t begin, int64_t end) {
@@ -205,7 +274,7 @@ void LayerRunner::attend(const Worker& w, const Call& call, const std::vector<Ro
       const Row& row = rows[size_t(r)];
       float* q = qkv_.floats() + r * qkv_ld_ + first * dim;
       for (int64_t j = 0; j < stop - first; ++j) {
-        kernels_.rms_norm(q + j * dim, layer.q_norm.data(), dim, shape_.eps, q + j * dim);
+        kernels_.rms_norm(q + j * dim, layer.q_norm.data(), dim, config_.eps, q + j * dim);
         kernels_.rope(q + j * dim, dim, call.rope.cos(row.position), call.rope.sin(row.position), call.rope.pairs());
       }
       kernels_.attend(call.views[size_t(row.slot)], h, q, int(stop - first), layer.sliding ? row.first_sliding : 0,
@@ -226,7 +295,7 @@ void LayerRunner::project_attended(const Worker& w, const Layer& layer, int64_t 
 void LayerRunner::feed_forward(const Worker& w, const Layer& layer, int64_t rows) const {
   norm_rows(w, rows, layer.pre_feedforward_norm);
   const std::array<const Matrix*, 2> matrices = {layer.gate.get(), layer.up.get()};
-  const auto acts = pack_activations(w, matrices, rows, temporary(w, 0), shape_.hidden);
+  const auto acts = pack_activations(w, matrices, rows, temporary(w, 0), config_.hidden);
   gate_and_project(w, *layer.gate, acts[0], {&layer.up->view(), acts[1]}, *layer.down, rows);
 }
 
@@ -256,7 +325,7 @@ void LayerRunner::add_per_layer_input(const Worker& w, const Call& call, const s
     });
   }
   sync_rows(w);
-  const ActView act = pack_activations(w, *layer.ple_gate, count, x(w, 0), shape_.hidden);
+  const ActView act = pack_activations(w, *layer.ple_gate, count, x(w, 0), config_.hidden);
   gate_and_project(w, *layer.ple_gate, act, factor, *layer.ple_projection, count);
   add_normed(w, count, layer.ple_norm, layer.scalar);
 }
@@ -264,12 +333,12 @@ void LayerRunner::add_per_layer_input(const Worker& w, const Call& call, const s
 // y = norm(y) + norm(experts(norm(x))): the dense output is in y already.
 void LayerRunner::mix_experts(const Worker& w, const Layer& layer, int64_t rows) {
   const Experts& e = *layer.experts;
-  const int64_t hidden = shape_.hidden;
+  const int64_t hidden = config_.hidden;
   w.for_share(rows, [&](int64_t r) {
-    kernels_.rms_norm(y_.floats() + r * y_ld_, e.post_norm_dense.data(), hidden, shape_.eps,
+    kernels_.rms_norm(y_.floats() + r * y_ld_, e.post_norm_dense.data(), hidden, config_.eps,
                       dense_.floats() + r * hidden);
-    kernels_.rms_norm(x(w, r), e.pre_norm.data(), hidden, shape_.eps, routed_.floats() + r * hidden);
-    kernels_.rms_norm(x(w, r), e.router_norm.data(), hidden, shape_.eps, temporary(w, r));
+    kernels_.rms_norm(x(w, r), e.pre_norm.data(), hidden, config_.eps, routed_.floats() + r * hidden);
+    kernels_.rms_norm(x(w, r), e.router_norm.data(), hidden, config_.eps, temporary(w, r));
   });
   sync_rows(w);
   project(w, *e.router, pack_activations(w, *e.router, rows, temporary(w, 0), hidden), rows, router_.floats(),
@@ -308,7 +377,7 @@ void LayerRunner::mix_experts(const Worker& w, const Layer& layer, int64_t rows)
       const Pick& pick = picks_[size_t(r * e.active + k)];
       kernels_.axpy(total, expert_out_.floats() + pick.slot * y_ld_, hidden, pick.weight);
     }
-    kernels_.rms_norm(total, e.post_norm.data(), hidden, shape_.eps, total);
+    kernels_.rms_norm(total, e.post_norm.data(), hidden, config_.eps, total);
     std::copy_n(dense_.floats() + r * hidden, hidden, y_.floats() + r * y_ld_);
     kernels_.add_scaled(y_.floats() + r * y_ld_, total, hidden, 1.0f);
   });

@@ -8,13 +8,12 @@
 #include <vector>
 
 #include "kernels/kernels.hpp"
+#include "model/weights.hpp"
 #include "runtime/kv_cache.hpp"
 #include "runtime/memory.hpp"
 #include "runtime/threads.hpp"
 
 namespace paceline {
-
-using Floats = std::vector<float>;
 
 // A mixture of experts beside the dense MLP.
 struct Experts {
@@ -38,7 +37,12 @@ struct Layer {
   MatrixPtr ple_gate, ple_projection;  // empty without per-layer embeddings
   Floats ple_norm;
   std::shared_ptr<Experts> experts;  // empty without
+
+  // The tensors of layer `index`; a drafter's layers have no K/V of their own.
+  Layer(const ModelConfig& config, int64_t index, const Weights& weights);
 };
+
+std::vector<Layer> find_layers(const ModelConfig& config, const Weights& weights);
 
 // The place of one batch row.
 struct Row {
@@ -46,12 +50,6 @@ struct Row {
   int64_t last;           // last visible cache row
   int64_t first_sliding;  // first visible cache row of sliding layers; full layers see all from 0
   int64_t origin;         // index of the row in the batch
-};
-
-// What a stack of layers has in common.
-struct Shape {
-  int64_t hidden = 0, heads = 0;
-  float eps = 1e-6f;
 };
 
 // Memory for rows of activations packed for a matrix. Reserve first, on one thread; views are free.
@@ -76,7 +74,7 @@ size_t act_formats(std::initializer_list<const Matrix*> matrices);
 // each worker owns a share of them, and all workers pack a range of columns of every row.
 class LayerRunner {
  public:
-  LayerRunner(const Kernels& kernels, Shape shape) : kernels_(kernels), shape_(shape) {}
+  LayerRunner(const Kernels& kernels, const ModelConfig& config) : kernels_(kernels), config_(config) {}
 
   // Make room for that many rows through these layers, over caches of that many positions; call before `run`.
   // `all_selected`: no rows are dropped on the way. `formats`: activation formats that rows are packed in at once,
@@ -99,8 +97,8 @@ class LayerRunner {
 
   // A worker's copy of the rows: the only one unless rows are replicated.
   int64_t copy(const Worker& w) const { return replicated_ ? w.id : 0; }
-  float* x(const Worker& w, int64_t row) const { return x_.floats() + (copy(w) * rows_ + row) * shape_.hidden; }
-  float* temporary(const Worker& w, int64_t row) const { return t_.floats() + (copy(w) * rows_ + row) * shape_.hidden; }
+  float* x(const Worker& w, int64_t row) const { return x_.floats() + (copy(w) * rows_ + row) * config_.hidden; }
+  float* temporary(const Worker& w, int64_t row) const { return t_.floats() + (copy(w) * rows_ + row) * config_.hidden; }
 
   // f(row) for the rows that this worker owns.
   template <class F>
@@ -163,7 +161,7 @@ class LayerRunner {
   void add_per_layer_input(const Worker& w, const Call& call, const std::vector<Row>& rows) const;
 
   const Kernels& kernels_;
-  Shape shape_;
+  const ModelConfig& config_;
   bool replicated_ = false;
   int64_t rows_ = 0;
   Buffer x_, t_, y_, qkv_, attended_, scores_;

@@ -8,7 +8,7 @@ namespace paceline {
 
 Decoder::Decoder(std::shared_ptr<Target> target, std::unique_ptr<Drafter> drafter)
     : target_(std::move(target)), drafter_(std::move(drafter)), has_hidden_(size_t(target_->cache().slots()), 0) {
-  hidden_.reserve(size_t(target_->cache().slots() * target_->weights().shape.hidden) * 4);
+  hidden_.reserve(size_t(target_->cache().slots() * target_->weights().config.hidden) * 4);
 }
 
 std::vector<Result> Decoder::run(std::vector<Work>& works) {
@@ -29,7 +29,7 @@ std::vector<Result> Decoder::run(std::vector<Work>& works) {
 void Decoder::propose(std::vector<Work>& works, std::vector<Result>& results) {
   std::vector<DraftRequest> requests;
   std::vector<size_t> owners;
-  const int64_t hidden = target_->weights().shape.hidden;
+  const int64_t hidden = target_->weights().config.hidden;
   for (size_t i = 0; i < works.size(); ++i) {
     const Work& work = works[i];
     if (!work.limit.length) continue;
@@ -65,7 +65,7 @@ void Decoder::forward(const std::vector<Work>& works) {
 
 // Sample row after row until a token differs from the draft; forget the rows after it.
 void Decoder::verify(Work& work, int64_t first_row, Result& result) {
-  const int64_t vocab = target_->weights().vocab, hidden = target_->weights().shape.hidden;
+  const int64_t vocab = target_->weights().config.vocab, hidden = target_->weights().config.hidden;
   const int64_t next = work.position + int64_t(work.tokens.size()), drafted = int64_t(work.draft.size());
   for (int64_t i = 0; i <= drafted; ++i) {
     float* logits = target_->logits() + (first_row + i) * target_->logits_ld();
@@ -90,7 +90,7 @@ void Decoder::verify(Work& work, int64_t first_row, Result& result) {
 
 int32_t Decoder::sample(const Work& work, float* logits, int64_t position) const {
   const Kernels& kernels = target_->kernels();
-  const int64_t vocab = target_->weights().vocab;
+  const int64_t vocab = target_->weights().config.vocab;
   if (work.params.temperature == 0) return int32_t(kernels.arg_max(logits, vocab, nullptr));
   return kernels.sample({logits, nullptr, vocab}, work.params, uint32_t(position), false).token;
 }
@@ -106,12 +106,12 @@ void Decoder::clear(int64_t slot) {
   has_hidden_[size_t(slot)] = 0;
 }
 
-Cache::Snapshot Decoder::save(int64_t slot) {
+KvCache::Snapshot Decoder::save(int64_t slot) {
   const std::lock_guard lock(busy_);
   return target_->cache().save(slot);
 }
 
-void Decoder::restore(int64_t slot, const Cache::Snapshot& snapshot) {
+void Decoder::restore(int64_t slot, const KvCache::Snapshot& snapshot) {
   const std::lock_guard lock(busy_);
   target_->cache().restore(slot, snapshot);
 }

@@ -43,12 +43,12 @@ class Decoder {
   int64_t length(int64_t slot) const { return target_->cache().length(slot); }
   void truncate(int64_t slot, int64_t length);
   void clear(int64_t slot);
-  Cache::Snapshot save(int64_t slot);
-  void restore(int64_t slot, const Cache::Snapshot& snapshot);
+  KvCache::Snapshot save(int64_t slot);
+  void restore(int64_t slot, const KvCache::Snapshot& snapshot);
   void set_threads(int threads);
 
   // [hidden] the target's state at the slot's last accepted row, which a drafter continues from.
-  const float* hidden(int64_t slot) const { return hidden_.floats() + slot * target_->weights().shape.hidden; }
+  const float* hidden(int64_t slot) const { return hidden_.floats() + slot * target_->weights().config.hidden; }
   const Target& target() const { return *target_; }
   const Drafter* drafter() const { return drafter_.get(); }
 

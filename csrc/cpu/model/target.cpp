@@ -8,25 +8,39 @@
 namespace paceline {
 namespace {
 
-std::vector<Cache::Layer> cache_layers(const TargetWeights& weights) {
-  std::vector<Cache::Layer> layers;
+std::vector<KvCache::Layer> cache_layers(const TargetWeights& weights) {
+  std::vector<KvCache::Layer> layers;
   for (const Layer& layer : weights.layers) layers.push_back({layer.sliding, bool(layer.k), layer.kv_heads, layer.head_dim});
   return layers;
 }
 
-float element(const Table& table, int64_t index) {
-  if (table.type == Element::f32) return static_cast<const float*>(table.data)[index];
-  const uint16_t bits = static_cast<const uint16_t*>(table.data)[index];
-  return table.type == Element::bf16 ? bf16_to_float(bits) : half_to_float(bits);
+RopeTable rope_table(const ModelConfig& config, bool sliding) {
+  const RopeConfig& rope = sliding ? config.rope_sliding : config.rope_full;
+  for (const LayerConfig& layer : config.layers)
+    if (layer.sliding == sliding) return RopeTable(rope.theta, rope.rotary_factor, layer.head_dim);
+  return {};
 }
 
 }  // namespace
 
-Target::Target(TargetWeights weights, const Kernels& kernels, int threads, int64_t slots, int64_t context,
-               int64_t max_rows, bool bf16_cache)
-    : weights_(std::move(weights)), kernels_(kernels), pool_(std::make_unique<ThreadPool>(threads)),
-      cache_(cache_layers(weights_), slots, context, weights_.window, max_rows, bf16_cache),
-      rope_sliding_(weights_.rope_sliding), rope_full_(weights_.rope_full), runner_(kernels, weights_.shape) {
+TargetWeights::TargetWeights(const ModelConfig& c, const Weights& weights)
+    : config(c), embed_scale(weights.vector("embed_tokens.scale", 1)[0]),
+      embedding(weights.matrix("embed_tokens.weight", c.vocab, c.hidden)),
+      final_norm(weights.vector("norm.weight", c.hidden)), layers(find_layers(c, weights)) {
+  if (!c.ple_size) return;
+  const int64_t width = c.ple_size * int64_t(c.layers.size());
+  ple_scale = weights.vector("embed_tokens_per_layer.scale", 1)[0];
+  ple_table = weights.table("embed_tokens_per_layer.weight", c.ple_vocab, width);
+  ple_projection = weights.matrix("per_layer_model_projection.weight", width, c.hidden);
+  ple_norm = weights.vector("per_layer_projection_norm.weight", c.ple_size);
+}
+
+Target::Target(const ModelConfig& config, const Weights& weights, const Kernels& kernels, int threads, int64_t slots,
+               int64_t context, int64_t max_rows, bool bf16_cache)
+    : weights_(config, weights), kernels_(kernels), pool_(std::make_unique<ThreadPool>(threads)),
+      cache_(cache_layers(weights_), slots, context, config.window, max_rows, bf16_cache),
+      rope_sliding_(rope_table(config, true)), rope_full_(rope_table(config, false)),
+      runner_(kernels, weights_.config) {
   for (size_t i = 0; i < weights_.layers.size(); ++i) {
     const Layer& layer = weights_.layers[i];
     if (layer.k) last_kv_ = int64_t(i);
@@ -47,7 +61,7 @@ int64_t Target::last_layer(bool sliding) const {
 
 void Target::embed(int32_t token, float* out) const {
   weights_.embedding->row(token, out);
-  for (int64_t i = 0; i < weights_.shape.hidden; ++i) out[i] *= weights_.embed_scale;
+  for (int64_t i = 0; i < weights_.config.hidden; ++i) out[i] *= weights_.embed_scale;
 }
 
 std::vector<Row> Target::check(const int32_t* slots, const int32_t* positions, const int32_t* tokens,
@@ -65,33 +79,33 @@ std::vector<Row> Target::check(const int32_t* slots, const int32_t* positions, c
                                   std::to_string(slot) + " continues at " + std::to_string(expected - 1));
     if (position >= cache_.context()) throw std::invalid_argument("position past the context");
     if (++count[size_t(slot)] > cache_.max_rows()) throw std::invalid_argument("too many rows of one slot");
-    if (tokens[r] < 0 || tokens[r] >= weights_.vocab) throw std::invalid_argument("no token " + std::to_string(tokens[r]));
-    out.push_back({slot, position, position, std::max(int64_t(0), position - weights_.window + 1), r});
+    if (tokens[r] < 0 || tokens[r] >= weights_.config.vocab) throw std::invalid_argument("no token " + std::to_string(tokens[r]));
+    out.push_back({slot, position, position, std::max(int64_t(0), position - weights_.config.window + 1), r});
   }
   return out;
 }
 
-int64_t Target::forward(const int32_t* slots, const int32_t* positions, const int32_t* tokens, const uint8_t* wanted,
+int64_t Target::forward(const int32_t* slots, const int32_t* positions, const int32_t* tokens, const uint8_t* selected,
                         int64_t count) {
   std::vector<Row> rows = check(slots, positions, tokens, count);
   if (rows.empty()) return 0;
-  const std::vector<uint8_t> keep(wanted, wanted + count);
-  const int64_t kept = std::count_if(keep.begin(), keep.end(), [](uint8_t w) { return w != 0; });
+  const std::vector<uint8_t> keep(selected, selected + count);
+  const int64_t kept = std::count_if(keep.begin(), keep.end(), [](uint8_t s) { return s != 0; });
   int64_t top = 0;
   for (const Row& row : rows) top = std::max(top, row.position + 1);
   rope_sliding_.cover(top);
   rope_full_.cover(top);
-  const int64_t ple_row = weights_.ple_size * int64_t(weights_.layers.size());
+  const int64_t ple_row = weights_.config.ple_size * int64_t(weights_.layers.size());
   runner_.reserve(weights_.layers, count, cache_.context(), pool_->size(), kept == count);
   ple_.reserve(size_t(count * round_up(ple_row, kPanel) * 4));
-  hidden_.reserve(size_t(kept * weights_.shape.hidden * 4));
+  hidden_.reserve(size_t(kept * weights_.config.hidden * 4));
   logits_.reserve(size_t(kept * logits_ld() * 4));
 
   pool_->run([&](const Worker& w) {
     embed_rows(w, tokens, count);
     for (size_t i = 0; i < weights_.layers.size(); ++i) {
       const Layer& layer = weights_.layers[i];
-      const LayerRunner::Call call{layer, views_[i], rope(layer.sliding), ple_.floats() + int64_t(i) * weights_.ple_size,
+      const LayerRunner::Call call{layer, views_[i], rope(layer.sliding), ple_.floats() + int64_t(i) * weights_.config.ple_size,
                                    round_up(ple_row, kPanel), int64_t(i) == last_kv_ && kept < count, &keep};
       runner_.run(w, call, rows);
       if (rows.empty()) break;
@@ -106,9 +120,9 @@ int64_t Target::forward(const int32_t* slots, const int32_t* positions, const in
 // (norm(projection(x) * hidden^-0.5) + table row * scale) * 2^-0.5.
 void Target::embed_rows(const Worker& w, const int32_t* tokens, int64_t rows) {
   runner_.for_owned_rows(w, rows, [&](int64_t r) { embed(tokens[r], runner_.x(w, r)); });
-  if (!weights_.ple_size) return;
-  const int64_t size = weights_.ple_size, layers = int64_t(weights_.layers.size());
-  const int64_t ld = round_up(size * layers, kPanel), hidden = weights_.shape.hidden;
+  if (!weights_.config.ple_size) return;
+  const int64_t size = weights_.config.ple_size, layers = int64_t(weights_.layers.size());
+  const int64_t ld = round_up(size * layers, kPanel), hidden = weights_.config.hidden;
   runner_.sync_rows(w);
   const ActView act = runner_.pack_activations(w, *weights_.ple_projection, rows, runner_.x(w, 0), hidden);
   runner_.project(w, *weights_.ple_projection, act, rows, ple_.floats(), ld);
@@ -118,16 +132,16 @@ void Target::embed_rows(const Worker& w, const int32_t* tokens, int64_t rows) {
     for (int64_t layer = 0; layer < layers; ++layer) {
       float* p = ple_.floats() + r * ld + layer * size;
       for (int64_t i = 0; i < size; ++i) p[i] *= root;
-      kernels_.rms_norm(p, weights_.ple_norm.data(), size, weights_.shape.eps, p);
+      kernels_.rms_norm(p, weights_.ple_norm.data(), size, weights_.config.eps, p);
       const int64_t from = tokens[r] * weights_.ple_table.cols + layer * size;
-      for (int64_t i = 0; i < size; ++i) p[i] = (p[i] + element(weights_.ple_table, from + i) * weights_.ple_scale) * half;
+      for (int64_t i = 0; i < size; ++i) p[i] = (p[i] + weights_.ple_table.element(from + i) * weights_.ple_scale) * half;
     }
   });
 }
 
-// The wanted rows are the first of x: final norm, LM head, soft cap.
+// The selected rows are the first of x: final norm, LM head, soft cap.
 void Target::head(const Worker& w, int64_t rows) {
-  const int64_t hidden = weights_.shape.hidden;
+  const int64_t hidden = weights_.config.hidden;
   runner_.norm_rows(w, rows, weights_.final_norm);
   w.for_share(rows, [&](int64_t r) {
     std::copy_n(runner_.temporary(w, r), hidden, hidden_.floats() + r * hidden);
@@ -136,10 +150,10 @@ void Target::head(const Worker& w, int64_t rows) {
   const MatrixView& matrix = weights_.embedding->view();
   w.parallel_for(matrix.units(), 1, [&](int64_t begin, int64_t end) {
     kernels_.matmul(matrix, act, rows, begin, end, logits_.floats(), logits_ld());
-    if (weights_.softcap == 0) return;
+    if (weights_.config.softcap == 0) return;
     const int64_t first = begin * kUnit, last = std::min(end * kUnit, logits_ld());
     for (int64_t r = 0; r < rows; ++r)
-      kernels_.softcap(logits_.floats() + r * logits_ld() + first, last - first, weights_.softcap);
+      kernels_.softcap(logits_.floats() + r * logits_ld() + first, last - first, weights_.config.softcap);
   });
 }
 

@@ -9,16 +9,15 @@
 namespace paceline {
 
 struct TargetWeights {
-  int64_t vocab = 0, window = 0;
-  Shape shape;
-  float embed_scale = 1.0f, softcap = 0.0f;  // 0: none
-  Floats rope_sliding, rope_full;            // frequencies of the rotating pairs
-  MatrixPtr embedding;                       // also the LM head
+  TargetWeights(const ModelConfig& config, const Weights& weights);
+
+  ModelConfig config;
+  float embed_scale;
+  MatrixPtr embedding;  // also the LM head
   Floats final_norm;
   std::vector<Layer> layers;
 
-  // Per-layer embeddings; ple_size 0: none. The table stays in its mapped file.
-  int64_t ple_size = 0;
+  // Per-layer embeddings, if there are any. The table stays in its mapped file.
   float ple_scale = 1.0f;
   Table ple_table;
   MatrixPtr ple_projection;
@@ -27,25 +26,25 @@ struct TargetWeights {
 
 class Target {
  public:
-  Target(TargetWeights weights, const Kernels& kernels, int threads, int64_t slots, int64_t context, int64_t max_rows,
-         bool bf16_cache);
+  Target(const ModelConfig& config, const Weights& weights, const Kernels& kernels, int threads, int64_t slots,
+         int64_t context, int64_t max_rows, bool bf16_cache);
 
-  // Rows of a slot are adjacent, with positions that continue its cache. Returns how many are wanted; their logits
-  // [wanted, logits_ld()] and hidden states [wanted, hidden] stay valid until the next call.
-  int64_t forward(const int32_t* slots, const int32_t* positions, const int32_t* tokens, const uint8_t* wanted,
+  // Rows of a slot are adjacent, with positions that continue its cache. Returns how many are selected; their logits
+  // [selected, logits_ld()] and hidden states [selected, hidden] stay valid until the next call.
+  int64_t forward(const int32_t* slots, const int32_t* positions, const int32_t* tokens, const uint8_t* selected,
                   int64_t rows);
 
   float* logits() { return logits_.floats(); }
   const float* hidden() const { return hidden_.floats(); }
-  int64_t logits_ld() const { return round_up(weights_.vocab, kPanel); }
+  int64_t logits_ld() const { return round_up(weights_.config.vocab, kPanel); }
 
   void set_threads(int threads);
   int threads() const { return pool_->size(); }
 
   const TargetWeights& weights() const { return weights_; }
   const Kernels& kernels() const { return kernels_; }
-  Cache& cache() { return cache_; }
-  const Cache& cache() const { return cache_; }
+  KvCache& cache() { return cache_; }
+  const KvCache& cache() const { return cache_; }
   ThreadPool& pool() { return *pool_; }
   RopeTable& rope(bool sliding) { return sliding ? rope_sliding_ : rope_full_; }
   // Views of a layer's cache, a slot.
@@ -61,11 +60,11 @@ class Target {
   TargetWeights weights_;
   const Kernels& kernels_;
   std::unique_ptr<ThreadPool> pool_;
-  Cache cache_;
-  std::vector<std::vector<CacheView>> views_;  // [layer][slot]: the cache its queries read
+  KvCache cache_;
+  std::vector<std::vector<CacheView>> views_;  // [layer][slot]: the cache it attends to
   RopeTable rope_sliding_, rope_full_;
   LayerRunner runner_;
-  int64_t last_kv_ = 0;  // after this layer's K/V only wanted rows go on
+  int64_t last_kv_ = 0;  // after this layer's K/V only selected rows go on
   Buffer ple_, logits_, hidden_;
 };
 

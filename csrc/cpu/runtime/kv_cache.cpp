@@ -8,7 +8,7 @@
 
 namespace paceline {
 
-Cache::Cache(const std::vector<Layer>& layers, int64_t slots, int64_t context, int64_t window, int64_t max_rows,
+KvCache::KvCache(const std::vector<Layer>& layers, int64_t slots, int64_t context, int64_t window, int64_t max_rows,
              bool bf16)
     : context_(context), window_(window), max_rows_(max_rows), bf16_(bf16), length_(size_t(slots), 0),
       high_(size_t(slots), 0) {
@@ -23,18 +23,18 @@ Cache::Cache(const std::vector<Layer>& layers, int64_t slots, int64_t context, i
   memory_.reserve(slot_bytes_ * size_t(slots));
 }
 
-CacheView Cache::view(int64_t layer, int64_t slot) const {
+CacheView KvCache::view(int64_t layer, int64_t slot) const {
   const Place& place = places_[size_t(layer)];
   uint8_t* p = memory_.data() + size_t(slot) * slot_bytes_ + place.offset;
   return {bf16_, place.ring, place.head_dim, p, p + place.key_bytes};
 }
 
-void Cache::extend(int64_t slot, int64_t length) {
+void KvCache::extend(int64_t slot, int64_t length) {
   length_.at(size_t(slot)) = length;
   high_[size_t(slot)] = std::max(high_[size_t(slot)], length);
 }
 
-void Cache::truncate(int64_t slot, int64_t length) {
+void KvCache::truncate(int64_t slot, int64_t length) {
   int64_t& current = length_.at(size_t(slot));
   if (length < 0 || length > current)
     throw std::invalid_argument("cannot truncate a cache of " + std::to_string(current) + " rows to " +
@@ -46,7 +46,7 @@ void Cache::truncate(int64_t slot, int64_t length) {
 }
 
 template <class F>
-void Cache::each_stretch(int64_t high, F f) const {
+void KvCache::each_stretch(int64_t high, F f) const {
   for (const Place& place : places_) {
     // Keys and values of a head are each one stretch: blocks of sixteen positions, or rows, in ascending order.
     const int64_t head = place.ring * place.head_dim * (bf16_ ? 2 : 4);
@@ -55,7 +55,7 @@ void Cache::each_stretch(int64_t high, F f) const {
   }
 }
 
-Cache::Snapshot Cache::save(int64_t slot) const {
+KvCache::Snapshot KvCache::save(int64_t slot) const {
   Snapshot snapshot{{}, length(slot), high_[size_t(slot)]};
   size_t bytes = 0;
   each_stretch(snapshot.high, [&](size_t, size_t n) { bytes += n; });
@@ -69,7 +69,7 @@ Cache::Snapshot Cache::save(int64_t slot) const {
   return snapshot;
 }
 
-void Cache::restore(int64_t slot, const Snapshot& snapshot) {
+void KvCache::restore(int64_t slot, const Snapshot& snapshot) {
   if (length(slot) != 0) throw std::invalid_argument("slot " + std::to_string(slot) + " is not empty");
   const uint8_t* from = snapshot.rows.data();
   uint8_t* to = memory_.data() + size_t(slot) * slot_bytes_;
@@ -81,9 +81,17 @@ void Cache::restore(int64_t slot, const Snapshot& snapshot) {
   high_[size_t(slot)] = snapshot.high;
 }
 
-int64_t Cache::shortest(const Snapshot& snapshot) const {
+int64_t KvCache::shortest(const Snapshot& snapshot) const {
   const bool rolls = ring_ < context_ && snapshot.high > ring_;
   return rolls ? std::min(snapshot.length, snapshot.high - ring_ + window_) : 0;
+}
+
+RopeTable::RopeTable(double theta, double rotary_factor, int64_t head_dim) {
+  const int64_t pairs = int64_t(rotary_factor * double(head_dim)) / 2;
+  for (int64_t i = 0; i < pairs; ++i) {  // in float, as the reference does
+    const float exponent = float(2 * i) / float(head_dim);
+    frequencies_.push_back(1.0f / float(std::pow(theta, double(exponent))));
+  }
 }
 
 void RopeTable::cover(int64_t positions) {

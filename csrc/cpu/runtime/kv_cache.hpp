@@ -14,13 +14,13 @@ namespace paceline {
 //
 // Full-attention layers keep every position. Sliding layers keep a ring of window + max_rows positions, so that rows
 // of a rejected draft never overwrite rows that are still visible.
-class Cache {
+class KvCache {
  public:
   struct Layer {
     bool sliding, own;
     int64_t kv_heads, head_dim;
   };
-  Cache(const std::vector<Layer>& layers, int64_t slots, int64_t context, int64_t window, int64_t max_rows, bool bf16);
+  KvCache(const std::vector<Layer>& layers, int64_t slots, int64_t context, int64_t window, int64_t max_rows, bool bf16);
 
   CacheView view(int64_t layer, int64_t slot) const;
   int64_t slots() const { return int64_t(length_.size()); }
@@ -66,7 +66,8 @@ class Cache {
 class RopeTable {
  public:
   RopeTable() = default;
-  explicit RopeTable(std::vector<float> frequencies) : frequencies_(std::move(frequencies)) {}
+  // Of the pairs that rotate: theta^(-2 i / head_dim) for the first rotary_factor * head_dim / 2 of them.
+  RopeTable(double theta, double rotary_factor, int64_t head_dim);
   void cover(int64_t positions);
   int64_t pairs() const { return int64_t(frequencies_.size()); }
   const float* cos(int64_t position) const { return cos_.data() + position * pairs(); }

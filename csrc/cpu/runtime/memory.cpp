@@ -60,4 +60,10 @@ void Matrix::fill_random(uint64_t seed) {
   randomise(view_, memory_.data(), seed);
 }
 
+float Table::element(int64_t index) const {
+  if (type == Element::f32) return static_cast<const float*>(data)[index];
+  const uint16_t bits = static_cast<const uint16_t*>(data)[index];
+  return type == Element::bf16 ? bf16_to_float(bits) : half_to_float(bits);
+}
+
 }  // namespace paceline

@@ -50,11 +50,14 @@ class Matrix {
 
 using MatrixPtr = std::shared_ptr<Matrix>;
 
-// A table in a mapped file that is read a row at a time (per-layer embeddings). The caller keeps the mapping alive.
+// A table in a mapped file that is read a row at a time (per-layer embeddings).
 struct Table {
   Element type = Element::f32;
   int64_t rows = 0, cols = 0;
   const void* data = nullptr;
+  std::shared_ptr<void> owner;  // keeps the mapping alive
+
+  float element(int64_t index) const;
 };
 
 }  // namespace paceline

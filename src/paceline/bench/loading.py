@@ -13,7 +13,7 @@ from paceline.backends.cpu.backend import CpuBackend, default_threads
 from paceline.backends.formats import DRAFTER_FORMAT
 from paceline.bench import machine
 from paceline.bench.machine import Bandwidth, ReadBandwidth
-from paceline.bench.random_weights import RandomWeights
+from paceline.bench.random_weights import random_weights
 from paceline.bench.runs import Bench
 from paceline.bench.shapes import TARGETS, official_drafter, official_target, prompt_multiply_accumulates
 from paceline.checkpoint.sizes import count_parameters
@@ -107,8 +107,8 @@ def _random_pair(shape: str, quant: str, threads: int | None, device: str, room:
         )
         return made
     return CpuBackend(
-        (target, RandomWeights(target, quant)),
-        (drafter, RandomWeights(drafter, DRAFTER_FORMAT[quant])),
+        (target, random_weights(target, quant)),
+        (drafter, random_weights(drafter, DRAFTER_FORMAT[quant])),
         threads=threads or default_threads(),
         context=room,
         max_rows=CHUNK,

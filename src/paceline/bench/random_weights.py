@@ -3,55 +3,41 @@
 from __future__ import annotations
 
 import zlib
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from paceline import _cpu
-from paceline.checkpoint.names import expected_tensors
+from paceline.backends.cpu.weights import Tensor, Weights, embedding_scales, format_of, native_shapes
+from paceline.checkpoint.names import PLE_TABLE
 from paceline.config import DrafterConfig, TargetConfig
 
 
-class RandomWeights:
-    """A source of weights (see `backends.cpu.weights.Weights`) for a shape: random matrices, norms of one.
+def random_weights(config: TargetConfig | DrafterConfig, quant: str) -> Weights:
+    """Random matrices in a shape, and norms of one.
 
-    The norms behind each block are small, so that rows stay as different as their tokens: a mixture of experts sends
-    them to experts that have little in common, which is the dear case for checking several rows.
+    The norms after each block are small, so that rows stay as different as their tokens: a mixture of experts sends
+    them to experts that have little in common, which is the expensive case for verifying several rows.
     The per-layer-embedding table reads as zeros and takes no memory, where a real one costs a page from disk a token.
     """
+    weights = Weights(quant, embedding_scales(config, lambda _: True))
+    for name, shape in native_shapes(config).items():
+        fmt = format_of(name, quant)
+        if name == PLE_TABLE:
+            tensor: Tensor = np.zeros(shape, np.uint16)
+        elif name == "ordered_head.tokens":
+            tokens = np.arange(shape[0], dtype=np.int32)
+            tensor = np.where(tokens < config.vocab_size, tokens, np.int32(-1))
+        elif len(shape) == 3:
+            tensor = [_random(f"{name}.{expert}", shape[1:], fmt) for expert in range(shape[0])]
+        elif len(shape) == 2:
+            tensor = _random(name, shape, fmt)
+        else:
+            tensor = np.full(shape, 0.05 if "post_" in name and "norm" in name else 1.0, np.float32)
+        weights.tensors[name] = tensor
+    return weights
 
-    def __init__(self, config: TargetConfig | DrafterConfig, quant: str) -> None:
-        self.quant = quant
-        self.nbytes = 0
-        self._config = config
-        self._shapes = expected_tensors(config)
 
-    def matrix(self, name: str, quant: str | None = None) -> _cpu.Matrix:
-        rows, columns = self._shapes[name]
-        return self._random(name, rows, columns, quant)
-
-    def experts(self, name: str, part: str) -> list[_cpu.Matrix]:
-        count, rows, columns = self._shapes[name]
-        rows = rows if part == "whole" else rows // 2
-        return [self._random(f"{name}.{part}.{expert}", rows, columns) for expert in range(count)]
-
-    def ordered_head(self) -> tuple[_cpu.Matrix, list[int]]:
-        rows, columns = self._shapes["embed_tokens.weight"]
-        return self._random("ordered_head", rows, columns), list(range(rows))
-
-    def vector(self, name: str) -> NDArray[np.float32]:
-        value = 0.05 if "post_" in name and "norm" in name else 1.0
-        return np.full(self._shapes[name], value, np.float32)
-
-    def table(self, name: str) -> NDArray[Any]:
-        return np.zeros(self._shapes[name], np.uint16)
-
-    def in_bf16(self, name: str) -> bool:
-        return True
-
-    def _random(self, name: str, rows: int, columns: int, quant: str | None = None) -> _cpu.Matrix:
-        matrix = _cpu.Matrix(quant or self.quant, rows, columns)
-        matrix.fill_random(zlib.crc32(name.encode()))
-        self.nbytes += matrix.nbytes
-        return matrix
+def _random(name: str, shape: tuple[int, ...], fmt: str) -> _cpu.Matrix:
+    matrix = _cpu.Matrix(fmt, *shape)
+    matrix.fill_random(zlib.crc32(name.encode()))
+    return matrix

@@ -9,7 +9,6 @@ import os
 from collections.abc import Sequence
 
 from paceline import _cpu
-from paceline.backends.cpu.load import load_drafter, load_target
 from paceline.backends.cpu.weights import Weights
 from paceline.config import DrafterConfig, TargetConfig, check_pair
 from paceline.errors import BackendError
@@ -42,19 +41,20 @@ class CpuBackend:
             isa: instruction set, empty for the best one.
 
         Raises:
-            BackendError: an instruction set or a width that cannot be used here.
+            BackendError: an instruction set or a width that cannot be used here, or tensors that do not fit the config.
             PairError: the drafter is another target's.
-            CheckpointError: a file ended early.
         """
         config, weights = target
         if drafter:
             check_pair(config, drafter[0])
         if isa not in ("", *_cpu.usable_isas()):
             raise BackendError(f"no {isa} kernels on this processor; usable here: {', '.join(_cpu.usable_isas())}")
-        native = load_target(config, weights), load_drafter(*drafter) if drafter else None
         try:
             self._decoder = _cpu.Decoder(
-                *native,
+                config,
+                weights.tensors,
+                drafter[0] if drafter else None,
+                drafter[1].tensors if drafter else {},
                 isa=isa,
                 threads=threads,
                 slots=slots,
@@ -62,6 +62,8 @@ class CpuBackend:
                 max_rows=max_rows,
                 bf16_cache=weights.quant != "f32",
             )
+        except ValueError as error:
+            raise BackendError(str(error)) from error
         except RuntimeError as error:  # std::system_error
             raise BackendError(f"cannot start {threads} threads ({error}); use fewer") from error
         self._free = list(range(slots))[::-1]

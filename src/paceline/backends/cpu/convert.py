@@ -5,24 +5,18 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from numpy.typing import NDArray
-
-from paceline.backends.cpu.load import load_drafter, load_target
 from paceline.backends.cpu.packfile import write_pack
-from paceline.backends.cpu.weights import CheckpointWeights
+from paceline.backends.cpu.weights import Weights, pack_checkpoint
 from paceline.checkpoint import Checkpoint, resolve
 from paceline.checkpoint.checkpoint import PACKED_NAME
 from paceline.checkpoint.hub import DRAFTER_FOLDER
-from paceline.checkpoint.names import PLE_TABLE
 from paceline.config import check_pair
 from paceline.errors import CheckpointError, SettingsError
 from paceline.quant.formats import FORMATS
 
-Tables = Mapping[str, NDArray[Any]]
 TEXT_FILES = (
     "config.json",
     "generation_config.json",
@@ -82,17 +76,13 @@ def _convert_pair(
     draft_checkpoint = _open(drafter) if drafter else None
     if draft_checkpoint:
         check_pair(config, draft_checkpoint.drafter_config())
-    tensors = resolve(checkpoint, config)
-    weights = CheckpointWeights(tensors, quant, progress)
-    load_target(config, weights)
-    tables = {PLE_TABLE: weights.table(PLE_TABLE)} if config.ple_size else {}
-    _write(checkpoint, weights, out, threads, tables)
+    _write(checkpoint, pack_checkpoint(resolve(checkpoint, config), config, quant, progress), out, threads)
     if draft_checkpoint:
         draft_config = draft_checkpoint.drafter_config()
-        draft_weights = CheckpointWeights(resolve(draft_checkpoint, draft_config), FORMATS[quant].drafter, progress)
-        load_drafter(draft_config, draft_weights)
+        draft_tensors = resolve(draft_checkpoint, draft_config)
+        draft_weights = pack_checkpoint(draft_tensors, draft_config, FORMATS[quant].drafter, progress)
         (out / DRAFTER_FOLDER).mkdir()
-        _write(draft_checkpoint, draft_weights, out / DRAFTER_FOLDER, threads, {})
+        _write(draft_checkpoint, draft_weights, out / DRAFTER_FOLDER, threads)
 
 
 def _open(folder: Path) -> Checkpoint:
@@ -102,8 +92,8 @@ def _open(folder: Path) -> Checkpoint:
     return checkpoint
 
 
-def _write(checkpoint: Checkpoint, weights: CheckpointWeights, out: Path, threads: int, tables: Tables) -> None:
+def _write(checkpoint: Checkpoint, weights: Weights, out: Path, threads: int) -> None:
     for name in TEXT_FILES:
         if (checkpoint.folder / name).exists():
             shutil.copyfile(checkpoint.folder / name, out / name)
-    write_pack(out / PACKED_NAME, weights, fingerprint="", threads=threads, tables=tables)
+    write_pack(out / PACKED_NAME, weights, fingerprint="", threads=threads, with_tables=True)

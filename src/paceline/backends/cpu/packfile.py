@@ -2,12 +2,11 @@
 
 The file, all numbers little-endian:
 
-* 8 bytes `PACELINE`, a uint32 format version (1), a uint32 header length, a uint32 CRC-32 of the header;
+* 8 bytes `PACELINE`, a uint32 format version (2), a uint32 header length, a uint32 CRC-32 of the header;
 * the header, JSON: `fingerprint` (of source and settings), `quant`, `items` (name -> kind, shape, offset, bytes, and
-  a matrix's `format`, a table's `dtype`), `bf16` (names the checkpoint held in bf16), `bytes` (of the data),
-  `checksum`;
+  a matrix's `format`, an array's `dtype`; items of kind `expert` make up a list), `bytes` (of the data), `checksum`;
 * zeros up to a multiple of 4096, then the data: each item starts at a multiple of 4096 from the start of the data and
-  is filled up with zeros to one. Matrices lie as `csrc/cpu/formats.hpp` describes, vectors as float32 or int32.
+  is filled up with zeros to one. Matrices are as `csrc/cpu/formats/formats.hpp` describes, vectors float32 or int32.
 
 `checksum` covers all data but tables (which are large and read by row) and is compared at every start; the reading also
 brings the pages in. A file is written beside its final name and renamed when it is whole.
@@ -17,21 +16,21 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from paceline import _cpu
-from paceline.backends.cpu.weights import CheckpointWeights
+from paceline.backends.cpu.weights import Weights
 from paceline.checkpoint import Tensors
+from paceline.checkpoint.names import PLE_TABLE
 from paceline.files import atomic_file
 
 MAGIC = b"PACELINE"
-VERSION = 1
+VERSION = 2
 PREFIX = len(MAGIC) + 12
 ALIGN = 4096
 
@@ -40,59 +39,8 @@ class StalePack(Exception):
     """A pack file that cannot be used: missing, damaged, or made from something else. Never reaches users."""
 
 
-@dataclass(frozen=True)
-class PackedWeights:
-    """A mapped pack file as a source of weights."""
-
-    quant: str
-    _items: Mapping[str, Mapping[str, Any]]
-    _bf16: frozenset[str]
-    _data: NDArray[np.uint8]
-    _tensors: Tensors | None  # where tables are that the file does not hold
-
-    @property
-    def nbytes(self) -> int:
-        return sum(int(item["bytes"]) for item in self._items.values() if item["kind"] == "matrix")
-
-    def matrix(self, name: str, quant: str | None = None) -> _cpu.Matrix:
-        item = self._items[name]
-        rows, columns = item["shape"]
-        return _cpu.Matrix.mapped(item["format"], rows, columns, self._bytes(item))
-
-    def experts(self, name: str, part: str) -> list[_cpu.Matrix]:
-        matrices: list[_cpu.Matrix] = []
-        while (key := f"{name}.{part}.{len(matrices)}") in self._items:
-            matrices.append(self.matrix(key))
-        return matrices
-
-    def ordered_head(self) -> tuple[_cpu.Matrix, list[int]]:
-        tokens = self._array("ordered_head.tokens", np.int32)
-        return self.matrix("ordered_head"), tokens.tolist()
-
-    def vector(self, name: str) -> NDArray[np.float32]:
-        return self._array(name, np.float32)
-
-    def table(self, name: str) -> NDArray[Any]:
-        if self._tensors and name not in self._items:
-            return self._tensors[name].map()
-        return self._array(name, self._items[name]["dtype"])
-
-    def in_bf16(self, name: str) -> bool:
-        return name in self._bf16
-
-    def _array(self, name: str, dtype: Any) -> NDArray[Any]:
-        item = self._items[name]
-        array: NDArray[Any] = self._bytes(item).view(dtype).reshape(item["shape"])
-        return array
-
-    def _bytes(self, item: Mapping[str, Any]) -> NDArray[np.uint8]:
-        return self._data[item["offset"] : item["offset"] + item["bytes"]]
-
-
-def write_pack(
-    path: Path, weights: CheckpointWeights, fingerprint: str, threads: int, tables: Mapping[str, NDArray[Any]]
-) -> None:
-    """Write everything a source has handed out, and tables as they are, atomically.
+def write_pack(path: Path, weights: Weights, fingerprint: str, threads: int, *, with_tables: bool) -> None:
+    """Write a model's tensors atomically. Tables are left out unless asked for: they can be mapped where they are.
 
     Raises:
         OSError: no room, or no permission.
@@ -100,7 +48,7 @@ def write_pack(
     items: dict[str, dict[str, Any]] = {}
     parts: list[NDArray[np.uint8]] = []
     offset = 0
-    for name, kind, array, extra in _contents(weights, tables):
+    for name, kind, array, extra in _contents(weights, with_tables):
         shape = list(extra.pop("shape", array.shape))
         raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         items[name] = {"kind": kind, "shape": shape, "offset": offset, "bytes": len(raw), **extra}
@@ -112,7 +60,6 @@ def write_pack(
             "fingerprint": fingerprint,
             "quant": weights.quant,
             "items": items,
-            "bf16": sorted(weights.bf16_names),
             "bytes": offset,
             "checksum": _checksum(checked, threads),
         }
@@ -127,9 +74,7 @@ def write_pack(
             file.write(bytes(-len(part) % ALIGN))
 
 
-def open_pack(
-    path: Path, threads: int, *, fingerprint: str | None = None, tensors: Tensors | None = None
-) -> PackedWeights:
+def open_pack(path: Path, threads: int, *, fingerprint: str | None = None, tensors: Tensors | None = None) -> Weights:
     """Map a pack file and check it.
 
     Args:
@@ -157,22 +102,37 @@ def open_pack(
         data: NDArray[np.uint8] = np.memmap(path, np.uint8, "r", start, (header["bytes"],))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StalePack(str(error)) from error
-    weights = PackedWeights(header["quant"], header["items"], frozenset(header["bf16"]), data, tensors)
-    checked = [weights._bytes(item) for item in header["items"].values() if item["kind"] != "table"]
+    weights = Weights(header["quant"])
+    checked = []
+    for name, item in header["items"].items():
+        raw = data[item["offset"] : item["offset"] + item["bytes"]]
+        if item["kind"] == "table":
+            weights.tensors[name] = raw.view(item["dtype"]).reshape(item["shape"])
+            continue
+        checked.append(raw)
+        if item["kind"] == "vector":
+            weights.tensors[name] = raw.view(item["dtype"])
+            continue
+        rows, columns = item["shape"]
+        matrix = _cpu.Matrix.mapped(item["format"], rows, columns, raw)
+        if item["kind"] == "expert":
+            cast(list[_cpu.Matrix], weights.tensors.setdefault(name.rpartition(".")[0], [])).append(matrix)
+        else:
+            weights.tensors[name] = matrix
     if _checksum(checked, threads) != header["checksum"]:
         raise StalePack("damaged data")
+    if tensors and PLE_TABLE in tensors.refs:
+        weights.tensors[PLE_TABLE] = tensors[PLE_TABLE].map()
     return weights
 
 
-def _contents(
-    weights: CheckpointWeights, tables: Mapping[str, NDArray[Any]]
-) -> Iterator[tuple[str, str, NDArray[Any], dict[str, Any]]]:
-    for name, matrix in weights.matrices.items():
-        yield name, "matrix", matrix.packed(), {"format": matrix.format, "shape": matrix.shape}
-    for name, vector in weights.vectors.items():
-        yield name, "vector", vector, {}
-    for name, table in tables.items():
-        yield name, "table", table, {"dtype": table.dtype.str}
+def _contents(weights: Weights, with_tables: bool) -> Iterator[tuple[str, str, NDArray[Any], dict[str, Any]]]:
+    for name, matrix in weights.matrices:
+        kind = "matrix" if name in weights.tensors else "expert"
+        yield name, kind, matrix.packed(), {"format": matrix.format, "shape": matrix.shape}
+    for name, tensor in weights.tensors.items():
+        if isinstance(tensor, np.ndarray) and (tensor.ndim == 1 or with_tables):
+            yield name, "vector" if tensor.ndim == 1 else "table", tensor, {"dtype": tensor.dtype.str}
 
 
 def _checksum(parts: list[NDArray[np.uint8]], threads: int) -> int:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from paceline.backends.cpu.pack_cache import LEAST_BYTES, fingerprint, pack_path
-from paceline.backends.cpu.packfile import PackedWeights, StalePack, open_pack, write_pack
-from paceline.backends.cpu.weights import CheckpointWeights
+from paceline.backends.cpu.packfile import StalePack, open_pack, write_pack
+from paceline.backends.cpu.weights import Weights, pack_checkpoint
 from paceline.backends.formats import available_memory, choose_quant
 from paceline.checkpoint import Checkpoint, resolve
 from paceline.config import DrafterConfig, TargetConfig
@@ -19,17 +19,19 @@ from paceline.errors import CheckpointError, SettingsError
 class Source:
     """Weights of one checkpoint, and what is needed to keep them for the next start."""
 
-    weights: CheckpointWeights | PackedWeights
+    weights: Weights
     checkpoint: Checkpoint
     threads: int
+    packed_now: bool = False  # not mapped from a pack file
 
     def keep(self, notify: Callable[[str], None]) -> None:
         """Write the pack file once everything is loaded. A full disk costs nothing but the next start's time."""
-        if not isinstance(self.weights, CheckpointWeights) or self.weights.nbytes < LEAST_BYTES:
+        if not self.packed_now or self.weights.nbytes < LEAST_BYTES:
             return
         path = pack_path(self.checkpoint, self.weights.quant)
         try:
-            write_pack(path, self.weights, fingerprint(self.checkpoint, self.weights.quant), self.threads, tables={})
+            about = fingerprint(self.checkpoint, self.weights.quant)
+            write_pack(path, self.weights, about, self.threads, with_tables=False)
             notify(f"packed weights kept in {path}")
         except OSError as error:
             notify(f"packed weights not kept in {path}: {error.strerror}")
@@ -64,16 +66,15 @@ def open_source(
     if quant == "auto":
         quant = choose_quant(config, tensors["embed_tokens.weight"].dtype, available_memory())
         notify(f"weights: {quant} (chosen for the memory at hand)")
-    weights: CheckpointWeights | PackedWeights
     try:
         about = fingerprint(checkpoint, quant)
         weights = open_pack(pack_path(checkpoint, quant), threads, fingerprint=about, tensors=tensors)
+        return Source(weights, checkpoint, threads)
     except StalePack:
-        weights = CheckpointWeights(tensors, quant, progress)
-    return Source(weights, checkpoint, threads)
+        return Source(pack_checkpoint(tensors, config, quant, progress), checkpoint, threads, packed_now=True)
 
 
-def _open_converted(path: Path, quant: str, threads: int) -> PackedWeights:
+def _open_converted(path: Path, quant: str, threads: int) -> Weights:
     try:
         weights = open_pack(path, threads)
     except StalePack as error:

@@ -1,136 +1,176 @@
-"""Where the native backend's weights come from: an interface, and checkpoints as its first kind.
+"""The tensors that the native code loads, by name, and how a checkpoint is packed into them.
 
-A source hands out packed matrices and float32 vectors by tensor name. Knows files and formats, not models.
+Names are canonical (`checkpoint.names`), except where the native layout differs from the files:
+
+* `layers.N.experts.gate_proj`, `up_proj` and `down_proj` are lists of matrices, one for each expert;
+* `ordered_head.weight` is the embedding of a drafter with centroids, its rows in the order of the centroids' token
+  lists, each list padded to whole panels; `ordered_head.tokens` (int32) names each row's token, -1 for padding;
+* `embed_tokens.scale` and `embed_tokens_per_layer.scale` [1] are the embeddings' factors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from paceline import _cpu
 from paceline.checkpoint import Tensors
-from paceline.checkpoint.names import TOKEN_ORDERING
+from paceline.checkpoint.names import PLE_TABLE, TOKEN_ORDERING, expected_tensors
+from paceline.config import DrafterConfig, TargetConfig
 from paceline.errors import CheckpointError
-from paceline.quant.blocks import PANEL, from_bf16
+from paceline.quant.blocks import PANEL, from_bf16, to_bf16
 
+EMBEDDING = "embed_tokens.weight"
+CENTROIDS = "masked_embedding.centroids.weight"
 SLICE_BYTES = 32 << 20  # read at a time while packing
 
+Tensor = _cpu.Matrix | list[_cpu.Matrix] | NDArray[Any]
 
-class Weights(Protocol):
-    """Packed weights by canonical tensor name."""
+
+@dataclass(frozen=True)
+class Weights:
+    """A model's native tensors by name."""
+
+    quant: str  # the format of matrices that need no other
+    tensors: dict[str, Tensor] = field(default_factory=dict)
 
     @property
-    def quant(self) -> str:
-        """The format of matrices that ask for none of their own."""
-
-    def matrix(self, name: str, quant: str | None = None) -> _cpu.Matrix:
-        """A matrix [rows, columns]."""
-
-    def experts(self, name: str, part: str) -> list[_cpu.Matrix]:
-        """One matrix for each expert of a stacked tensor: its "first" or "second" half of the rows, or the "whole"."""
-
-    def ordered_head(self) -> tuple[_cpu.Matrix, list[int]]:
-        """A drafter's head in the order of its centroids' token lists, each list padded to whole panels.
-
-        Returns:
-            The matrix, and the token of each of its rows, -1 for padding.
-        """
-
-    def vector(self, name: str) -> NDArray[np.float32]:
-        """A vector, or any tensor that is not packed."""
-
-    def table(self, name: str) -> NDArray[Any]:
-        """A mapped table [rows, columns]: float32, float16, or uint16 with the bits of bf16."""
-
-    def in_bf16(self, name: str) -> bool:
-        """Whether the checkpoint holds that tensor in bf16."""
+    def matrices(self) -> Iterator[tuple[str, _cpu.Matrix]]:
+        """All matrices; those of a list are called `name.0`, `name.1`, ..."""
+        for name, tensor in self.tensors.items():
+            if isinstance(tensor, list):
+                yield from ((f"{name}.{i}", matrix) for i, matrix in enumerate(tensor))
+            elif isinstance(tensor, _cpu.Matrix):
+                yield name, tensor
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all packed matrices handed out."""
+        """Bytes of all packed matrices."""
+        return sum(matrix.nbytes for _, matrix in self.matrices)
 
 
-class CheckpointWeights:
-    """Packs a checkpoint's tensors, each read a slice of rows at a time, so that memory never holds one twice.
+def native_shapes(config: TargetConfig | DrafterConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of the native tensors but for the scales: [n], [rows, columns], or [experts, rows, columns]."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    ordered = isinstance(config, DrafterConfig) and config.centroids
+    for name, shape in expected_tensors(config).items():
+        prefix, _, last = name.rpartition(".")
+        if last == "gate_up_proj":  # gate rows first
+            shapes |= dict.fromkeys((f"{prefix}.gate_proj", f"{prefix}.up_proj"), (shape[0], shape[1] // 2, shape[2]))
+        elif name == EMBEDDING and ordered:
+            listed = config.vocab_size // ordered
+            shapes["ordered_head.weight"] = (ordered * (listed + -listed % PANEL), shape[1])
+        elif name == TOKEN_ORDERING:
+            shapes["ordered_head.tokens"] = shapes["ordered_head.weight"][:1]
+        else:
+            shapes[name] = shape
+    return shapes
+
+
+def format_of(name: str, quant: str) -> str:
+    """The format of a native matrix: the model's, but a router, which decides what runs, keeps its precision."""
+    return "bf16" if name.endswith("router.proj.weight") and quant != "f32" else quant
+
+
+def embedding_scales(config: TargetConfig | DrafterConfig, in_bf16: Callable[[str], bool]) -> dict[str, Tensor]:
+    """The factors sqrt(width) of the embeddings, rounded as the reference does: to the type of the checkpoint's table.
+
+    Args:
+        config: a target's; drafters share its embedding.
+        in_bf16: whether the checkpoint holds a tensor in bf16.
+    """
+    if isinstance(config, DrafterConfig):
+        return {}
+    scales: dict[str, Tensor] = {}
+    for name, width in ((EMBEDDING, config.hidden_size), (PLE_TABLE, config.ple_size)):
+        if width:
+            exact = np.array([width**0.5], np.float32)
+            scales[name.replace(".weight", ".scale")] = from_bf16(to_bf16(exact)) if in_bf16(name) else exact
+    return scales
+
+
+def pack_checkpoint(
+    tensors: Tensors,
+    config: TargetConfig | DrafterConfig,
+    quant: str,
+    progress: Callable[[int], None] = lambda _: None,
+    formats: Mapping[str, str] | None = None,
+) -> Weights:
+    """Pack a checkpoint's tensors, each read a slice of rows at a time, so that memory never holds one twice.
 
     Args:
         tensors: checked tensors.
+        config: the model's.
         quant: weight format.
         progress: called with the file bytes of each tensor packed.
+        formats: other formats of single matrices, by native name.
+
+    Raises:
+        CheckpointError: a file ended early, or a drafter's token ordering is damaged.
     """
+    weights = Weights(quant, embedding_scales(config, lambda name: tensors[name].dtype == "BF16"))
+    for name, shape in native_shapes(config).items():
+        fmt = (formats or {}).get(name) or format_of(name, quant)
+        if name == PLE_TABLE:
+            tensor: Tensor = tensors[name].map()
+        elif name == "ordered_head.weight":
+            tensor = _ordered_head(tensors, fmt, progress)
+        elif name == "ordered_head.tokens":
+            tensor = _ordered_tokens(tensors).ravel()
+        elif len(shape) == 3:
+            tensor = _experts(tensors, name, fmt, progress)
+        elif len(shape) == 2:
+            tensor = _matrix(tensors, name, fmt, progress)
+        else:
+            values = tensors[name].read()
+            tensor = from_bf16(values) if values.dtype == np.uint16 else np.asarray(values, np.float32)
+        weights.tensors[name] = tensor
+    return weights
 
-    def __init__(self, tensors: Tensors, quant: str, progress: Callable[[int], None] = lambda _: None) -> None:
-        self.quant = quant
-        self.matrices: dict[str, _cpu.Matrix] = {}  # what was handed out, for a pack file
-        self.vectors: dict[str, NDArray[Any]] = {}
-        self.bf16_names = frozenset(name for name, ref in tensors.refs.items() if ref.dtype == "BF16")
-        self._tensors = tensors
-        self._progress = progress
 
-    @property
-    def nbytes(self) -> int:
-        return sum(matrix.nbytes for matrix in self.matrices.values())
+def _matrix(tensors: Tensors, name: str, fmt: str, progress: Callable[[int], None]) -> _cpu.Matrix:
+    ref = tensors[name]
+    rows, columns = ref.shape
+    matrix = _cpu.Matrix(fmt, rows, columns)
+    step = max(PANEL, SLICE_BYTES * rows // max(1, ref.bytes) // PANEL * PANEL)
+    for start in range(0, rows, step):
+        matrix.pack(ref.read(start, min(start + step, rows)), start)
+    progress(ref.bytes)
+    return matrix
 
-    def matrix(self, name: str, quant: str | None = None) -> _cpu.Matrix:
-        ref = self._tensors[name]
-        rows, columns = ref.shape
-        matrix = _cpu.Matrix(quant or self.quant, rows, columns)
-        step = max(PANEL, SLICE_BYTES * rows // max(1, ref.bytes) // PANEL * PANEL)
-        for start in range(0, rows, step):
-            matrix.pack(ref.read(start, min(start + step, rows)), start)
-        self._progress(ref.bytes)
-        return self._keep(name, matrix)
 
-    def experts(self, name: str, part: str) -> list[_cpu.Matrix]:
-        ref = self._tensors[name]
-        half = ref.shape[1] // 2
-        chosen = {"first": slice(half), "second": slice(half, None), "whole": slice(None)}[part]
-        matrices = []
-        for expert in range(ref.shape[0]):
-            rows = np.ascontiguousarray(ref.read(expert, expert + 1)[0, chosen])
-            matrix = _cpu.Matrix(self.quant, *rows.shape)
-            matrix.pack(rows)
-            self._progress(rows.nbytes)
-            matrices.append(self._keep(f"{name}.{part}.{expert}", matrix))
-        return matrices
+def _experts(tensors: Tensors, name: str, fmt: str, progress: Callable[[int], None]) -> list[_cpu.Matrix]:
+    prefix, _, part = name.rpartition(".")
+    ref = tensors[name if part == "down_proj" else f"{prefix}.gate_up_proj"]
+    half = ref.shape[1] // 2
+    chosen = {"gate_proj": slice(half), "up_proj": slice(half, None), "down_proj": slice(None)}[part]
+    matrices = []
+    for expert in range(ref.shape[0]):
+        rows = np.ascontiguousarray(ref.read(expert, expert + 1)[0, chosen])
+        matrices.append(_cpu.Matrix(fmt, *rows.shape))
+        matrices[-1].pack(rows)
+        progress(rows.nbytes)
+    return matrices
 
-    def ordered_head(self) -> tuple[_cpu.Matrix, list[int]]:
-        ref = self._tensors["embed_tokens.weight"]
-        vocab, hidden = ref.shape
-        order = self._tensors[TOKEN_ORDERING]
-        ordering = order.read().reshape(self._tensors["masked_embedding.centroids.weight"].rows, -1)
-        if not np.array_equal(np.sort(ordering, axis=None), np.arange(vocab)):
-            raise CheckpointError(f"{order.path}: {TOKEN_ORDERING} does not name every token once; download it again")
-        rows = ref.read()
-        listed = ordering.shape[1]
-        width = listed + -listed % PANEL
-        tokens = np.full((len(ordering), width), -1, np.int32)
-        tokens[:, :listed] = ordering
-        matrix = _cpu.Matrix(self.quant, tokens.size, hidden)
-        padded = np.zeros((width, hidden), rows.dtype)
-        for index, members in enumerate(ordering):
-            padded[:listed] = rows[members]
-            matrix.pack(padded, index * width)
-        self._progress(ref.bytes)
-        self.vectors["ordered_head.tokens"] = tokens.ravel()
-        return self._keep("ordered_head", matrix), tokens.ravel().tolist()
 
-    def vector(self, name: str) -> NDArray[np.float32]:
-        values = self._tensors[name].read()
-        vector = from_bf16(values) if values.dtype == np.uint16 else np.asarray(values, np.float32)
-        self.vectors[name] = vector
-        return vector
+def _ordered_tokens(tensors: Tensors) -> NDArray[np.int32]:
+    """Tokens [centroids, panels of 16 rows] of a drafter's ordered head, -1 for padding."""
+    order = tensors[TOKEN_ORDERING]
+    ordering = order.read().reshape(tensors[CENTROIDS].rows, -1)
+    if not np.array_equal(np.sort(ordering, axis=None), np.arange(tensors[EMBEDDING].rows)):
+        raise CheckpointError(f"{order.path}: {TOKEN_ORDERING} does not name every token once; download it again")
+    return np.pad(ordering.astype(np.int32), ((0, 0), (0, -ordering.shape[1] % PANEL)), constant_values=-1)
 
-    def table(self, name: str) -> NDArray[Any]:
-        return self._tensors[name].map()
 
-    def in_bf16(self, name: str) -> bool:
-        return name in self.bf16_names
-
-    def _keep(self, name: str, matrix: _cpu.Matrix) -> _cpu.Matrix:
-        self.matrices[name] = matrix
-        return matrix
+def _ordered_head(tensors: Tensors, fmt: str, progress: Callable[[int], None]) -> _cpu.Matrix:
+    ref = tensors[EMBEDDING]
+    tokens, rows = _ordered_tokens(tensors), ref.read()
+    matrix = _cpu.Matrix(fmt, tokens.size, ref.shape[1])
+    for index, members in enumerate(tokens):
+        matrix.pack(np.where(members[:, None] >= 0, rows[members], np.zeros((), rows.dtype)), index * len(members))
+    progress(ref.bytes)
+    return matrix
