@@ -65,17 +65,17 @@ def load(
 
     Args:
         model: a folder, a hub id (downloaded when it is not in the cache), or `tiny-python` for the bundled pair.
-        drafter: "auto" (the folder or hub id with "-assistant" behind its name), "none", or a folder or hub id.
+        drafter: "auto" (the folder or hub id with "-assistant" appended to its name), "none", or a folder or hub id.
         device: "cpu" for the native kernels; "cuda" for those of a GPU, which need the extra `cuda`; "mps" or another
-            device of PyTorch ("torch:cpu" for its own work on the processor), which is slow.
+            device of PyTorch ("torch:cpu" for PyTorch on the processor), which is slow.
         quant: weight format: f32, bf16, q8, q4, or auto for the most precise one that fits the memory at hand.
         threads: worker threads; None for the physical cores.
         context: tokens a sequence may hold, prompt included; None for the model's own limit, at most 32768.
-        slots: sequences that run at once; more wait for their turn.
+        slots: sequences that run at once; the rest are queued.
         draft_tokens: tokens drafted a round unless a request says otherwise: 0 to 15, or "auto" for as many as pay;
             what rounds cost is then measured, once for a pair and its settings.
-        prompt_chunk: prompt tokens read in one pass.
-        cache_memory: bytes for the beginnings of prompts that were read, so that they need not be read again.
+        prompt_chunk: prompt tokens in one pass.
+        cache_memory: bytes for the prefix cache; 0 for none.
         most_waiting: generations that may wait for a slot.
         notify: receives one-line notices of what was chosen, and warnings.
         progress: receives the file bytes of every tensor as it is loaded.
@@ -100,7 +100,7 @@ def load(
     draft_config = draft_checkpoint.drafter_config() if draft_checkpoint else None
     if draft_config:
         check_pair(config, draft_config)
-    # What is quick to read comes before the weights, so that what is missing is said at once.
+    # Small files come before the weights, so that what is missing is reported at once.
     tokenizer = Tokenizer.open(checkpoint.tokenizer_path, checkpoint.tokenizer_config, config.bos_id)
     template = ChatTemplate.open(checkpoint.chat_template_path, checkpoint.tokenizer_config)
     stop_ids = frozenset(_stop_ids(checkpoint, config))

@@ -22,7 +22,7 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are drawn from the target's logits. The default is greedy decoding.
+    """How tokens are sampled from the target's logits. The default is greedy decoding.
 
     A token's noise is a pure function of seed, position and token id, so equal settings give equal text. Penalties and
     bias come first, then temperature, then top-k, top-p of what top-k left, and min-p.
@@ -34,9 +34,9 @@ class SamplingParams:
     min_p: float = 0.0  # only tokens at least this likely compared with the most likely one; 0: all
     repetition_penalty: float = 1.0  # divides positive, multiplies negative logits of tokens in the prompt or the text
     presence_penalty: float = 0.0  # subtracted from the logits of tokens in the text
-    frequency_penalty: float = 0.0  # the same for each time they occur in it
+    frequency_penalty: float = 0.0  # subtracted once per occurrence in the text
     bias: tuple[tuple[int, float], ...] = ()  # added to the logits of these tokens
-    suppressed: tuple[int, ...] = ()  # tokens that are never drawn
+    suppressed: tuple[int, ...] = ()  # tokens that are never sampled
     seed: int | None = None  # 0 to 2^64 - 1; None: a new one for each generation
 
 
@@ -154,7 +154,7 @@ class Statistics:
     """Counts and times of one generation."""
 
     prompt_tokens: int = 0
-    cached_tokens: int = 0  # of the prompt: not read, but taken from what earlier prompts left
+    cached_tokens: int = 0  # of the prompt, from the prefix cache
     queue_seconds: float = 0.0  # until it had a slot
     prompt_seconds: float = 0.0  # until the first token, the time in the queue included
     tokens: int = 0  # tokens generated
@@ -188,5 +188,5 @@ class Generation:
     tokens: tuple[int, ...]
     finish: FinishReason
     statistics: Statistics
-    sampling: SamplingParams = GREEDY  # what it was drawn with, seed included
+    sampling: SamplingParams = GREEDY  # seed included
     logprobs: tuple[Logprobs, ...] = ()  # one a token, if asked for

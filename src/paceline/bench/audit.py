@@ -48,7 +48,7 @@ Top = tuple[tuple[int, float], ...]
 """The most likely tokens of a row, best first, each with its logit."""
 
 Progress = Callable[[str, int, int], None]
-"""Told what is being done, how many runs are behind it, and of how many."""
+"""Told what is being done, how many runs are done, and of how many."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class Speeds:
 
     @property
     def regret_percent(self) -> float:
-        """How far "auto" stays behind the best fixed draft length; negative where it is ahead."""
+        """How much slower "auto" is than the best fixed draft length; negative where it is faster."""
         return 100 * (1 - self.tokens_per_second["auto"] / self.tokens_per_second[self.best_fixed])
 
 
@@ -342,7 +342,7 @@ def _check(engine: Engine, prompts: Items[str]) -> None:
 
 
 def shortened(prompt: str, length: int = 50) -> str:
-    """A prompt's beginning in quotes, on one line."""
+    """The start of a prompt in quotes, on one line."""
     return repr(prompt if len(prompt) <= length else prompt[:length] + "...")
 
 

@@ -20,7 +20,7 @@ from paceline.checkpoint.sizes import count_parameters
 from paceline.config import TargetConfig
 from paceline.errors import SettingsError
 
-CHUNK = 256  # prompt rows read in one pass
+CHUNK = 256  # prompt rows in one pass
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Pair:
         return self.bench.backend.info.weight_bytes * parameters.active // parameters.effective
 
     def prompt(self, repeats: int, length: int) -> dict[str, Any]:
-        """How fast a prompt is read."""
+        """Prefill speed."""
         speed = self.bench.prompt_tokens_per_s(repeats, length)
         work = prompt_multiply_accumulates(self.config)
         return {
@@ -117,7 +117,7 @@ def _random_pair(shape: str, quant: str, threads: int | None, device: str, room:
 
 
 def _machine(backend: Backend) -> tuple[Bandwidth, dict[str, Any], Callable[[], int]]:
-    """How fast its memory is, what it is, and what is held of its memory at most."""
+    """The machine's bandwidth, a description, and its peak memory."""
     if isinstance(backend, CpuBackend):
         about = {"threads": backend.threads, "isa": backend.info.device}
         return ReadBandwidth(backend.threads), about, machine.peak_memory

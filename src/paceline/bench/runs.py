@@ -33,7 +33,7 @@ class Bench:
     Args:
         backend: the pair, with room for `context` and what decoding adds.
         context: rows in the cache before each measurement.
-        chunk: prompt tokens read in one pass.
+        chunk: prompt tokens in one pass.
         bandwidth: probed between measurements, so that both see the same machine.
     """
 

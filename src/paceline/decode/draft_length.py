@@ -1,14 +1,14 @@
-"""How far to draft: to the depth that yields most tokens per millisecond, by measured costs and observed acceptance.
+"""Adaptive draft length: the one with most tokens per millisecond, by measured costs and observed acceptance.
 
-Costs are staircases and acceptance often rises with depth, so every depth is priced and the best taken; depth 0 is
-plain decoding. Within a round the drafter may stop early, when its confidence says that drafting on is not worth it.
+Costs are staircases and acceptance often rises with depth, so every length is evaluated; length 0 is plain decoding.
+Within a round the drafter may stop early, when its confidence says that another token is not worth its cost.
 
-What is not done is not seen. Where plain decoding is best, a drafted round is tried now and then, so rarely that it
-costs at most half a percent; old observations fade meanwhile, so that a success weighs. While drafting pays, a plain
-round in fifty keeps the comparison true. And a ledger holds what drafting lost against plain decoding since the request
-began: at five tokens' worth, only probes draft until it is paid back.
+Exploration: where plain decoding is best, a drafted round is probed occasionally, at a cost of at most half a percent;
+old observations decay meanwhile, so that a success counts. While drafting pays, a plain round in fifty keeps the
+comparison valid. A ledger records what drafting lost against plain decoding since the request began: at five tokens'
+worth, only probes draft until it is paid back.
 
-Pure functions: `next_plan`, `share_out` for sequences that share rounds, and `observe`. They know no clock, no model.
+Pure functions: `next_plan`, `share_out` for sequences that share rounds, and `observe`. No clock, no model.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from operator import mul
 from paceline.types import CONFIDENCE_BINS, Draft, Result
 
 MAX_DEPTH = 8
-KEEP = 1 - 1 / 32  # of what was observed, a new observation's weight being one: about the last 32 rounds count
-KEEP_PLAIN = 1 - 1 / 16  # the same for each plain round
-KEEP_LONG = 1 - 1 / 512  # the same for what is expected before that
+KEEP = 1 - 1 / 32  # decay of observations per drafted round: about the last 32 count
+KEEP_PLAIN = 1 - 1 / 16  # per plain round
+KEEP_LONG = 1 - 1 / 512  # of the long-term average
 PRIOR = 0.7  # acceptance before anything was observed, with the weight of PRIOR_ROUNDS
 PRIOR_ROUNDS = 3.0
 LONG_ROUNDS = 8.0  # weight of what was seen long ago
@@ -47,7 +47,7 @@ class Costs:
     """Milliseconds of a whole round by its depth, 0 (plain decoding) to at most MAX_DEPTH, if it accepts nothing."""
 
     rounds: Floats
-    token: float = 0.0  # added by each accepted draft: drawing the next token, and its text
+    token: float = 0.0  # added by each accepted token: sampling the next one, and its text
     shared: tuple[tuple[int, Floats], ...] = ()  # several sequences at once: how many, and `rounds` of them all
 
     @property
@@ -67,7 +67,7 @@ class State:
     sure_kept: Floats = (0.0,) * CONFIDENCE_BINS
     speed: float = 0.0  # logarithm of what rounds cost now over what was measured
     drift: Floats = (0.0,) * (MAX_DEPTH + 1)  # what depth 0, 1, ... costs beyond that, likewise
-    lost: float = 0.0  # milliseconds behind plain decoding, below 0: ahead of it
+    lost: float = 0.0  # milliseconds lost against plain decoding; below 0: gained
     plain_rounds: int = 0  # since the last drafted one
     fresh: bool = False  # a request just began: nothing is wrong with a probe
     drafted_rounds: int = 0  # since the last plain one
@@ -102,10 +102,10 @@ def next_plan(state: State, costs: Costs, early_stop: bool = True) -> Draft:
     """
     prices = current_prices(state, costs)
     chance = acceptance(state)
-    expected, line = [1.0], 1.0
+    expected, chance_so_far = [1.0], 1.0
     for p in chance[: costs.deepest]:
-        line *= p
-        expected.append(expected[-1] + line)
+        chance_so_far *= p
+        expected.append(expected[-1] + chance_so_far)
     token = costs.token
     rates = [e / (price + token * (e - 1)) for e, price in zip(expected, prices, strict=True)]
     best = max(range(len(rates)), key=rates.__getitem__)
@@ -118,7 +118,7 @@ def next_plan(state: State, costs: Costs, early_stop: bool = True) -> Draft:
         return Draft(length=0)
     if not early_stop:
         return Draft(length=best)
-    worth = rates[best] / max(0.1, 1 - rates[best] * token)  # of a millisecond, in tokens that must still be drawn
+    worth = rates[best] / max(0.1, 1 - rates[best] * token)  # of a millisecond, in tokens that must still be sampled
     floors = stop_floors(prices, chance, worth)
     depth = max(best, next((j for j, floor in enumerate(floors, start=1) if floor > 1), costs.deepest))
     return Draft(length=depth, floors=floors[:depth], acceptance=confidence_chances(state))
@@ -194,7 +194,7 @@ def _extras(costs: Costs, count: int) -> list[list[float]]:
 
 
 def shared_price(costs: Costs, count: int, depth: int) -> float:
-    """Milliseconds of a round of several sequences, on a straight line between the measured numbers of them."""
+    """Milliseconds of a round of several sequences, interpolated between measured numbers of sequences."""
     tables = ((1, costs.rounds), *costs.shared)
     i = min(max(1, bisect_left([n for n, _ in tables], count)), len(tables) - 1)
     (few, low), (many, high) = tables[i - 1], tables[i]
@@ -207,17 +207,17 @@ def current_prices(state: State, costs: Costs) -> list[float]:
 
 
 def stop_floors(prices: list[float], chance: Floats, rate: float) -> Floats:
-    """For each depth, the chance of the line so far below which drafting on is not worth it.
+    """For each depth, the chance of the draft so far below which another token is not worth its cost.
 
     Drafting on from depth j to m costs prices[m] - prices[j], in which the round's rate would yield that many tokens;
-    it gains the line's chance times the tokens that may follow. The floor is where the best m breaks even.
+    it gains the draft's chance times the tokens that may follow. The floor is where the best m breaks even.
     """
     floors = []
     for j in range(1, len(prices)):
-        floor, gain, line = math.inf, 0.0, 1.0
+        floor, gain, share = math.inf, 0.0, 1.0
         for m in range(j + 1, len(prices)):
-            line *= chance[m - 1]
-            gain += line
+            share *= chance[m - 1]
+            gain += share
             floor = min(floor, rate * max(0.0, prices[m] - prices[j]) / max(gain, 1e-9))
         floors.append(min(floor, 1e9))
     return tuple(floors)
@@ -250,20 +250,20 @@ def observe(state: State, costs: Costs, result: Result, milliseconds: float | No
         return _observe_shared_round(state, result)
     expected = costs.rounds[depth] * math.exp(state.speed + state.drift[depth]) + accepted * costs.token
     error = min(0.7, max(-0.7, math.log(max(milliseconds, 1e-6) / expected)))
-    # Behind a change between plain and drafted rounds the machine is as fast as before it: the prices are wrong.
+    # After a change between plain and drafted rounds the machine is as fast as before: an error is in the costs.
     changed = state.drafted_rounds > 0 if not depth else state.plain_rounds > 0
     speed = state.speed + (0.0 if changed else SPEED_RATE * error)
     drift = state.drift[depth] + (CHANGE_RATE if changed else DRIFT_RATE) * error
     plain = costs.rounds[0] * math.exp(speed + (state.drift[0] if depth else drift))
     if depth:
-        behind = min(milliseconds, 2 * expected) - (accepted + 1) * plain  # a hiccup is not the drafter's fault
-        lost = max(-MOST_SAVED * plain, state.lost + behind)
+        loss = min(milliseconds, 2 * expected) - (accepted + 1) * plain  # outliers count in part
+        lost = max(-MOST_SAVED * plain, state.lost + loss)
     else:
         lost = min(state.lost, max(0.0, state.lost - PAYBACK * plain))
     aged, plain_rounds = state.plain_rounds, 0 if depth else state.plain_rounds + 1
     drafted_rounds = state.drafted_rounds + 1 if depth else 0
     if depth:
-        replan = drafted_rounds == 1 or drafted_rounds % REPLAN == 0  # behind a probe at once
+        replan = drafted_rounds == 1 or drafted_rounds % REPLAN == 0  # right after a probe
     else:
         replan = plain_rounds == 1 or plain_rounds % PLAIN_REPLAN == 0
     state = replace(

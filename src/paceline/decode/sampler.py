@@ -61,7 +61,7 @@ def sample(logits: Float32, params: SamplingParams, position: int) -> int:
 
 
 def allowed(logits: Float32, params: SamplingParams) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """Tokens [n] that can be drawn at a temperature above 0, and their weights [n] in units of 2^-30 of the largest.
+    """Tokens [n] that can be sampled at a temperature above 0, and their weights [n] in units of 2^-30 of the largest.
 
     Tokens rank by logit, of equals the lowest id first; the allowed ones are a prefix of that ranking.
     """

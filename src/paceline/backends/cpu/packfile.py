@@ -8,7 +8,7 @@ The file, all numbers little-endian:
 * zeros up to a multiple of 4096, then the data: each item starts at a multiple of 4096 from the start of the data and
   is filled up with zeros to one. Matrices are as `csrc/cpu/formats/formats.hpp` describes, vectors float32 or int32.
 
-`checksum` covers all data but tables (which are large and read by row) and is compared at every start; the reading also
+`checksum` covers all data but tables (which are large and read by row) and is verified at every start, which also
 brings the pages in. A file is written beside its final name and renamed when it is whole.
 """
 
@@ -79,7 +79,7 @@ def open_pack(path: Path, threads: int, *, fingerprint: str | None = None, tenso
 
     Args:
         path: the file.
-        threads: for reading the data once.
+        threads: for the checksum.
         fingerprint: what it must have been made from; None to take it as it is.
         tensors: the checkpoint it was made from, for tables that the file does not hold.
 
