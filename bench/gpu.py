@@ -2,8 +2,8 @@
 
     bench/gpu.sh [--out FOLDER] [--seconds 520] [--device cuda] [--shapes 31b,e2b] [--quants bf16,q4]
 
-Each measurement is a process of its own; the most telling come first, and what there is no time left for is named. One
-JSON file holds everything, written anew after each, and one picture the cost curves and speeds. Random weights accept
+Each measurement is a separate process; the most important come first, and those that no time is left for are named.
+One JSON file holds all results, rewritten after each, and one picture the cost curves and speeds. Random weights accept
 no drafts, so acceptance in the official shapes is SIMULATED; all else is real.
 """
 

@@ -8,7 +8,7 @@ import torch
 
 from paceline.decode.sampler import sample
 from paceline.types import Draft, SamplingParams, Work
-from tests.parity.test_native import Case, assert_close, case, logits_of, prefill, prompt  # noqa: F401
+from tests.parity.test_native import Case, assert_close, case, feed, prompt  # noqa: F401
 from tests.support import torch_backend
 
 
@@ -16,7 +16,7 @@ from tests.support import torch_backend
 def test_logits(case: Case) -> None:  # noqa: F811
     backend = torch_backend(case.target, None)
     tokens = prompt(16)
-    ours = logits_of(backend, backend.open_slot(), tokens)
+    ours = feed(backend, backend.open_slot(), tokens)
     assert_close(ours, case.hf_target(input_ids=torch.from_numpy(tokens).long()[None]).logits[0])
 
 
@@ -25,13 +25,12 @@ def test_a_round_gives_the_bits_of_single_steps(folders) -> None:
     first, second = backend.open_slot(), backend.open_slot()
     tokens = prompt(9)
     params = SamplingParams(temperature=0.9, top_k=40, top_p=0.95, seed=4)
-    prefill(backend, second, tokens[:2])
-    prefill(backend, first, tokens)
+    backend.run([Work(second, 0, tokens[:2].tolist()), Work(first, 0, tokens.tolist())])
     backend.run([Work(second, 2, tokens[2:].tolist(), params)])
     (round,) = backend.run([Work(second, 9, [7], params, Draft(length=2, simulated=2), logits=True)])
     assert len(round.drafted) == 2
     for row, token in enumerate([7, *round.drafted]):
-        alone = logits_of(backend, first, np.array([token]), 9 + row)[0]
+        alone = feed(backend, first, np.array([token]), 9 + row)[0]
         assert np.array_equal(alone.view(np.uint32), round.logits[row].view(np.uint32))
     assert round.sampled == (*round.drafted, sample(alone, params, 12))
 

@@ -184,7 +184,7 @@ def test_attention_over_long_caches_goes_in_parts(monkeypatch: pytest.MonkeyPatc
     queries, positions = random(48, 32), torch.arange(300, 348)
     arguments = queries, *kept, torch.zeros_like(positions), positions, 1 << 30, 512
     whole = ops.attend(*arguments)
-    monkeypatch.setattr(attention, "MOST_PARTS", 1)
+    monkeypatch.setattr(attention, "MOST_BYTES", 1)
     assert torch.equal(ops.attend(*arguments), whole)
 
 

@@ -10,7 +10,7 @@ from paceline.checkpoint.hub import ASSETS
 from paceline.errors import BackendError, PairError
 from paceline.types import GREEDY, Draft, SamplingParams, Work
 from tests.parity.fixtures import WINDOW
-from tests.parity.test_native import DEPTH, ROWS, Case, case, prefill, prompt  # noqa: F401
+from tests.parity.test_native import DEPTH, ROWS, Case, case, prompt  # noqa: F401
 from tests.support import cpu_backend, run, sequence, torch_backend
 
 
@@ -101,7 +101,7 @@ def test_what_cannot_be_done_is_refused(folders) -> None:
     backend = torch_backend(*folders("e2b"), max_rows=16)
     slot = backend.open_slot()
     for start in range(0, 96, 16):
-        prefill(backend, slot, prompt(16), start)
+        backend.run([Work(slot, start, prompt(16).tolist())])
     with pytest.raises(BackendError, match="sliding rings hold only"):
         backend.truncate(slot, 20)
     with pytest.raises(BackendError, match="cannot truncate"):
@@ -113,6 +113,7 @@ def test_what_cannot_be_done_is_refused(folders) -> None:
         (Work(slot, 96, [1] * 17), "17 rows"),
         (Work(slot, 96, []), "0 rows"),
         (Work(slot, 96, [1], GREEDY, Draft(tuple(range(16)))), "17 rows"),
+        (Work(slot, 96, [1], GREEDY, Draft(length=16)), "17 rows"),
         (Work(slot, 96, [1], GREEDY, Draft(length=3)), "no sampled token to draft after"),
     ):
         with pytest.raises(BackendError, match=message):

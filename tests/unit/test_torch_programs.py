@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from paceline.backends.torch.backend import ROUND_ROWS, TorchBackend
+from paceline.backends.torch.backend import TorchBackend
 from paceline.backends.torch.cuda_graphs import Recorder
 from paceline.backends.torch.device_sampler import COLUMNS
 from paceline.backends.torch.weights import RandomSource
@@ -88,6 +88,6 @@ def test_a_pass_looks_into_no_tensor_and_stays_on_its_device(shape: str, quant: 
             assert all(part.device.type == "meta" for part in found)
             if width:
                 assert [part.shape for part in found] == [(width + 2 * 16 * 15,), (width, target.vocab_size)]
-        assert backend._states.shape == (2 * ROUND_ROWS + 1, target.hidden_size)
+        assert backend._states.shape == (2 * 256 + 1, target.hidden_size)
         words = torch.zeros(16 * (4 + COLUMNS), dtype=torch.int32, device=device)
         assert backend._drafter_program(16, 3, 1024, rank=True)(words) == ()

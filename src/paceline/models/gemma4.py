@@ -171,7 +171,7 @@ def run_decoder(
 ) -> Tensor:
     """x [M, H] through all layers and the final norm: [W, H]; see `run`."""
     config, blocks, eps = decoder.config, decoder.blocks, decoder.config.rms_eps
-    last_kv = max((index for index, block in enumerate(blocks) if block.key_norm is not None), default=-1)
+    last_kv = max([-1, *(index for index, block in enumerate(blocks) if block.key_norm is not None)])
     h = ops.norm(x, blocks[0].input_norm, eps)  # [M, H]
     for index, block in enumerate(blocks):
         sliding = block.layer.sliding

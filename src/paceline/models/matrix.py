@@ -1,44 +1,30 @@
-"""Weight matrices: plain, or on the grids of `quant.blocks` in a layout that GPU kernels load in one run.
+"""Weight matrices: plain, or on the grids of `quant.formats` in a layout that GPU kernels load in one run.
 
 A quantised matrix [N, K] is stored by blocks of 64 columns, all rows of a block together, so that a tile of rows is one
-stretch of memory: `values` [K / 64, N, block bytes], and `scales` [K / 64, N, 2] float16, one for each 32 columns. In
-q8 a byte is a column; in q4 byte j holds columns j (low half) and j + 32 (high half) of its block, with 8 added.
+stretch of memory: `values` [K / 64, N, bytes of a block], and `scales` [K / 64, N, 2] float16, one for each 32 columns.
+In four-bit formats byte j holds columns j (low half) and j + 32 (high half) of its block, with the format's offset
+added; in the others a column is a signed byte.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-BLOCK = 64
-GROUP = 32
+from paceline.quant.formats import FORMATS, GROUP
+
+BLOCK = 2 * GROUP  # columns
 SLICE = 1 << 14  # rows quantised at once, which bounds the memory it takes
+PLAIN = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 
-@dataclass(frozen=True)
-class Format:
-    """How the values of a matrix are held."""
-
-    dtype: torch.dtype
-    bits: int = 0  # of a quantised weight; 0 for plain formats
-    deviation: float = 1.0  # of evenly distributed quantised weights
-
-    @property
-    def block_bytes(self) -> int:
-        return BLOCK * self.bits // 8
-
-
-FORMATS = {
-    "f32": Format(torch.float32),
-    "bf16": Format(torch.bfloat16),
-    "q8": Format(torch.int8, 8, 74.0),
-    "q4": Format(torch.uint8, 4, 4.6),
-}
+def stored_bits(fmt: str) -> int:
+    """Bits of a stored number of a quantised format: 4 or 8; 0 for plain formats."""
+    return 0 if fmt in PLAIN else 4 if FORMATS[fmt].bits == 4 else 8
 
 
 def plain_format(fmt: str) -> str:
@@ -71,8 +57,8 @@ class Matrix(NamedTuple):
 
 def pack(weights: Tensor, fmt: str) -> Matrix:
     """Weights [N, K] in a format."""
-    if not FORMATS[fmt].bits:
-        return Matrix(weights.to(FORMATS[fmt].dtype).contiguous(), None, fmt)
+    if fmt in PLAIN:
+        return Matrix(weights.to(PLAIN[fmt]).contiguous(), None, fmt)
     parts = [_quantise(part, fmt) for part in torch.split(weights, SLICE)]
     values, scales = (torch.cat(kind, dim=1) for kind in zip(*parts, strict=True))
     return Matrix(values, scales, fmt)
@@ -81,43 +67,53 @@ def pack(weights: Tensor, fmt: str) -> Matrix:
 def stack(matrices: Iterable[Matrix]) -> Matrix:
     """One matrix with the outputs of several, which must be of one format."""
     parts = list(matrices)
-    (fmt,) = {part.fmt for part in parts}
+    formats = {part.fmt for part in parts}
+    if len(formats) > 1:
+        raise ValueError(f"matrices of different formats in one: {', '.join(sorted(formats))}")
     if len(parts) == 1:
         return parts[0]
     scales = [part.scales for part in parts if part.scales is not None]
     values = torch.cat([part.values for part in parts], dim=1 if scales else 0)
-    return Matrix(values, torch.cat(scales, dim=1) if scales else None, fmt)
+    return Matrix(values, torch.cat(scales, dim=1) if scales else None, parts[0].fmt)
 
 
 def random(rows: int, columns: int, fmt: str, device: torch.device) -> Matrix:
     """A random matrix whose products keep the variance of what they are multiplied with."""
-    record = FORMATS[fmt]
-    if not record.bits:
-        values = torch.empty((rows, columns), dtype=record.dtype, device=device)
+    if fmt in PLAIN:
+        values = torch.empty((rows, columns), dtype=PLAIN[fmt], device=device)
         return Matrix(values.normal_(std=columns**-0.5), None, fmt)
-    blocks = -(-columns // BLOCK)
-    values = torch.randint(-128, 128, (blocks, rows, record.block_bytes), dtype=torch.int8, device=device)
-    scale = columns**-0.5 / record.deviation
-    scales = torch.full((blocks, rows, 2), scale, dtype=torch.float16, device=device)
-    return Matrix(values.view(record.dtype), scales, fmt)
+    blocks, offset = -(-columns // BLOCK), FORMATS[fmt].offset
+    values = torch.randint(-offset, offset, (rows, blocks * BLOCK), dtype=torch.int8, device=device)
+    scale = columns**-0.5 / FORMATS[fmt].deviation
+    return Matrix(_stored(values, fmt), torch.full((blocks, rows, 2), scale, dtype=torch.float16, device=device), fmt)
 
 
 def dequantise(values: Tensor, scales: Tensor, fmt: str) -> Tensor:
-    """Quantised values of n rows, [K / 64, n, block bytes], as float32 [n, K]."""
-    q = torch.cat((values & 15, values >> 4), dim=-1).float() - 8 if fmt == "q4" else values.float()
-    x = q.view(*scales.shape, GROUP) * scales.float()[..., None]  # [K / 64, n, 2, 32]
+    """Quantised values of n rows, [K / 64, n, bytes of a block], as float32 [n, K]."""
+    if stored_bits(fmt) == 4:
+        values = torch.cat((values & 15, values >> 4), dim=-1).to(torch.int8) - FORMATS[fmt].offset
+    x = values.float().view(*scales.shape, GROUP) * scales.float()[..., None]  # [K / 64, n, 2, 32]
     return x.transpose(0, 1).flatten(1)
 
 
 def _quantise(weights: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
-    """The grid of `quant.blocks.quantise`, bit for bit."""
+    """The grid of `quant.blocks.quantise`, bit for bit: stored values and scales of weights [n, K]."""
+    offset, divisor = FORMATS[fmt].offset, FORMATS[fmt].divisor
     x = F.pad(weights.float(), (0, -weights.shape[1] % BLOCK)).view(len(weights), -1, GROUP)  # [n, groups, 32]
-    largest = x.gather(-1, x.abs().argmax(-1, keepdim=True))[..., 0]
-    scale = largest.abs() / 127 if fmt == "q8" else largest / -8
+    extreme = x.gather(-1, x.abs().argmax(-1, keepdim=True))[..., 0]
+    scale = (extreme.abs() if divisor > 0 else extreme) / divisor
     scaled = x * torch.where(scale == 0, 0.0, 1 / scale)[..., None]
-    scales = scale.half().view(len(x), -1, 2).transpose(0, 1).contiguous()
-    if fmt == "q8":
-        q = torch.trunc(scaled + torch.copysign(torch.full_like(scaled, 0.5), scaled)).to(torch.int8)
-        return q.view(len(x), -1, BLOCK).transpose(0, 1).contiguous(), scales
-    q = torch.trunc(scaled + 8.5).clamp(max=15).to(torch.uint8).view(len(x), -1, 2, GROUP)
-    return (q[:, :, 0] | q[:, :, 1] << 4).transpose(0, 1).contiguous(), scales
+    if divisor > 0:
+        q = torch.trunc(scaled + torch.copysign(torch.full_like(scaled, 0.5), scaled))  # half away from zero
+    else:
+        q = torch.trunc(scaled + (offset + 0.5)).clamp(max=2 * offset - 1) - offset
+    return _stored(q.to(torch.int8).flatten(1), fmt), scale.half().view(len(x), -1, 2).transpose(0, 1).contiguous()
+
+
+def _stored(q: Tensor, fmt: str) -> Tensor:
+    """Whole numbers [n, K] in the layout of `values`."""
+    blocks = q.view(len(q), -1, BLOCK)
+    if stored_bits(fmt) == 4:
+        low, high = (blocks + FORMATS[fmt].offset).to(torch.uint8).chunk(2, dim=-1)
+        blocks = low | high << 4
+    return blocks.transpose(0, 1).contiguous()

@@ -16,9 +16,9 @@ from paceline.models import drafter as drafters
 from paceline.models import gemma4, ops
 from paceline.models.drafter import Drafter
 from paceline.models.gemma4 import Block, Target
-from paceline.models.matrix import FORMATS, Matrix
+from paceline.models.matrix import PLAIN, Matrix
 
-FORMAT_OF = {record.dtype: name for name, record in FORMATS.items() if not record.bits}
+FORMAT_OF = {dtype: name for name, dtype in PLAIN.items()}
 
 
 @dataclass(frozen=True)

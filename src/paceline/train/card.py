@@ -31,27 +31,27 @@ Per-layer embeddings of width 32, double-wide MLPs in the sharing layers, slidin
 bfloat16.
 
 ## Data
-The source of the Python {python} standard library: {files} files, {tokens:.2f} M tokens of a byte-level BPE trained on
-the same files. Tests and generated character tables are left out. {held_out_files} more files, chosen by a hash of
-their path, were seen by neither tokenizer nor models. A quarter of the training sequences are in the chat format: the
-user's turn holds the beginning of a piece of source, the model's turn its continuation. For four fifths of the training
-time sequences had 256 tokens, then 1024; positions beyond 1024 are untrained.
+The source of the Python {python} standard library: {f.files} files, {f.corpus_tokens:.2f} M tokens of a byte-level BPE
+trained on the same files. Tests and generated character tables are left out. {f.held_out_files} more files, chosen by a
+hash of their path, were seen by neither tokenizer nor models. A quarter of the training sequences are in the chat
+format: the user's turn holds the beginning of a piece of source, the model's turn its continuation. For four fifths
+of the training time sequences had 256 tokens, then 1024; positions beyond 1024 are untrained.
 
 ## Figures on the held-out files
 | | |
 | --- | --- |
-| target loss | {nats:.3f} nats a token, {bits:.3f} bits a byte ({held_out_tokens} tokens) |
-| acceptance length on source, greedy, 4 drafts | {on_source:.2f} tokens a round ({on_source_rounds} rounds) |
-| drafts accepted there at depth 1, 2, 3, 4 | {on_source_by_depth} of the rounds |
-| acceptance length while generating, greedy, 4 drafts | {generating:.2f} tokens a round ({generating_rounds} rounds) |
-| drafts accepted there at depth 1, 2, 3, 4 | {generating_by_depth} of the rounds |
+| target loss | {loss.nats_per_token:.3f} nats a token, {loss.bits_per_byte:.3f} bits a byte ({loss.tokens} tokens) |
+| acceptance length on source, greedy, 4 drafts | {source.length:.2f} tokens a round ({source.rounds} rounds) |
+| drafts accepted there at depth 1, 2, 3, 4 | {source} of the rounds |
+| acceptance length while generating, greedy, 4 drafts | {own.length:.2f} tokens a round ({own.rounds} rounds) |
+| drafts accepted there at depth 1, 2, 3, 4 | {own} of the rounds |
 
 "On source" is the first round after 128 tokens of a held-out file, at 12 places of each file. "While generating" is 128
 tokens in a row after 64 tokens from the middle of each file; it is higher because so small a model, decoding greedily,
 soon repeats itself, and repetition is easy to draft.
 
-Target: {target_tokens:.1f} M tokens in {target_minutes:.0f} minutes on {threads} CPU threads of a busy machine.
-Drafter: distilled for {drafter_minutes:.0f} minutes on {drafter_tokens:.1f} M tokens, half of them written by the
+Target: {f.target_tokens:.1f} M tokens in {f.target_minutes:.0f} minutes on {f.threads} CPU threads of a busy machine.
+Drafter: distilled for {f.drafter_minutes:.0f} minutes on {f.drafter_tokens:.1f} M tokens, half of them written by the
 target itself, four steps unrolled.
 
 ## Licence
@@ -59,8 +59,8 @@ The training text is under the Python Software Foundation License Version 2, cop
 so are passages that the model reproduces from it. The weights are published under the same licence.
 
 ## Training it again
-    python -m paceline.train.tiny_python --out DIR --minutes {target_minutes:.0f} \\
-        --drafter-minutes {drafter_minutes:.0f}
+    python -m paceline.train.tiny_python --out DIR --minutes {f.target_minutes:.0f} \\
+        --drafter-minutes {f.drafter_minutes:.0f}
 
 The schedule is boxed in time, so the figures depend on the machine.
 """
@@ -68,18 +68,18 @@ The schedule is boxed in time, so the figures depend on the machine.
 
 @dataclass(frozen=True)
 class Figures:
-    """What the card reports."""
+    """What the card reports; tokens in millions."""
 
     loss: Loss
     on_source: Acceptance
     generating: Acceptance
     files: int
     held_out_files: int
-    corpus_tokens: int
-    target_tokens: int
-    target_seconds: float
-    drafter_tokens: int
-    drafter_seconds: float
+    corpus_tokens: float
+    target_tokens: float
+    target_minutes: float
+    drafter_tokens: float
+    drafter_minutes: float
     threads: int
 
 
@@ -88,33 +88,16 @@ def card(target: Parameters, drafter: Parameters, figures: Figures) -> str:
     target_total, drafter_total = _count(target), _count(drafter)
     table, centroid_rows = _count(drafter, "embed_tokens.weight"), 16 / 128
     return TEMPLATE.format(
+        f=figures,
+        loss=figures.loss,
+        source=figures.on_source,
+        own=figures.generating,
         target_total=target_total,
         target_read=target_total - _count(target, "embed_tokens_per_layer.weight"),
         drafter_total=drafter_total,
         drafter_read=drafter_total - table * (1 - centroid_rows),
         python=platform.python_version(),
-        files=figures.files,
-        held_out_files=figures.held_out_files,
-        tokens=figures.corpus_tokens / 1e6,
-        nats=figures.loss.nats_per_token,
-        bits=figures.loss.bits_per_byte,
-        held_out_tokens=figures.loss.tokens,
-        on_source=figures.on_source.length,
-        on_source_rounds=figures.on_source.rounds,
-        on_source_by_depth=_by_depth(figures.on_source),
-        generating=figures.generating.length,
-        generating_rounds=figures.generating.rounds,
-        generating_by_depth=_by_depth(figures.generating),
-        target_tokens=figures.target_tokens / 1e6,
-        target_minutes=figures.target_seconds / 60,
-        drafter_tokens=figures.drafter_tokens / 1e6,
-        drafter_minutes=figures.drafter_seconds / 60,
-        threads=figures.threads,
     )
-
-
-def _by_depth(acceptance: Acceptance) -> str:
-    return ", ".join(f"{share:.2f}" for share in acceptance.by_depth)
 
 
 def _count(weights: Parameters, only: str = "") -> float:

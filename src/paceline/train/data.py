@@ -76,7 +76,7 @@ class Corpus:
         return cls(tokens, starts, [BOS, *ids(USER_HEADER)], ids(MODEL_HEADER))
 
     def batch(self, generator: np.random.Generator, sequences: int, length: int) -> torch.Tensor:
-        """[sequences, length + 1] tokens: stretches of source behind `<bos>`, a share of them in the chat format."""
+        """[sequences, length + 1] tokens: stretches of source after `<bos>`, a share of them in the chat format."""
         rows = [
             self.chat(generator, length + 1) if generator.random() < CHAT_SHARE else self.plain(generator, length + 1)
             for _ in range(sequences)

@@ -34,7 +34,7 @@ from paceline.train.tokenizer import BOS, EOS, PAD, VOCABULARY
 DEPTH = 4  # draft steps unrolled in training
 CENTROIDS = 128
 CENTROID_WEIGHT = 0.25  # of the centroid loss beside the token loss
-OFF_PATH = 0.2  # weight of a step behind a token that the target itself would not have chosen
+OFF_PATH = 0.2  # weight of a step after a token that the target would not have chosen
 
 
 def drafter_json() -> dict[str, Any]:

@@ -36,10 +36,9 @@ class Acceptance:
         """Tokens per round, the target's own included."""
         return self.tokens / self.rounds
 
-    @property
-    def by_depth(self) -> tuple[float, ...]:
+    def __str__(self) -> str:
         """Share of all rounds whose draft at depth 1, 2, ... was accepted."""
-        return tuple(count / self.rounds for count in self.accepted_at_depth)
+        return ", ".join(f"{count / self.rounds:.2f}" for count in self.accepted_at_depth)
 
 
 @torch.no_grad()

@@ -52,7 +52,7 @@ class Run:
         replicas = [replica(weights) for _ in range(self.workers.count)]
         optimizer = Optimizer(replicas, self.workers, self.decay)
         progress = Progress.resume(self.path, optimizer)
-        compiled = torch.compile(loss, dynamic=False)
+        compiled = torch.compile(loss, dynamic=False, fullgraph=True)
         shapes: set[torch.Size] = set()  # of batches that the loss was compiled for
         losses: deque[float] = deque(maxlen=50)
         while progress.seconds < 60 * self.minutes:

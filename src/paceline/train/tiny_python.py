@@ -68,11 +68,11 @@ def measure(
         generating=acceptance(*pair, held_out_prompts(tokenizer, sources.held_out, 1, 64), 128),
         files=len(sources.training),
         held_out_files=len(sources.held_out),
-        corpus_tokens=corpus_tokens,
-        target_tokens=target_tokens,
-        target_seconds=target_seconds,
-        drafter_tokens=drafter_tokens,
-        drafter_seconds=drafter_seconds,
+        corpus_tokens=corpus_tokens / 1e6,
+        target_tokens=target_tokens / 1e6,
+        target_minutes=target_seconds / 60,
+        drafter_tokens=drafter_tokens / 1e6,
+        drafter_minutes=drafter_seconds / 60,
         threads=threads,
     )
 

@@ -1,6 +1,6 @@
 """The tokenizer of tiny-python: byte-level BPE with Gemma's special tokens, and Gemma 4's turn format.
 
-Byte-level, so every text survives a round trip. A line break and the indentation behind it are one piece before
+Byte-level, so every text survives a round trip. A line break and the indentation after it are one unit before
 merging, so most lines of Python begin with a single token.
 """
 

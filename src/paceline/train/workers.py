@@ -1,7 +1,7 @@
 """Threads that each run whole single-threaded jobs.
 
-Splitting a batch over threads needs one barrier a step; PyTorch's own threads need one an operation, which costs dear
-as soon as another program wants a core.
+Splitting a batch over threads needs one barrier a step. PyTorch's own threads need one for each operation, which is
+slow as soon as another program uses a core.
 """
 
 from __future__ import annotations

@@ -34,7 +34,6 @@ from paceline.types import GREEDY, MAX_DRAFT, BackendInfo, Float32, Int32, Resul
 
 TILE = 16  # rows of the smallest pass
 LEAST_SPAN = 1024  # positions that the smallest recording can look back on
-ROUND_ROWS = MAX_DRAFT + 1  # of a sequence that states are kept of
 
 
 class TorchBackend:
@@ -86,9 +85,8 @@ class TorchBackend:
         # Drafted tokens of the round, MAX_DRAFT for each sequence that drafts, and the drafter's confidence in them.
         self._drafted = torch.zeros(height(slots) * MAX_DRAFT, dtype=torch.int64, device=self.device)
         self._confidence = torch.zeros(len(self._drafted), dtype=torch.float32, device=self.device)
-        # States of each slot's last round, row by row; the last one is for padding. Drafting continues from the row
-        # that is named here.
-        self._states = torch.zeros(slots * ROUND_ROWS + 1, config.hidden_size, dtype=self._dtype, device=self.device)
+        # States of the rows of each slot's last round, and one for padding; drafting continues from `_last_row`.
+        self._states = torch.zeros(slots * max_rows + 1, config.hidden_size, dtype=self._dtype, device=self.device)
         self._last_row: dict[int, int] = {}  # by slot
         self._free = list(range(slots))[::-1]
 
@@ -195,7 +193,7 @@ class TorchBackend:
         params = [round.work.params if round.on_device else None for _, round, _ in sampling]
         rank = any(ranked(p) for p in params if p)
         span = span_of(int(rows[:, 3].max()) + 1)
-        places = [round.work.slot * ROUND_ROWS + row for _, round, row in sampling]
+        places = [round.work.slot * self.info.max_rows + row for _, round, row in sampling]
         sampled_at = [rows[at, 3] + 1 if p else -1 for (at, *_), p in zip(sampling, params, strict=True)]
         words = np.concatenate(
             [
@@ -258,7 +256,7 @@ class TorchBackend:
         drafted = work.draft.tokens or tuple(round.drafted.tolist())
         sampled = accept(work, drafted, sample)
         self._memory.truncate(work.slot, end + len(sampled) - 1)
-        self._last_row[work.slot] = work.slot * ROUND_ROWS + len(sampled) - 1
+        self._last_row[work.slot] = work.slot * self.info.max_rows + len(sampled) - 1
         logits = np.stack(round.logits[: len(sampled)]) if work.logits else None
         return Result(sampled, drafted, tuple(round.confidence.tolist()), logits)
 
@@ -274,8 +272,10 @@ class TorchBackend:
                 raise BackendError(f"slot {work.slot} cannot continue at position {work.position}")
             if work.position + count > info.context:
                 raise BackendError(f"{count} rows at position {work.position} do not fit a context of {info.context}")
-            if not work.tokens or count > info.max_rows or drafts > MAX_DRAFT:
-                raise BackendError(f"a work of {count} rows, {drafts} of them drafts")
+            if not work.tokens or count > info.max_rows:
+                raise BackendError(f"a work of {count} rows, {drafts} of them drafted; the most is {info.max_rows}")
+            if work.draft.length > MAX_DRAFT:
+                raise BackendError(f"{work.draft.length} tokens to draft; the most is {MAX_DRAFT}")
             if work.draft.length and not self._drafter:
                 raise BackendError("no drafter is loaded")
             if work.draft.length and (len(work.tokens) != 1 or work.slot not in self._last_row):

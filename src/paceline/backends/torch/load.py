@@ -38,7 +38,7 @@ def load_backend(
         drafter: the same of the drafter, or None for plain decoding.
         device: of PyTorch, such as cuda, cuda:1, mps or cpu.
         quant: f32, bf16, q8, q4, or auto for the most precise one that fits the device's memory.
-        threads: of PyTorch's work on the processor; None for its own choice.
+        threads: of PyTorch on the processor; None for its default.
         progress: told the file bytes of every tensor as it is read.
         context: positions a slot can hold.
         slots: sequences held at once.

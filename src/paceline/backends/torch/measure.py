@@ -1,4 +1,4 @@
-"""What a device itself can do: the limits that figures are compared with."""
+"""What a device can do: the limits that figures are compared with."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ import time
 import torch
 
 BYTES = 1 << 28  # more than any cache
-
 COPIES = 16
 
 
 class CopyBandwidth:
-    """Copies within a device's memory; call it now and then during a run and take the median of what it saw.
+    """Bandwidth of copies within a device's memory; measure it several times during a run and take the median.
 
     Args:
         device: whose memory.
@@ -45,12 +44,12 @@ class CopyBandwidth:
 
 
 def device_name(device: torch.device) -> str:
-    """What the device calls itself."""
+    """The device's name."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Bytes of the device's memory that were held at most; None where it has no count of its own."""
+    """Most bytes of the device's memory held at a time; None where PyTorch does not count them."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 

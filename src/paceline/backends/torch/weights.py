@@ -13,7 +13,7 @@ from torch import Tensor
 from paceline.checkpoint import Tensors
 from paceline.checkpoint.names import TOKEN_ORDERING, expected_tensors
 from paceline.config import DrafterConfig, TargetConfig
-from paceline.models.matrix import FORMATS, Matrix, pack, plain_format, random, stack
+from paceline.models.matrix import PLAIN, Matrix, pack, plain_format, random, stack
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class CheckpointSource:
 
     def vector(self, name: str) -> Tensor:
         tensor = self._read(name)
-        return tensor.to(FORMATS[plain_format(self.fmt)].dtype) if tensor.is_floating_point() else tensor
+        return tensor.to(PLAIN[plain_format(self.fmt)]) if tensor.is_floating_point() else tensor
 
     def _read(self, name: str) -> Tensor:
         ref = self.tensors.refs[name]
@@ -68,4 +68,4 @@ class RandomSource:
         if name == TOKEN_ORDERING:
             return torch.arange(*shape, device=self.device)
         value = 0.05 if "post_" in name and "norm" in name else 1.0
-        return torch.full(shape, value, dtype=FORMATS[plain_format(self._fmt)].dtype, device=self.device)
+        return torch.full(shape, value, dtype=PLAIN[plain_format(self._fmt)], device=self.device)

@@ -5,23 +5,17 @@ from __future__ import annotations
 from paceline.backends.torch import ops
 from paceline.backends.torch.kernels import attention, head, matmul, rows, sampler
 
-KERNELS = (
-    (ops.norm, rows.norm),
-    (ops.join, rows.join),
-    (ops.gated, rows.gated),
-    (ops.choose, rows.choose),
-    (ops.matmul, matmul.matmul),
-    (ops.scores, matmul.scores),
-    (ops.gate_up, matmul.gate_up),
-    (ops.experts, matmul.experts),
-    (ops.heads, attention.heads),
-    (ops.attend, attention.attend),
-    (ops.centroid_scores, head.centroid_scores),
-    (ops.sample, sampler.sample),
-)
+KERNELS = {
+    rows: ("norm", "join", "gated", "choose"),
+    matmul: ("matmul", "scores", "gate_up", "experts"),
+    attention: ("heads", "attend"),
+    head: ("centroid_scores",),
+    sampler: ("sample",),
+}
 
 
 def install(device: str) -> None:
     """Use the kernels on a kind of device."""
-    for operation, kernel in KERNELS:
-        operation.register_kernel(device)(kernel)
+    for module, names in KERNELS.items():
+        for name in names:
+            getattr(ops, name).register_kernel(device)(getattr(module, name))

@@ -1,9 +1,9 @@
-"""Attention over K/V memory for a few rows: heads' norms and rotation, then each slot's keys in pieces side by side.
+"""Attention over KV caches for a few rows: heads' norms and rotation, then splits of each slot's keys in parallel.
 
-A program takes neighbouring rows of one slot, the heads that share a K/V head, and one piece of the slot's positions.
-Pieces begin at fixed positions, and a row meets the positions it does not see as exact zeros, so what a row sums does
-not depend on the rows beside it. A second kernel puts a row's pieces together, as Flash-Decoding does (Dao et al.,
-2023, https://pytorch.org/blog/flash-decoding/).
+A program takes adjacent rows of one slot, the heads that share a K/V head, and one split of the slot's positions.
+Splits begin at fixed positions, and positions that a row does not see count as exact zeros, so a row's sums do not
+depend on the rows beside it. A second kernel combines a row's splits, as Flash-Decoding does (Dao et al., 2023,
+https://pytorch.org/blog/flash-decoding/).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from paceline.backends.torch.kernels.common import FUSED, product
 
-MOST_PARTS = 1 << 27  # bytes of pieces that wait to be put together
-PIECES = 16  # put together at once
+MOST_BYTES = 1 << 27  # bytes of splits before they are combined
+AT_A_TIME = 16  # splits combined at a time
 
 
 @triton.jit
@@ -63,17 +63,17 @@ def heads_kernel(
 
 
 @triton.jit
-def piece_kernel(
-    queries, keys, values, slots, positions, parts, tops, sums, ring, window, rows, kv_heads, pieces,
+def split_kernel(
+    queries, keys, values, slots, positions, parts, tops, sums, ring, window, rows, kv_heads, splits,
     TOGETHER: tl.constexpr, GROUP: tl.constexpr, SHARING: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
-    PIECE: tl.constexpr, BLOCK: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Unnormalised attention of up to TOGETHER adjacent rows x GROUP heads over one piece of positions.
+    """Unnormalised attention of up to TOGETHER adjacent rows x GROUP heads over one split of positions.
 
-    parts [rows, heads, pieces, SIZE], tops and sums [rows, heads, pieces]; a row's pieces count from its first.
+    parts [rows, heads, splits, SIZE], tops and sums [rows, heads, splits]; a row's splits count from its first.
     GROUP and WIDTH are SHARING heads and SIZE columns, padded to powers of two.
     """
-    row, head, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     slot, position = tl.load(slots + row), tl.load(positions + row)
     before = tl.maximum(row - 1, 0)
     follows = (tl.load(slots + before) == slot) & (tl.load(positions + before) == position - 1)
@@ -85,7 +85,7 @@ def piece_kernel(
         mine = tl.load(positions + r, mask=real, other=-1)
         real = real & (mine - position == r - row) & (tl.load(slots + r, mask=real, other=-1) == slot)
         last = tl.max(tl.where(real, mine, -1), 0)
-        start = (tl.maximum(position - window + 1, 0) // PIECE + piece) * PIECE
+        start = (tl.maximum(position - window + 1, 0) // SPLIT + split) * SPLIT
         if start <= last:
             c = tl.arange(0, WIDTH)
             heads = kv_heads * SHARING
@@ -95,7 +95,7 @@ def piece_kernel(
             total = tl.zeros((TOGETHER * GROUP,), tl.float32)
             acc = tl.zeros((TOGETHER * GROUP, WIDTH), tl.float32)
             memory = (slot * kv_heads + head) * ring
-            for b in range(0, PIECE, BLOCK):
+            for b in range(0, SPLIT, BLOCK):
                 p = start + b + tl.arange(0, BLOCK)
                 at = (memory + p % ring)[:, None] * SIZE + c[None]
                 there = ((p <= last) & (p > position - window))[:, None] & (c < SIZE)[None]
@@ -111,27 +111,27 @@ def piece_kernel(
                 total = total * shrink + tl.sum(share, 1)
                 acc = product(share.to(k.dtype), v, acc * shrink[:, None])
                 top = higher
-            first = tl.maximum(mine - window + 1, 0) // PIECE
-            number = start // PIECE - first
+            first = tl.maximum(mine - window + 1, 0) // SPLIT
+            number = start // SPLIT - first
             real = real & (number >= 0) & (start <= mine)
-            place = of_row * pieces + number
+            place = of_row * splits + number
             tl.store(tops + place, top, mask=real)
             tl.store(sums + place, total, mask=real)
             tl.store(parts + place[:, None] * SIZE + c[None], acc, mask=real[:, None] & (c < SIZE)[None])
 
 
 @triton.jit
-def whole_kernel(
-    parts, tops, sums, positions, out, window, pieces,
-    SIZE: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr, AT_ONCE: tl.constexpr,
+def combine_kernel(
+    parts, tops, sums, positions, out, window, splits,
+    SIZE: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """A row's pieces of one head put together: out [rows, heads, SIZE]; zeros for padding."""
+    """A row's splits of one head combined: out [rows, heads, SIZE]; zeros for padding."""
     row, head = tl.program_id(0), tl.program_id(1)
     position = tl.load(positions + row)
-    first = tl.maximum(position - window + 1, 0) // PIECE
-    count = tl.where(position < 0, 0, position // PIECE - first + 1).to(tl.int32)
+    first = tl.maximum(position - window + 1, 0) // SPLIT
+    count = tl.where(position < 0, 0, position // SPLIT - first + 1).to(tl.int32)
     c, i = tl.arange(0, WIDTH), tl.arange(0, AT_ONCE)
-    place = (row.to(tl.int64) * tl.num_programs(1) + head) * pieces
+    place = (row.to(tl.int64) * tl.num_programs(1) + head) * splits
     top = tl.full((AT_ONCE,), float("-inf"), tl.float32)
     for start in range(0, count, AT_ONCE):
         n = start + i
@@ -180,25 +180,26 @@ def attend(
     kv_heads, ring, size = keys.shape[1:]
     rows, heads = len(queries), queries.shape[1] // size
     shape = shape_of(heads // kv_heads, size, kv_heads)
-    seen = min(window, span)  # a piece more where they begin in the middle of one
-    pieces = triton.cdiv(seen, shape["PIECE"]) + 1
-    # Rows in the middle of a program's reach further than its first.
-    programs = triton.cdiv(seen + shape["TOGETHER"], shape["PIECE"]) + 1
+    seen = min(window, span)  # one more where the window begins inside a split
+    splits = triton.cdiv(seen, shape["SPLIT"]) + 1
+    # The last rows of a program see further than its first.
+    programs = triton.cdiv(seen + shape["TOGETHER"], shape["SPLIT"]) + 1
     out = torch.empty_like(queries)
-    at_once = max(16, MOST_PARTS // (heads * pieces * size * 4) // 16 * 16)
+    at_once = max(16, MOST_BYTES // (heads * splits * size * 4) // 16 * 16)
     for start in range(0, rows, at_once):
         part = slice(start, start + at_once)
         count = len(queries[part])
-        parts = torch.empty((count, heads, pieces, size), dtype=torch.float32, device=keys.device)
-        tops, sums = torch.empty((2, count, heads, pieces), dtype=torch.float32, device=keys.device)
-        piece_kernel[(count, kv_heads, programs)](
+        parts = torch.empty((count, heads, splits, size), dtype=torch.float32, device=keys.device)
+        tops, sums = torch.empty((2, count, heads, splits), dtype=torch.float32, device=keys.device)
+        split_kernel[(count, kv_heads, programs)](
             queries[part], keys, values, slots[part], positions[part], parts, tops, sums, ring, window, count, kv_heads,
-            pieces, **shape, num_warps=4, num_stages=2, **FUSED,
+            splits, **shape, num_warps=4, num_stages=2, **FUSED,
         )  # fmt: skip
-        sizes = {key: shape[key] for key in ("SIZE", "WIDTH", "PIECE")}
-        whole_kernel[(count, heads)](
-            parts, tops, sums, positions[part], out[part], window, pieces, **sizes, AT_ONCE=PIECES, num_warps=4, **FUSED
-        )
+        sizes = {key: shape[key] for key in ("SIZE", "WIDTH", "SPLIT")}
+        combine_kernel[(count, heads)](
+            parts, tops, sums, positions[part], out[part], window, splits, **sizes, AT_ONCE=AT_A_TIME, num_warps=4,
+            **FUSED,
+        )  # fmt: skip
     return out
 
 
@@ -211,6 +212,6 @@ def shape_of(sharing: int, size: int, kv_heads: int) -> dict[str, int]:
         "TOGETHER": max(1, (16 if wide else 32) // group),
         "SIZE": size,
         "WIDTH": max(16, triton.next_power_of_2(size)),
-        "PIECE": 128 if kv_heads <= 2 else 256,
+        "SPLIT": 128 if kv_heads <= 2 else 256,
         "BLOCK": 16 if wide else 32,
     }

@@ -14,7 +14,7 @@ TILE = 16  # rows of every matrix product, whatever the pass: one order of summa
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
-# Whether `a * b + c` may round once, said everywhere, for the default depends on Triton's release.
+# Whether `a * b + c` may round once: always given, because the default depends on Triton's release.
 FUSED, ROUNDED = {"enable_fp_fusion": True}, {"enable_fp_fusion": False}
 
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from paceline.backends.torch.kernels.common import FUSED, INTERPRETED, TILE, capped, gelu, product, whole
-from paceline.models.matrix import FORMATS, Matrix
+from paceline.models.matrix import Matrix, stored_bits
 
 _TILE = tl.constexpr(TILE)
 
@@ -197,7 +197,7 @@ def scores(x: Tensor, values: Tensor, scales: Tensor | None, fmt: str, cap: floa
 
 
 def _product(x: Tensor, values: Tensor, scales: Tensor | None, fmt: str, out: torch.dtype, cap: float) -> Tensor:
-    rows, outputs, bits = len(x), Matrix(values, scales, fmt).outputs, FORMATS[fmt].bits
+    rows, outputs, bits = len(x), Matrix(values, scales, fmt).outputs, stored_bits(fmt)
     result = torch.empty((rows, outputs), dtype=out, device=x.device)
     shape = shape_of(outputs, bits, x.dtype)
     matmul_kernel[(triton.cdiv(rows, TILE), triton.cdiv(outputs, shape["N"]))](
@@ -236,7 +236,7 @@ def experts(
     rows, hidden = x.shape
     activations = _gate(x, chosen, gate_up, gate_up_scales, gate_up_fmt, count)
     parts = torch.empty((count, rows, hidden), dtype=x.dtype, device=x.device)
-    bits = FORMATS[down_fmt].bits
+    bits = stored_bits(down_fmt)
     shape = shape_of(hidden, bits, x.dtype)
     down_kernel[(triton.cdiv(rows, TILE), triton.cdiv(hidden, shape["N"]), count)](
         activations, chosen, down, pairs(down_scales), parts, rows, hidden, activations.shape[2], BITS=bits,
@@ -251,7 +251,7 @@ def experts(
 
 def _gate(x: Tensor, chosen: Tensor | None, values: Tensor, scales: Tensor | None, fmt: str, count: int) -> Tensor:
     """gelu(gate) * up of `count` experts: [count, M, N]."""
-    rows, width, bits = len(x), Matrix(values, scales, fmt).outputs // count // 2, FORMATS[fmt].bits
+    rows, width, bits = len(x), Matrix(values, scales, fmt).outputs // count // 2, stored_bits(fmt)
     out = torch.empty((count, rows, width), dtype=x.dtype, device=x.device)
     shape = shape_of(width, bits, x.dtype)
     gate_kernel[(triton.cdiv(rows, TILE), triton.cdiv(width, shape["N"]), count)](
