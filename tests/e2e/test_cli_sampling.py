@@ -80,7 +80,6 @@ def test_log_probabilities(capsys: pytest.CaptureFixture[str]) -> None:
         (("--logit-bias", "99999=1"), "token 99999"),
         (("--logit-bias", "5"), "'5'; give a token id and a number"),
         (("--logit-bias", "5=nan"), "'5=nan'"),
-        (("--acceptance-rule", "luck"), "use coupled or rejection"),
         (("--logprobs", "2"), "goes with --json"),
         (("--json", "--logprobs", "101"), "logprobs is 101"),
     ],
@@ -92,10 +91,3 @@ def test_bad_settings(capsys: pytest.CaptureFixture[str], options: tuple[str, ..
     assert err.startswith("paceline: error: ")
     assert cause in err
     assert len(err.splitlines()) == 1
-
-
-def test_rejection_sampling_can_be_chosen(capsys: pytest.CaptureFixture[str]) -> None:
-    options = ("--acceptance-rule", "rejection", "--draft-tokens", "3", "--seed", "4")
-    first, again = generate(capsys, *options), generate(capsys, *options)
-    assert first["text"] == again["text"]
-    assert first["accepted"] > 0

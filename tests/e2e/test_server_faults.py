@@ -18,7 +18,7 @@ import httpx
 import openai
 import pytest
 
-from paceline.server.guard import Guard
+from paceline.server.access import AccessMiddleware
 from tests.serving import scripted_engine, serving, wait_until
 
 CHAT = [{"role": "user", "content": "Hi"}]
@@ -140,7 +140,7 @@ def test_ignored_fields_are_named(server: SimpleNamespace) -> None:
 
 
 def test_size_is_bounded_with_and_without_a_length() -> None:
-    with serving(scripted_engine("Hi"), most_bytes=2000) as server:
+    with serving(scripted_engine("Hi"), max_bytes=2000) as server:
         big = json.dumps({"messages": [{"role": "user", "content": "x" * 5000}]}).encode()
         headers = {"content-type": "application/json"}
         for content in (big, iter([big[:1000], big[1000:]])):  # the second is sent in chunks
@@ -167,7 +167,7 @@ def test_a_lost_client_frees_its_slot_within_a_round(stream: bool) -> None:
             wait_until(lambda: not engine.scheduler.running, 1.0)
             assert sequence.finish == "cancelled"
             assert len(sequence.generated) <= written + 16  # the round that ran
-        assert server.service.runner._jobs == set()
+        assert server.service.runner._requests == set()
         assert server.service.metrics._last == {}
 
 
@@ -193,7 +193,7 @@ def test_a_full_queue_says_so() -> None:
 def test_a_request_that_takes_too_long_is_ended() -> None:
     engine = scripted_engine(LONG, slots=1)
     engine.backend.seconds = 0.05
-    with serving(engine, most_seconds=0.3) as server:
+    with serving(engine, max_seconds=0.3) as server:
         answer = post(server, "/v1/chat/completions", messages=CHAT)
         assert (answer.status_code, answer.json()["error"]["code"]) == (408, "timeout")
         with httpx.stream(
@@ -243,7 +243,7 @@ def test_every_key_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch)
         return one == other
 
     monkeypatch.setattr("hmac.compare_digest", watched)
-    guard = Guard(lambda *_: asyncio.sleep(0), ["a", "b" * 50, "c"], [], 10)
+    guard = AccessMiddleware(lambda *_: asyncio.sleep(0), ["a", "b" * 50, "c"], [], 10)
     scope = {"type": "http", "path": "/v1/models", "headers": [(b"authorization", b"Bearer a")]}
     asyncio.run(guard(scope, lambda: asyncio.sleep(0), lambda _: asyncio.sleep(0)))
     assert len(compared) == 3
@@ -332,7 +332,7 @@ def test_a_refused_request_leaves_no_room_taken() -> None:
         busy.join(20)
         assert post(server, "/v1/chat/completions", messages=CHAT, n=3).status_code == 200
         wait_until(lambda: not engine.scheduler.busy)
-        assert server.service.runner._jobs == set()
+        assert server.service.runner._requests == set()
 
 
 def chain(links: int) -> dict:
@@ -418,7 +418,7 @@ def test_logprobs_are_those_of_the_content_alone() -> None:
 def test_a_reader_that_stands_still_is_ended_in_time() -> None:
     engine = scripted_engine(LONG, slots=1)
     engine.backend.seconds = 0.02
-    with serving(engine, most_seconds=0.5) as server:
+    with serving(engine, max_seconds=0.5) as server:
         body = json.dumps({"messages": CHAT, "stream": True}).encode()
         head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1]))) as connection:

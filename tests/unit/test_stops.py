@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from paceline.errors import SettingsError
-from paceline.text.stops import StoppedText, check_stops
+from paceline.text.stops import StopStringFilter, check_stops
 
 
 class Pieces:
@@ -24,7 +24,7 @@ class Pieces:
 
 
 def read(pieces: list[str], stops: tuple[str, ...], rest: str = "") -> tuple[list[str], bool]:
-    text = StoppedText(Pieces(pieces, rest), stops)
+    text = StopStringFilter(Pieces(pieces, rest), stops)
     seen = []
     for token in range(len(pieces)):
         seen.append(text.push(token))

@@ -22,7 +22,7 @@ from paceline.config import (
     token_ids,
 )
 from paceline.errors import CheckpointError
-from paceline.types import SamplingParams
+from paceline.sampling_params import PARAMETERS, SamplingParams
 
 Config = TypeVar("Config")
 PACKED_NAME = "model.paceline"  # packed weights, in a folder that `paceline convert` made
@@ -81,16 +81,17 @@ class Checkpoint:
         """
         path = self.folder / "generation_config.json"
         suppressed = token_ids(self.generation.get("suppress_tokens"), f"{path}: suppress_tokens")
-        numbers = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
-        for name, default in numbers.items():
+        sampled = bool(self.generation.get("do_sample"))
+        numbers: dict[str, Any] = {"temperature": 1.0} if sampled else {}
+        for name, parameter in PARAMETERS.items():
             value = self.generation.get(name)
-            value = default if value is None else value
-            if isinstance(value, bool) or not isinstance(value, int if name == "top_k" else (int, float)):
+            if value is None or not parameter.in_checkpoint:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int if parameter.kind is int else (int, float)):
                 raise CheckpointError(f"{path}: {name} is {value!r}; it must be a number")
-            numbers[name] = value
-        if not self.generation.get("do_sample"):
-            numbers |= {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-        return SamplingParams(**numbers, suppressed=suppressed)  # type: ignore[arg-type]
+            if sampled or not parameter.only_sampling:
+                numbers[name] = value
+        return SamplingParams(**numbers, suppressed=suppressed)
 
     def target_config(self) -> TargetConfig:
         """The settings as a target's.

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from paceline.cli import options as opt
-from paceline.cli import sampling as draw
 from paceline.cli.chat_terminal import Terminal
 from paceline.cli.conversation import Conversation, Turn, figures
+from paceline.cli.sampling import Changes, StopOption, with_sampling_options
 from paceline.errors import PacelineError, PromptError
+from paceline.sampling_params import check_sampling_params
 
 if TYPE_CHECKING:
     from paceline import Engine
@@ -21,7 +23,9 @@ FAILED = 1  # what a pipe's last command returns when a line of it failed
 CACHE_MEMORY = 1 << 30  # bytes for what was read of the conversation
 
 
+@with_sampling_options
 def chat(
+    sampling: Changes,
     model: opt.ModelOption = opt.DEFAULT_MODEL,
     drafter: opt.DrafterOption = "auto",
     system: Annotated[str, typer.Option(help="The system prompt.", metavar="TEXT", show_default=False)] = "",
@@ -34,16 +38,7 @@ def chat(
         int | None,
         typer.Option(help="Tokens a conversation may hold; the model's limit, at most 32768, if not given.", min=2),
     ] = None,
-    temperature: draw.TemperatureOption = None,
-    top_k: draw.TopKOption = None,
-    top_p: draw.TopPOption = None,
-    min_p: draw.MinPOption = None,
-    repetition_penalty: draw.RepetitionOption = None,
-    presence_penalty: draw.PresenceOption = None,
-    frequency_penalty: draw.FrequencyOption = None,
-    logit_bias: draw.BiasOption = None,
-    seed: draw.SeedOption = None,
-    stop: draw.StopOption = None,
+    stop: StopOption = None,
 ) -> None:
     """Talk with a model.
 
@@ -58,7 +53,6 @@ def chat(
       paceline chat --temperature 0.7 < questions.txt
     """
     import paceline
-    from paceline.decode.sampling_params import check_sampling_params
     from paceline.text.stops import check_stops
 
     engine = paceline.load(
@@ -74,20 +68,8 @@ def chat(
     )
     if engine.chat_template is None:
         raise PromptError(f"{model}: has no chat template; use paceline generate --raw, or the -it model")
-    sampling = draw.sampling_of(
-        engine.sampling,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        bias=logit_bias,
-        seed=seed,
-    )
-    check_sampling_params(sampling, engine.backend.vocab_size)
-    conversation = Conversation(engine, sampling, max_tokens, check_stops(stop or ()), system=system)
+    params = check_sampling_params(replace(engine.sampling, **sampling), engine.backend.vocab_size)
+    conversation = Conversation(engine, params, max_tokens, check_stops(stop or ()), system=system)
     interactive = all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
     if not converse(conversation, Terminal(_title(model, engine)) if interactive else Pipe()) and not interactive:
         raise typer.Exit(FAILED)

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 
 from paceline.errors import PromptError, SettingsError
 from paceline.files import atomic_file
+from paceline.sampling_params import PARAMETERS, SamplingParams, check_sampling_params
 
 if TYPE_CHECKING:
     from paceline import Engine, Stream
     from paceline.engine.engine import DraftTokens
-    from paceline.types import Event, SamplingParams, Statistics
+    from paceline.types import Event, Statistics
 
     Message = dict[str, str]  # role and content
 
@@ -143,13 +144,12 @@ class Conversation:
         return Reply(f"{len(self.messages)} messages come from {path}")
 
     def set(self, rest: str) -> Reply:
-        from paceline.decode.sampling_params import check_sampling_params
         from paceline.engine.engine import check_draft_tokens
 
         name, _, word = rest.partition(" ")
         name = name.replace("-", "_")
         if not name:
-            return Reply("\n".join(f"{name:<13} {value}" for name, value in self._settings().items()))
+            return Reply("\n".join(f"{name:<18} {value}" for name, value in self._settings().items()))
         if name not in self._settings():
             raise SettingsError(f"there is no setting {name!r}; there are {', '.join(self._settings())}")
         value = _value(name, word.strip())
@@ -169,11 +169,9 @@ class Conversation:
         return [{"role": "system", "content": self.system}] if self.system else []
 
     def _settings(self) -> dict[str, object]:
-        names = ("temperature", "top_k", "top_p", "min_p")
         depth = self.engine.draft_tokens if self.draft_tokens is None else self.draft_tokens
         return {
-            **{name: getattr(self.sampling, name) for name in names},
-            "seed": "auto" if self.sampling.seed is None else self.sampling.seed,
+            **{name: "auto" if (value := getattr(self.sampling, name)) is None else value for name in PARAMETERS},
             "max_tokens": self.max_tokens,
             "draft_tokens": depth,
         }
@@ -281,7 +279,7 @@ def _value(name: str, word: str) -> float | str | None:
     if word == "auto" and name in ("seed", "draft_tokens"):
         return None if name == "seed" else word
     try:
-        return int(word) if name in ("top_k", "seed", "max_tokens", "draft_tokens") else float(word)
+        return PARAMETERS[name].kind(word) if name in PARAMETERS else int(word)
     except ValueError:
         raise SettingsError(f"{name} cannot be {word!r}; give a number") from None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,24 +17,11 @@ from paceline.cli.options import (
     MaxTokensOption,
     ModelOption,
     QuantOption,
-    RuleOption,
     ThreadsOption,
     draft_tokens_of,
     load,
 )
-from paceline.cli.sampling import (
-    BiasOption,
-    FrequencyOption,
-    MinPOption,
-    PresenceOption,
-    RepetitionOption,
-    SeedOption,
-    StopOption,
-    TemperatureOption,
-    TopKOption,
-    TopPOption,
-    sampling_of,
-)
+from paceline.cli.sampling import Changes, StopOption, with_sampling_options
 from paceline.errors import PromptError, SettingsError
 
 if TYPE_CHECKING:
@@ -44,28 +31,20 @@ if TYPE_CHECKING:
 INTERRUPTED = 130  # what shells report for a command that Ctrl-C ended
 
 
+@with_sampling_options
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to continue or answer; - reads it from stdin.", metavar="PROMPT")],
+    sampling: Changes,
     model: ModelOption = DEFAULT_MODEL,
     drafter: DrafterOption = "auto",
     max_tokens: MaxTokensOption = 256,
     draft_tokens: DraftTokensOption = "auto",
-    acceptance_rule: RuleOption = "coupled",
     device: DeviceOption = "cpu",
     quant: QuantOption = "auto",
     threads: ThreadsOption = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the prompt as it stands, without the model's chat template.")
     ] = False,
-    temperature: TemperatureOption = None,
-    top_k: TopKOption = None,
-    top_p: TopPOption = None,
-    min_p: MinPOption = None,
-    repetition_penalty: RepetitionOption = None,
-    presence_penalty: PresenceOption = None,
-    frequency_penalty: FrequencyOption = None,
-    logit_bias: BiasOption = None,
-    seed: SeedOption = None,
     stop: StopOption = None,
     logprobs: Annotated[
         int | None,
@@ -91,24 +70,11 @@ def generate(
     if logprobs is not None and not as_json:
         raise SettingsError("--logprobs goes with --json; add it")
     engine = load(model, drafter, quant, threads, draft_tokens_of(draft_tokens), device)
-    sampling = sampling_of(
-        engine.sampling,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        bias=logit_bias,
-        seed=seed,
-    )
     stream = engine.stream(
         text,
-        sampling=sampling,
+        sampling=replace(engine.sampling, **sampling),
         max_tokens=max_tokens,
         stop=stop or (),
-        acceptance_rule=acceptance_rule,
         logprobs=logprobs,
         raw=raw,
     )

@@ -33,11 +33,6 @@ DraftTokensOption = Annotated[
         metavar="auto|N",
     ),
 ]
-RULE_HELP = (
-    "When a draft is accepted: coupled (when it equals the model's own draw; the text never depends on the drafter) or "
-    "rejection (the ratio test: right in distribution, but the drafter then has a say in which text it is)."
-)
-RuleOption = Annotated[str, typer.Option(help=RULE_HELP, metavar="coupled|rejection")]
 MaxTokensOption = Annotated[int, typer.Option(help="Stop after this many tokens.", min=1)]
 QuantOption = Annotated[
     str,

@@ -74,7 +74,7 @@ def serve(
       paceline serve google/gemma-4-E2B-it --quant q4
       paceline serve ./gemma-4-E4B-it --host 0.0.0.0 --api-key secret
     """
-    most_bytes, memory = bytes_of("--max-body", max_body), bytes_of("--cache-memory", cache_memory)
+    max_bytes, memory = bytes_of("--max-body", max_body), bytes_of("--cache-memory", cache_memory)
     if any(not key.strip() for key in api_key or ()) or not os.environ.get(KEYS_VARIABLE, "x").strip():
         raise SettingsError(f"--api-key or {KEYS_VARIABLE} is empty; give a key, or leave it out")
     listening = _listen(host, port)  # before the weights are read: a port in use is said at once
@@ -100,8 +100,8 @@ def serve(
         names=tuple(served_name or dict.fromkeys((model, Path(model).name))),
         keys=tuple(key.strip() for key in api_key or ()),
         hosts=(*LOOPBACK_NAMES, host) if _is_loopback(host) else (),
-        most_bytes=most_bytes,
-        most_seconds=timeout,
+        max_bytes=max_bytes,
+        max_seconds=timeout,
         log_prompts=log_prompts,
     )
     if not settings.hosts and not settings.keys:
@@ -151,7 +151,7 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _run(app: object, listening: socket.socket, most_seconds: float) -> None:
+def _run(app: object, listening: socket.socket, max_seconds: float) -> None:
     import uvicorn
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
@@ -172,6 +172,6 @@ def _run(app: object, listening: socket.socket, most_seconds: float) -> None:
         log_config=None,
         server_header=False,
         lifespan="on",
-        timeout_graceful_shutdown=int(most_seconds) + 1,  # for clients that do not read on
+        timeout_graceful_shutdown=int(max_seconds) + 1,  # for clients that do not read on
     )
     Server(config).run(sockets=[listening])

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from paceline.decode.draft_length import Costs, State, next_plan, observe
 from paceline.decode.rules import Rule
 from paceline.decode.sampling_params import Grammar, History
-from paceline.text.stops import StoppedText, TokenDecoder
+from paceline.text.stops import StopStringFilter, TokenDecoder
 from paceline.types import Commit, Event, FinishReason, Float32, Line, Plan, Statistics, TokenDelta
 
 MOST_FORCED = 15  # with the round's own token a verification of sixteen rows
@@ -43,7 +43,7 @@ class Sequence:
     def __post_init__(self) -> None:
         self.prompt_length = len(self.tokens)
         self.history = History(self.tokens, self.grammar)
-        self._text = StoppedText(self.detokenizer, self.stops)
+        self._text = StopStringFilter(self.detokenizer, self.stops)
         self._started = time.perf_counter()
         self._admitted = self._first_token = self._latest = self._started
         self._resumed = self._tokens = self._rounds = self._drafted = 0
