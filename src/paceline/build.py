@@ -11,7 +11,6 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from paceline.backends.cpu.backend import CpuBackend, default_threads
-from paceline.backends.cpu.pack_cache import cache_folder
 from paceline.backends.cpu.sources import Source, open_source
 from paceline.backends.formats import DRAFTER_FORMAT, check_quant
 from paceline.checkpoint import Checkpoint, locate, locate_drafter
@@ -22,6 +21,7 @@ from paceline.engine.engine import DraftTokens, Engine, Experience, check_draft_
 from paceline.engine.prefix import PrefixCache
 from paceline.engine.scheduler import Scheduler
 from paceline.errors import BackendError, CheckpointError, SettingsError
+from paceline.files import cache_folder
 from paceline.text.chat import ChatTemplate
 from paceline.text.tokenizer import Tokenizer
 

@@ -1,8 +1,7 @@
 """Model settings: Gemma 4 targets and their MTP drafters, resolved layer by layer.
 
 Reads a checkpoint's `config.json` in either of its spellings (`global_head_dim` and `num_global_key_value_heads` in the
-official files, `per_layer_config` in files written by transformers) and refuses what it does not understand. It does
-not look at weights, tokenizers or files.
+official files, `per_layer_config` in files written by transformers) and rejects unsupported values.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Stack:
-    """What targets and drafters have in common."""
+    """The fields that targets and drafters have in common."""
 
     vocab_size: int
     hidden_size: int
@@ -70,7 +69,7 @@ class Stack:
         return self.rope_sliding if layer.sliding else self.rope_full
 
     def last_layer(self, *, sliding: bool) -> int | None:
-        """Index of the last layer of that type with K/V of its own: what shared layers and drafters read."""
+        """Index of the last layer of that type with its own K/V, which shared layers and drafters attend to."""
         own = [i for i, layer in enumerate(self.layers) if layer.sliding == sliding and layer.kv_source == i]
         return own[-1] if own else None
 
@@ -90,7 +89,7 @@ class TargetConfig(Stack):
 
     @property
     def first_shared_layer(self) -> int:
-        """Layers from here on have no K/V of their own; the number of layers if none is shared."""
+        """The first layer without its own K/V; the number of layers if there is none."""
         return next((i for i, layer in enumerate(self.layers) if layer.kv_source != i), len(self.layers))
 
 
@@ -208,24 +207,24 @@ def drafter_config(config: Mapping[str, Any]) -> DrafterConfig:
 def check_pair(target: TargetConfig, drafter: DrafterConfig) -> None:
     """Raise `PairError` with the two numbers that disagree if the drafter cannot read this target's cache."""
 
-    def same(what: str, ours: object, theirs: object) -> None:
+    def check_equal(what: str, ours: object, theirs: object) -> None:
         if ours != theirs:
             raise PairError(
                 f"the drafter does not fit the target: {what} is {theirs} in the drafter and {ours} in the target; "
                 "use the target's own drafter, or --drafter none"
             )
 
-    same("the target's hidden size (backbone_hidden_size)", target.hidden_size, drafter.backbone_hidden_size)
-    same("vocab_size", target.vocab_size, drafter.vocab_size)
-    same("sliding_window", target.sliding_window, drafter.sliding_window)
+    check_equal("the target's hidden size (backbone_hidden_size)", target.hidden_size, drafter.backbone_hidden_size)
+    check_equal("vocab_size", target.vocab_size, drafter.vocab_size)
+    check_equal("sliding_window", target.sliding_window, drafter.sliding_window)
     for layer in drafter.layers:
         source = target.last_layer(sliding=layer.sliding)
         kind = "sliding" if layer.sliding else "full"
         if source is None:
             raise PairError(f"the drafter has {kind}-attention layers and the target has none; use --drafter none")
-        same(f"head_dim of {kind} layers", target.layers[source].head_dim, layer.head_dim)
-        same(f"number of K/V heads of {kind} layers", target.layers[source].kv_heads, layer.kv_heads)
-        same(f"rope of {kind} layers", target.rope(target.layers[source]), drafter.rope(layer))
+        check_equal(f"head_dim of {kind} layers", target.layers[source].head_dim, layer.head_dim)
+        check_equal(f"number of K/V heads of {kind} layers", target.layers[source].kv_heads, layer.kv_heads)
+        check_equal(f"rope of {kind} layers", target.rope(target.layers[source]), drafter.rope(layer))
 
 
 def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""`paceline generate`: text to stdout as it comes, statistics to stderr."""
+"""`paceline generate`: streams text to stdout, and prints statistics to stderr."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from paceline.cli.options import (
     ModelOption,
     QuantOption,
     ThreadsOption,
-    draft_tokens_of,
     load,
 )
 from paceline.cli.sampling import Changes, StopOption, with_sampling_options
@@ -28,12 +27,12 @@ if TYPE_CHECKING:
     from paceline import Engine, Stream
     from paceline.types import Event, Logprobs, SamplingParams, Statistics
 
-INTERRUPTED = 130  # what shells report for a command that Ctrl-C ended
+INTERRUPTED = 130  # the shell's exit code after Ctrl-C
 
 
 @with_sampling_options
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to continue or answer; - reads it from stdin.", metavar="PROMPT")],
+    prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from stdin.", metavar="PROMPT")],
     sampling: Changes,
     model: ModelOption = DEFAULT_MODEL,
     drafter: DrafterOption = "auto",
@@ -42,21 +41,18 @@ def generate(
     device: DeviceOption = "cpu",
     quant: QuantOption = "auto",
     threads: ThreadsOption = None,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Continue the prompt as it stands, without the model's chat template.")
-    ] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt without the model's chat template.")] = False,
     stop: StopOption = None,
     logprobs: Annotated[
         int | None,
-        typer.Option(help="With --json: log-probabilities of tokens and of N alternatives.", metavar="N", min=0),
+        typer.Option(help="With --json: log-probabilities of each token and of N alternatives.", metavar="N", min=0),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming text.")] = False,
 ) -> None:
-    """Write text from a prompt.
+    """Generate text from a prompt.
 
-    The text is the same with and without the drafter, which only makes it come
-    faster. Text goes to stdout, statistics go to stderr. Ctrl-C stops and
-    keeps what was written.
+    The text is the same with and without the drafter, only faster. Text goes to
+    stdout, statistics go to stderr. Ctrl-C stops and keeps the text so far.
 
     \b
     Examples:
@@ -68,8 +64,8 @@ def generate(
     """
     text = _read_stdin() if prompt == "-" else prompt
     if logprobs is not None and not as_json:
-        raise SettingsError("--logprobs goes with --json; add it")
-    engine = load(model, drafter, quant, threads, draft_tokens_of(draft_tokens), device)
+        raise SettingsError("--logprobs needs --json; add it")
+    engine = load(model, drafter=drafter, quant=quant, threads=threads, draft_tokens=draft_tokens, device=device)
     stream = engine.stream(
         text,
         sampling=replace(engine.sampling, **sampling),

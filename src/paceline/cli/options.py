@@ -1,9 +1,9 @@
-"""Options that several verbs share, and the loading of a model with them."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,25 +20,24 @@ ModelOption = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP, meta
 DrafterOption = Annotated[
     str,
     typer.Option(
-        help="The model's MTP drafter: a folder, a hub id, none, or auto for the one named like the model with "
-        "-assistant at the end.",
+        help="The model's MTP drafter: a folder or hub id; none disables speculative decoding; auto looks for the "
+        "model's name with -assistant appended.",
         metavar="auto|none|MODEL",
     ),
 ]
 DraftTokensOption = Annotated[
     str,
     typer.Option(
-        help="Tokens to draft in each round: a number (0 is plain decoding), or auto for as many as pay on this "
-        "machine and this text.",
+        help="Draft length: a number of tokens (0 is plain decoding), or auto to adapt it to machine and text.",
         metavar="auto|N",
     ),
 ]
-MaxTokensOption = Annotated[int, typer.Option(help="Stop after this many tokens.", min=1)]
+MaxTokensOption = Annotated[int, typer.Option(help="Maximum number of generated tokens.", min=1)]
 QuantOption = Annotated[
     str,
     typer.Option(
-        help="Weights in memory: f32 as the reference, bf16 as in the files, q8 and q4 smaller and faster; auto "
-        "chooses for this machine.",
+        help="Weight format in memory: f32 is the reference, bf16 as in the files, q8 and q4 are smaller and faster; "
+        "auto is the most precise one that fits into memory.",
         metavar="auto|f32|bf16|q8|q4",
     ),
 ]
@@ -50,7 +49,7 @@ DeviceOption = Annotated[
     ),
 ]
 ThreadsOption = Annotated[
-    int | None, typer.Option(help="Processor threads; one per core if not given.", min=1, show_default=False)
+    int | None, typer.Option(help="Processor threads; default: one per physical core.", min=1, show_default=False)
 ]
 
 
@@ -68,23 +67,17 @@ def draft_tokens_of(text: str) -> DraftTokens:
         raise SettingsError(f"--draft-tokens is {text!r}; give a number, or auto") from None
 
 
-def load(
-    model: str, drafter: str, quant: str, threads: int | None, draft_tokens: DraftTokens, device: str = "cpu"
-) -> Engine:
-    """Load a pair; notices go to stderr."""
+def load(model: str, *, draft_tokens: str = "auto", **settings: Any) -> Engine:
+    """Load a pair with notices on stderr; see `paceline.load`.
+
+    Raises:
+        SettingsError: `draft_tokens`, a value of --draft-tokens, is neither a number nor auto; or see `paceline.load`.
+    """
     import paceline  # here, so that `paceline --help` starts at once
 
-    return paceline.load(
-        model,
-        drafter=drafter,
-        device=device,
-        quant=quant,
-        threads=threads,
-        draft_tokens=draft_tokens,
-        notify=note,
-    )
+    return paceline.load(model, draft_tokens=draft_tokens_of(draft_tokens), notify=note, **settings)
 
 
 def note(line: str) -> None:
-    """A one-line notice, on stderr."""
+    """Print a one-line notice to stderr."""
     print(f"paceline: {line}", file=sys.stderr, flush=True)
