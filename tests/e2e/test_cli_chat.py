@@ -105,7 +105,7 @@ def test_the_system_prompt(conversation: Conversation) -> None:
 def test_undo(conversation: Conversation) -> None:
     ask(conversation, "one")
     ask(conversation, "two")
-    assert ask(conversation, "/undo") == "taken back: two"
+    assert ask(conversation, "/undo") == "removed: two"
     assert [message["content"] for message in conversation.turns][::2] == ["one"]
     ask(conversation, "/undo")
     for command in ("/undo", "/retry"):
@@ -136,7 +136,7 @@ def test_settings(conversation: Conversation) -> None:
     assert (conversation.max_tokens, conversation.draft_tokens) == (2, 1)
     assert ask(conversation, "/set").split()[:2] == ["temperature", "0.5"]
     ask(conversation, "hello")
-    assert conversation.measured[-1].tokens == 2
+    assert conversation.statistics[-1].tokens == 2
     ask(conversation, "/set seed auto")
     ask(conversation, "/set draft_tokens auto")
     assert (conversation.sampling.seed, conversation.draft_tokens) == (None, "auto")
@@ -272,7 +272,7 @@ class Script:
     def say(self, text: str) -> None:
         self.said.append(text)
 
-    complain = say
+    error = say
 
     def show(self, turn: Turn) -> None:
         with turn:

@@ -80,7 +80,7 @@ def test_log_probabilities(capsys: pytest.CaptureFixture[str]) -> None:
         (("--logit-bias", "99999=1"), "token 99999"),
         (("--logit-bias", "5"), "'5'; give a token id and a number"),
         (("--logit-bias", "5=nan"), "'5=nan'"),
-        (("--logprobs", "2"), "goes with --json"),
+        (("--logprobs", "2"), "needs --json"),
         (("--json", "--logprobs", "101"), "logprobs is 101"),
     ],
 )

@@ -164,7 +164,7 @@ def _print(engine: Engine, about: dict[str, Any], found: Audit, speeds: Speeds |
     what = "{model}, {quant}, threads: {threads}, {isa}; prompts: {prompts}, tokens: up to {max_tokens} each"
     out.print(what.format_map(about))
     if not engine.backend.can_draft:
-        out.print("No drafter: only threads and prompt chunks are compared.")
+        out.print("There is no drafter: only threads and prompt chunks are compared.")
     out.print(f"Plain decoding against {'; '.join(map(str, cases_of(engine)))}; each {', '.join(SAMPLINGS)}.\n")
     if found.identical:
         out.print(f"IDENTICAL: {len(found.runs)} runs, {found.rows} rows of logits, all bitwise equal.")
