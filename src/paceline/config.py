@@ -115,7 +115,7 @@ def target_config(config: Mapping[str, Any]) -> TargetConfig:
     if kind not in TARGET_TYPES:
         raise CheckpointError(f"model_type is {kind!r}, not a Gemma 4 model ({', '.join(TARGET_TYPES)})")
     text = _text_part(config)
-    _refuse_unsupported(text)
+    _reject_unsupported(text)
     count = _int(text, "num_hidden_layers")
     first_shared = count - _int(text, "num_kv_shared_layers", 0, least=0)
     if first_shared < 0:
@@ -142,11 +142,6 @@ def target_config(config: Mapping[str, Any]) -> TargetConfig:
                 has_v_proj=not shared and not (full and text.get("attention_k_eq_v", False)),
             )
         )
-    experts = None
-    if text.get("enable_moe_block", False):
-        experts = Experts(_int(text, "num_experts"), _int(text, "top_k_experts"), _int(text, "moe_intermediate_size"))
-    if experts and experts.active > experts.count:
-        raise CheckpointError(f"config: top_k_experts is {experts.active} of {experts.count} experts")
     # gemma4_unified has no such fields: its text config never carries per-layer embeddings
     ple_size = _int(text, "hidden_size_per_layer_input", 0, least=0)
     ple_vocab = _int(text, "vocab_size_per_layer_input", 0, least=0)
@@ -161,7 +156,7 @@ def target_config(config: Mapping[str, Any]) -> TargetConfig:
         max_positions=_int(text, "max_position_embeddings", 131072, least=2),
         ple_size=ple_size,
         ple_vocab_size=ple_vocab,
-        experts=experts,
+        experts=_experts(text),
         stop_ids=token_ids(config.get("eos_token_id", text.get("eos_token_id", 1)), "eos_token_id"),
         bos_id=text.get("bos_token_id", 2),
     )
@@ -177,7 +172,7 @@ def drafter_config(config: Mapping[str, Any]) -> DrafterConfig:
     if kind not in DRAFTER_TYPES:
         raise CheckpointError(f"model_type is {kind!r}, not a Gemma 4 drafter ({', '.join(DRAFTER_TYPES)})")
     text = _text_part(config)
-    _refuse_unsupported(text)
+    _reject_unsupported(text)
     layers = [
         Layer(
             sliding=layer_type == "sliding_attention",
@@ -252,7 +247,16 @@ def _positive(config: Mapping[str, Any], key: str, default: float) -> float:
     return float(value)
 
 
-def _refuse_unsupported(text: Mapping[str, Any]) -> None:
+def _experts(text: Mapping[str, Any]) -> Experts | None:
+    if not text.get("enable_moe_block", False):
+        return None
+    experts = Experts(_int(text, "num_experts"), _int(text, "top_k_experts"), _int(text, "moe_intermediate_size"))
+    if experts.active > experts.count:
+        raise CheckpointError(f"config: top_k_experts is {experts.active} of {experts.count} experts")
+    return experts
+
+
+def _reject_unsupported(text: Mapping[str, Any]) -> None:
     supported: dict[str, tuple[object, ...]] = {
         "hidden_activation": ("gelu_pytorch_tanh",),
         "attention_bias": (False,),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 from paceline.errors import SettingsError
 
@@ -28,8 +28,9 @@ class Parameter:
     api_range: tuple[float, float] | None = None  # in requests to the server, where it differs
     metavar: str = "NUMBER"
     in_responses: bool = True  # a field of /v1/responses too, not only of chat and completions
-    in_checkpoint: bool = False  # read from generation_config.json
-    only_sampling: bool = True  # without effect in greedy decoding
+    checkpoint: Literal["sampling", "always"] | None = (
+        None  # read from generation_config.json: if it samples, or always
+    )
 
     def check(self, name: str, value: float | None) -> None:
         """Raise `SettingsError` if a value is out of range, infinite or NaN."""
@@ -44,6 +45,10 @@ def _number(default: float | None, *about: Any, **more: Any) -> Any:
     return field(default=default, metadata={"parameter": Parameter(*about, **more)})
 
 
+def _penalty(text: str) -> Any:
+    return _number(0.0, text, -MAX_ADJUSTMENT, MAX_ADJUSTMENT, api_range=(-2, 2), in_responses=False)
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How tokens are sampled from the target's logits. The default is greedy decoding.
@@ -52,62 +57,42 @@ class SamplingParams:
     bias come first, then temperature, then top-k, top-p of what top-k left, and min-p.
     """
 
-    temperature: float = _number(
-        0.0, "Sampling temperature; 0 is greedy decoding, 1 samples as trained.", 0, NO_LIMIT, in_checkpoint=True
-    )
+    temperature: float = _number(0.0, "0 is greedy decoding, 1 samples as trained.", 0, NO_LIMIT, checkpoint="sampling")
     top_k: int = _number(
         0,
-        "Sample from the K most likely tokens only; 0 for all.",
+        "Only the K most likely tokens; 0 for all.",
         0,
         (1 << 63) - 1,
-        kind=int,
-        api_range=(-1, (1 << 31) - 1),
-        metavar="K",
-        in_checkpoint=True,
+        int,
+        (-1, (1 << 31) - 1),
+        "K",
+        checkpoint="sampling",
     )
     top_p: float = _number(
-        1.0, "Sample from the fewest tokens whose probabilities sum to this; 1 for all.", 0, 1, in_checkpoint=True
+        1.0, "Only the fewest tokens whose probabilities sum to this; 1 for all.", 0, 1, checkpoint="sampling"
     )
     min_p: float = _number(
-        0.0, "Minimum probability of a token, relative to the most likely one; 0 for all.", 0, 1, in_checkpoint=True
+        0.0,
+        "Only tokens at least this likely, relative to the most likely one; 0 for all.",
+        0,
+        1,
+        checkpoint="sampling",
     )
     repetition_penalty: float = _number(
-        1.0,
-        "Above 1, tokens of the prompt and the text become less likely: positive logits are divided by this, negative "
-        "ones multiplied.",
-        0.01,
-        100,
-        in_checkpoint=True,
-        only_sampling=False,
+        1.0, "Divides positive and multiplies negative logits of tokens so far.", 0.01, 100, checkpoint="always"
     )
-    presence_penalty: float = _number(
-        0.0,
-        "Subtracted from the logits of tokens that are in the text.",
-        -MAX_ADJUSTMENT,
-        MAX_ADJUSTMENT,
-        api_range=(-2, 2),
-        in_responses=False,
-        only_sampling=False,
-    )
-    frequency_penalty: float = _number(
-        0.0,
-        "Subtracted from the logits of tokens that are in the text, once per occurrence.",
-        -MAX_ADJUSTMENT,
-        MAX_ADJUSTMENT,
-        api_range=(-2, 2),
-        in_responses=False,
-        only_sampling=False,
-    )
+    presence_penalty: float = _penalty("Subtracted from the logits of generated tokens.")
+    frequency_penalty: float = _penalty("Subtracted from the logits of generated tokens, once per occurrence.")
     bias: tuple[tuple[int, float], ...] = ()  # added to the logits of these tokens
     suppressed: tuple[int, ...] = ()  # tokens that are never sampled
     seed: int | None = _number(
         None,
-        "Equal seeds give equal text; random, and reported, if not given.",
+        "Equal seeds give equal text; random if not given.",
         0,
         (1 << 64) - 1,
-        kind=int,
-        api_range=(-(1 << 63), (1 << 64) - 1),
-        metavar="N",
+        int,
+        (-(1 << 63), (1 << 64) - 1),
+        "N",
     )
 
 

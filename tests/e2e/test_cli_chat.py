@@ -224,7 +224,7 @@ def test_places_that_cannot_be_written(conversation: Conversation, tmp_path: Pat
     assert os.listdir(tmp_path) == []
 
 
-def test_a_failed_turn_leaves_the_conversation_as_it_was(conversation: Conversation) -> None:
+def test_a_failed_turn_changes_nothing(conversation: Conversation) -> None:
     ask(conversation, "hello")
     before = conversation.messages
     with pytest.raises(PacelineError, match="context holds 400"):

@@ -25,9 +25,7 @@ def test_the_models_own_settings_are_the_default(capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize("options", [("--temperature", "0.7"), ("--top-k", "0", "--top-p", "1", "--min-p", "0.05")])
-def test_a_reported_seed_gives_the_same_text_however_much_is_drafted(
-    capsys: pytest.CaptureFixture[str], options: tuple[str, ...]
-) -> None:
+def test_reported_seed_reproduces_the_text(capsys: pytest.CaptureFixture[str], options: tuple[str, ...]) -> None:
     first = generate(capsys, *options, "--draft-tokens", "0")
     seed = str(first["sampling"]["seed"])
     for depth in ("1", "5", "auto"):

@@ -201,7 +201,7 @@ def test_a_request_that_takes_too_long_is_ended() -> None:
         wait_until(lambda: not engine.scheduler.running, 1.0)
 
 
-def test_a_fault_of_the_engine_fails_the_request_and_not_the_server(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_server_survives_an_engine_fault(caplog: pytest.LogCaptureFixture) -> None:
     engine = scripted_engine("Hello there.", slots=2)
     forward = engine.backend.forward
     with serving(engine) as server:
@@ -346,7 +346,7 @@ BAD_SCHEMAS = [
 
 
 @pytest.mark.parametrize("schema", BAD_SCHEMAS, ids=["a chain of references", "many properties", "an empty choice"])
-def test_schemas_that_would_break_the_compiler_are_refused(server: SimpleNamespace, schema: dict) -> None:
+def test_too_large_schemas_are_refused(server: SimpleNamespace, schema: dict) -> None:
     format_ = {"type": "json_schema", "json_schema": {"schema": schema}}
     tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
     one = post(server, "/v1/chat/completions", messages=CHAT, response_format=format_)
@@ -364,7 +364,7 @@ def test_odd_words_in_parameters_are_refused(server: SimpleNamespace, word: dict
     assert post(server, "/v1/chat/completions", messages=CHAT, tools=[tool], tool_choice="required").status_code == 400
 
 
-def test_long_wrong_lists_are_refused_at_the_first_item(server: SimpleNamespace) -> None:
+def test_long_invalid_lists_fail_fast(server: SimpleNamespace) -> None:
     for body in ({"messages": [1] * 200_000}, {"messages": CHAT, "stop": [1] * 200_000}):
         answer = post(server, "/v1/chat/completions", **body)
         assert (answer.status_code, len(answer.text) < 1000) == (400, True)
@@ -424,7 +424,7 @@ def test_a_reader_that_stands_still_is_ended_in_time() -> None:
             wait_until(lambda: not engine.scheduler.running, 5.0)
 
 
-def test_a_regular_expression_is_the_same_behind_thoughts(server: SimpleNamespace) -> None:
+def test_regex_after_reasoning(server: SimpleNamespace) -> None:
     for pattern in ("a/b", r"a\/b", "a\nb"):
         format_ = {"type": "regex", "regex": pattern}
         for effort in ("none", "low"):

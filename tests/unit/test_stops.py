@@ -58,7 +58,7 @@ def test_what_may_begin_a_stop_string_is_held_back() -> None:
     assert read(["ab"], ()) == (["ab", ""], False)
 
 
-def test_a_stop_string_in_what_was_held_back_to_the_end() -> None:
+def test_a_stop_string_in_held_back_text() -> None:
     assert read(["a"], ("bc",), rest="xbcd") == (["a", "x"], True)
 
 

@@ -82,11 +82,11 @@ class Checkpoint:
         numbers: dict[str, Any] = {"temperature": 1.0} if sampled else {}
         for name, parameter in PARAMETERS.items():
             value = self.generation.get(name)
-            if value is None or not parameter.in_checkpoint:
+            if value is None or not parameter.checkpoint:
                 continue
             if isinstance(value, bool) or not isinstance(value, int if parameter.kind is int else (int, float)):
                 raise CheckpointError(f"{path}: {name} is {value!r}; it must be a number")
-            if sampled or not parameter.only_sampling:
+            if sampled or parameter.checkpoint == "always":
                 numbers[name] = value
         return SamplingParams(**numbers, suppressed=suppressed)
 

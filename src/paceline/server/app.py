@@ -248,7 +248,7 @@ def _model(service: Service, name: str) -> dict[str, Any]:
             "slots": engine.backend.slots,
             "chat": engine.chat_template is not None,
             "thinks": engine.chat_template is not None and engine.chat_template.knows("enable_thinking"),
-            "sampling": {name: getattr(engine.sampling, name) for name, one in PARAMETERS.items() if one.in_checkpoint},
+            "sampling": {name: getattr(engine.sampling, name) for name, one in PARAMETERS.items() if one.checkpoint},
         },
     }
 
