@@ -159,7 +159,7 @@ def _run(app: object, listening: socket.socket, max_seconds: float) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     host, port = listening.getsockname()[:2]
     name = f"[{host}]" if ":" in host else host
-    note(f"listening on http://{name}:{port}/ (API at http://{name}:{port}/v1); Ctrl-C stops")
+    note(f"listening at http://{name}:{port}/ (API at http://{name}:{port}/v1); Ctrl-C stops")
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: object) -> None:
