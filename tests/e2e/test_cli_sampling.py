@@ -8,7 +8,11 @@ from typing import Any
 
 import pytest
 
+import paceline
+from paceline.cli.conversation import Conversation
 from paceline.cli.main import run
+from paceline.sampling_params import PARAMETERS, SamplingParams
+from paceline.server.schemas import ChatRequest
 
 PROMPT = "class Stack:"
 
@@ -89,3 +93,13 @@ def test_bad_settings(capsys: pytest.CaptureFixture[str], options: tuple[str, ..
     assert err.startswith("paceline: error: ")
     assert cause in err
     assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_each_parameter_reaches_all_interfaces(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    kind, option = PARAMETERS[name].kind, "--" + name.replace("_", "-")
+    assert generate(capsys, option, "1")["sampling"][name] == kind(1)
+    assert getattr(ChatRequest(messages=[{"role": "user", "content": "Hi"}], **{name: 1}), name) == kind(1)
+    conversation = Conversation(paceline.load("tiny-python", quant="q8", draft_tokens=0), SamplingParams())
+    conversation.handle(f"/set {name} 1")
+    assert getattr(conversation.sampling, name) == kind(1)

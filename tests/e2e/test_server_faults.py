@@ -320,7 +320,7 @@ def test_a_refused_request_leaves_no_room_taken() -> None:
     with serving(engine) as server:
         assert post(server, "/v1/chat/completions", messages=CHAT).status_code == 200
         assert post(server, "/v1/chat/completions", messages=CHAT, n=4).status_code == 400
-        engine.backend.seconds = 0.05
+        engine.backend.seconds = 0.5
         busy = threading.Thread(target=post, args=(server, "/v1/chat/completions"), kwargs={"messages": CHAT})
         busy.start()
         wait_until(lambda: engine.scheduler.running)

@@ -192,17 +192,9 @@ class Conversation:
 
 
 COMMANDS: dict[str, Callable[[Conversation, str], Reply]] = {
-    "help": Conversation.help,
-    "clear": Conversation.clear,
-    "system": Conversation.set_system,
-    "undo": Conversation.undo,
-    "retry": Conversation.retry,
-    "save": Conversation.save,
-    "load": Conversation.load,
-    "set": Conversation.set,
-    "stats": Conversation.stats,
-    "quit": Conversation.quit,
-}
+    name: getattr(Conversation, name)
+    for name in ("help", "clear", "undo", "retry", "save", "load", "set", "stats", "quit")
+} | {"system": Conversation.set_system}
 
 
 def progress(statistics: Statistics) -> str:

@@ -7,15 +7,15 @@ from typing import Annotated
 
 import typer
 
-from paceline.cli.options import MODEL_HELP, DrafterOption, ThreadsOption
+from paceline.cli import options as opt
 
 
 def convert(
-    model: Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL")],
+    model: Annotated[str, typer.Argument(help=opt.MODEL_HELP, metavar="MODEL")],
     out: Annotated[Path, typer.Argument(help="The folder to create; it must not exist.", metavar="OUT")],
     quant: Annotated[str, typer.Option(help="Weight format.", metavar="f32|bf16|q8|q4")] = "q4",
-    drafter: DrafterOption = "auto",
-    threads: ThreadsOption = None,
+    drafter: opt.DrafterOption = "auto",
+    threads: opt.ThreadsOption = None,
 ) -> None:
     """Pack a model and its drafter into a new folder.
 

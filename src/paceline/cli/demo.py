@@ -9,16 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from paceline.cli.options import (
-    DEFAULT_MODEL,
-    DrafterOption,
-    DraftTokensOption,
-    ModelOption,
-    QuantOption,
-    ThreadsOption,
-    draft_tokens_of,
-    load,
-)
+from paceline.cli import options as opt
 from paceline.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -60,11 +51,11 @@ class Comparison:
 
 
 def demo(
-    model: ModelOption = DEFAULT_MODEL,
-    drafter: DrafterOption = "auto",
-    quant: QuantOption = "auto",
-    threads: ThreadsOption = None,
-    draft_tokens: DraftTokensOption = "auto",
+    model: opt.ModelOption = opt.DEFAULT_MODEL,
+    drafter: opt.DrafterOption = "auto",
+    quant: opt.QuantOption = "auto",
+    threads: opt.ThreadsOption = None,
+    draft_tokens: opt.DraftTokensOption = "auto",
     max_tokens: Annotated[int, typer.Option(help="Maximum number of generated tokens.", min=2)] = 200,
 ) -> None:
     """Compare a model with and without its drafter.
@@ -83,8 +74,8 @@ def demo(
     from rich.console import Console
     from rich.markup import escape
 
-    drafts = draft_tokens_of(draft_tokens)
-    engine = load(model, drafter=drafter, quant=quant, threads=threads, draft_tokens=draft_tokens)
+    drafts = opt.draft_tokens_of(draft_tokens)
+    engine = opt.load(model, drafter=drafter, quant=quant, threads=threads, draft_tokens=draft_tokens)
     if engine.drafter_config is None:
         raise SettingsError(f"{model}: has no drafter to compare with; give --drafter")
     console = Console(highlight=False)

@@ -9,17 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from paceline.cli.options import (
-    DEFAULT_MODEL,
-    DeviceOption,
-    DrafterOption,
-    DraftTokensOption,
-    MaxTokensOption,
-    ModelOption,
-    QuantOption,
-    ThreadsOption,
-    load,
-)
+from paceline.cli import options as opt
 from paceline.cli.sampling import Changes, StopOption, with_sampling_options
 from paceline.errors import PromptError, SettingsError
 
@@ -34,13 +24,13 @@ INTERRUPTED = 130  # the shell's exit code after Ctrl-C
 def generate(
     prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from stdin.", metavar="PROMPT")],
     sampling: Changes,
-    model: ModelOption = DEFAULT_MODEL,
-    drafter: DrafterOption = "auto",
-    max_tokens: MaxTokensOption = 256,
-    draft_tokens: DraftTokensOption = "auto",
-    device: DeviceOption = "cpu",
-    quant: QuantOption = "auto",
-    threads: ThreadsOption = None,
+    model: opt.ModelOption = opt.DEFAULT_MODEL,
+    drafter: opt.DrafterOption = "auto",
+    max_tokens: opt.MaxTokensOption = 256,
+    draft_tokens: opt.DraftTokensOption = "auto",
+    device: opt.DeviceOption = "cpu",
+    quant: opt.QuantOption = "auto",
+    threads: opt.ThreadsOption = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt without the model's chat template.")] = False,
     stop: StopOption = None,
     logprobs: Annotated[
@@ -65,7 +55,7 @@ def generate(
     text = _read_stdin() if prompt == "-" else prompt
     if logprobs is not None and not as_json:
         raise SettingsError("--logprobs needs --json; add it")
-    engine = load(model, drafter=drafter, quant=quant, threads=threads, draft_tokens=draft_tokens, device=device)
+    engine = opt.load(model, drafter=drafter, quant=quant, threads=threads, draft_tokens=draft_tokens, device=device)
     stream = engine.stream(
         text,
         sampling=replace(engine.sampling, **sampling),
@@ -97,14 +87,7 @@ def generate(
 def _read_stdin() -> str:
     if sys.stdin is None:
         raise PromptError("stdin: is closed; give the prompt as an argument")
-    data = sys.stdin.buffer.read()
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise PromptError(
-            f"stdin: is not UTF-8 text (byte 0x{data[error.start]:02x} at offset {error.start}); "
-            "convert it first, for example with iconv -t UTF-8"
-        ) from error
+    return opt.decode_text(sys.stdin.buffer.read(), "stdin")
 
 
 def _line(statistics: Statistics, sampling: SamplingParams) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from paceline.cli.options import MODEL_HELP, DrafterOption
+from paceline.cli import options as opt
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,8 +21,8 @@ CONTEXT = 4096  # positions for which the size of the KV cache is shown
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL")],
-    drafter: DrafterOption = "auto",
+    model: Annotated[str, typer.Argument(help=opt.MODEL_HELP, metavar="MODEL")],
+    drafter: opt.DrafterOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show a model's shape, memory needs and drafter.

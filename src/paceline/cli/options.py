@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from paceline.errors import SettingsError
+from paceline.errors import PromptError, SettingsError
 
 if TYPE_CHECKING:
     from paceline import Engine
@@ -76,6 +76,21 @@ def load(model: str, *, draft_tokens: str = "auto", **settings: Any) -> Engine:
     import paceline  # here, so that `paceline --help` starts at once
 
     return paceline.load(model, draft_tokens=draft_tokens_of(draft_tokens), notify=note, **settings)
+
+
+def decode_text(data: bytes, source: object) -> str:
+    """Decode UTF-8.
+
+    Raises:
+        PromptError: it is not UTF-8.
+    """
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise PromptError(
+            f"{source}: is not UTF-8 text (byte 0x{data[error.start]:02x} at offset {error.start}); "
+            "convert it first, for example with iconv -t UTF-8"
+        ) from error
 
 
 def note(line: str) -> None:

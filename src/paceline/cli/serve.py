@@ -14,17 +14,7 @@ from typing import Annotated
 
 import typer
 
-from paceline.cli.options import (
-    DEFAULT_MODEL,
-    MODEL_HELP,
-    DeviceOption,
-    DrafterOption,
-    DraftTokensOption,
-    QuantOption,
-    ThreadsOption,
-    load,
-    note,
-)
+from paceline.cli import options as opt
 from paceline.errors import BackendError, SettingsError
 
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -33,7 +23,7 @@ LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
 
 def serve(
-    model: Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL")] = DEFAULT_MODEL,
+    model: Annotated[str, typer.Argument(help=opt.MODEL_HELP, metavar="MODEL")] = opt.DEFAULT_MODEL,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all addresses.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8000,
     api_key: Annotated[
@@ -58,11 +48,11 @@ def serve(
     cache_memory: Annotated[
         str, typer.Option(help="Memory of the prefix cache; 0 disables it.", metavar="BYTES")
     ] = "1G",
-    drafter: DrafterOption = "auto",
-    draft_tokens: DraftTokensOption = "auto",
-    device: DeviceOption = "cpu",
-    quant: QuantOption = "auto",
-    threads: ThreadsOption = None,
+    drafter: opt.DrafterOption = "auto",
+    draft_tokens: opt.DraftTokensOption = "auto",
+    device: opt.DeviceOption = "cpu",
+    quant: opt.QuantOption = "auto",
+    threads: opt.ThreadsOption = None,
     timeout: Annotated[float, typer.Option(help="Time limit of a request in seconds.", min=1)] = 3600,
     max_body: Annotated[str, typer.Option(help="Maximum size of a request body.", metavar="BYTES")] = "4M",
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Log the contents of requests.")] = False,
@@ -83,7 +73,7 @@ def serve(
     if any(not key.strip() for key in api_key or ()) or not os.environ.get(KEYS_VARIABLE, "x").strip():
         raise SettingsError(f"--api-key or {KEYS_VARIABLE} is empty; give a key, or omit it")
     listening = _listen(host, port)  # before loading, so that a port in use is reported at once
-    engine = load(
+    engine = opt.load(
         model,
         drafter=drafter,
         device=device,
@@ -107,7 +97,7 @@ def serve(
         log_prompts=log_prompts,
     )
     if not settings.hosts and not settings.keys:
-        note(f"anyone who can reach {host} can use the model; set --api-key to restrict access")
+        opt.note(f"anyone who can reach {host} can use the model; set --api-key to restrict access")
     _run(create(engine, settings), listening, timeout)
 
 
@@ -159,7 +149,7 @@ def _run(app: object, listening: socket.socket, max_seconds: float) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     host, port = listening.getsockname()[:2]
     name = f"[{host}]" if ":" in host else host
-    note(f"listening at http://{name}:{port}/ (API at http://{name}:{port}/v1); Ctrl-C stops")
+    opt.note(f"listening at http://{name}:{port}/ (API at http://{name}:{port}/v1); Ctrl-C stops")
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: object) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from paceline import __version__
-from paceline.cli.options import MODEL_HELP, DeviceOption, DrafterOption, QuantOption, ThreadsOption, load
+from paceline.cli import options as opt
 from paceline.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 
 def verify(
-    model: Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL")],
-    drafter: DrafterOption = "auto",
-    quant: QuantOption = "auto",
-    threads: ThreadsOption = None,
-    device: DeviceOption = "cpu",
+    model: Annotated[str, typer.Argument(help=opt.MODEL_HELP, metavar="MODEL")],
+    drafter: opt.DrafterOption = "auto",
+    quant: opt.QuantOption = "auto",
+    threads: opt.ThreadsOption = None,
+    device: opt.DeviceOption = "cpu",
     prompts: Annotated[
         Path | None,
         typer.Option(help="Prompts to use, one per line (UTF-8).", metavar="FILE", show_default=False),
@@ -49,7 +49,7 @@ def verify(
       paceline verify ./my-model --drafter ./my-drafter --prompts mine.txt --json
     """
     own = _read_prompts(prompts) if prompts else None
-    engine = load(model, drafter=drafter, quant=quant, threads=threads, device=device)
+    engine = opt.load(model, drafter=drafter, quant=quant, threads=threads, device=device)
     from paceline.bench.audit import PROMPTS, audit, measure_speeds
 
     texts = own or PROMPTS
@@ -77,7 +77,7 @@ def _read_prompts(path: Path) -> tuple[str, ...]:
     """The non-blank lines of a file.
 
     Raises:
-        SettingsError: it cannot be read, is not UTF-8, or has no such line.
+        PacelineError: it cannot be read, is not UTF-8, or has no such line.
     """
     try:
         data = path.read_bytes()
@@ -85,13 +85,7 @@ def _read_prompts(path: Path) -> tuple[str, ...]:
         raise SettingsError(
             f"{path}: cannot be read ({error.strerror}); --prompts takes a text file with one prompt per line"
         ) from error
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise SettingsError(
-            f"{path}: is not UTF-8 text (byte 0x{data[error.start]:02x} at offset {error.start}); "
-            "convert it first, for example with iconv -t UTF-8"
-        ) from error
+    text = opt.decode_text(data, path).removeprefix("\ufeff")
     lines = tuple(line for line in text.replace("\r\n", "\n").split("\n") if line.strip())
     if not lines:
         raise SettingsError(f"{path}: has no prompts; write one per line")
