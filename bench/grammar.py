@@ -13,7 +13,7 @@ import time
 
 import paceline
 from paceline.engine.engine import Request
-from paceline.text.grammar import Constraint
+from paceline.text.grammar import GrammarMatcher
 from paceline.types import SamplingParams
 
 SCHEMA = {
@@ -34,7 +34,7 @@ SCHEMA = {
 class Quiet:
     """A constraint that does not tell what it forces."""
 
-    def __init__(self, constraint: Constraint) -> None:
+    def __init__(self, constraint: GrammarMatcher) -> None:
         self._constraint = constraint
 
     def __getattr__(self, name: str) -> object:
@@ -44,7 +44,7 @@ class Quiet:
         return ()
 
 
-def write(engine: paceline.Engine, constraint: Constraint, depth: object, seed: int) -> tuple[str, float, int, int]:
+def write(engine: paceline.Engine, constraint: GrammarMatcher, depth: object, seed: int) -> tuple[str, float, int, int]:
     """A text, its seconds, tokens and rounds."""
     sampling = SamplingParams(1.0, 64, 0.95, seed=seed)
     request = Request(sampling, max_tokens=300, draft_tokens=depth, grammar=constraint)
@@ -66,7 +66,7 @@ def main() -> None:
     arguments = parser.parse_args()
     engine = paceline.load(arguments.model, quant=arguments.quant)
     whole = engine.grammars.json_schema(SCHEMA)
-    ways = {"plain": (Quiet, 0), "drafter": (Quiet, "auto"), "drafter and grammar": (Constraint.copy, "auto")}
+    ways = {"plain": (Quiet, 0), "drafter": (Quiet, "auto"), "drafter and grammar": (GrammarMatcher.copy, "auto")}
     seen: dict[str, list[tuple[str, float, int, int]]] = {way: [] for way in ways}
     for seed in range(arguments.texts):
         for way, (kind, depth) in ways.items():

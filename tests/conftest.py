@@ -1,12 +1,16 @@
-"""What many tests share. Nothing they keep between starts (packed weights, costs) mixes with the user's own."""
+"""Shared fixtures. Caches (packed weights, costs) are kept apart from the user's own."""
 
 import os
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in the background of a shell; child processes would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

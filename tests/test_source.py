@@ -1,4 +1,4 @@
-"""The sources themselves: short files and functions, declared dependencies. Import layers are checked by import-linter."""
+"""The sources: short files and functions, declared dependencies. import-linter checks the layers."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from paceline.build import load as load
     from paceline.engine.engine import Engine as Engine
     from paceline.engine.engine import Stream as Stream
-    from paceline.types import SamplingParams as SamplingParams
+    from paceline.sampling_params import SamplingParams as SamplingParams
 
 __version__ = "0.1.0"
 __all__ = ["Engine", "SamplingParams", "Stream", "__version__", "load"]
@@ -21,7 +21,7 @@ _HOMES = {
     "load": "paceline.build",
     "Engine": "paceline.engine.engine",
     "Stream": "paceline.engine.engine",
-    "SamplingParams": "paceline.types",
+    "SamplingParams": "paceline.sampling_params",
 }
 
 

@@ -11,18 +11,18 @@ from types import ModuleType
 
 from paceline.backends.base import Backend
 from paceline.backends.cpu.backend import CpuBackend, default_threads
-from paceline.backends.cpu.pack_cache import cache_folder
 from paceline.backends.cpu.sources import Source, open_source
 from paceline.backends.formats import DRAFTER_FORMAT, check_quant
 from paceline.checkpoint import Checkpoint, locate, locate_drafter
 from paceline.config import DrafterConfig, TargetConfig, check_pair, token_ids
-from paceline.decode.sampling_params import check_sampling_params
 from paceline.engine.cost_model import load_costs
 from paceline.engine.engine import DraftTokens, Engine, check_draft_tokens
 from paceline.engine.prefix_cache import PrefixCache
 from paceline.engine.proposers import DrafterProposer, GrammarProposer, Proposer
 from paceline.engine.scheduler import Scheduler
 from paceline.errors import BackendError, CheckpointError, SettingsError
+from paceline.files import cache_folder
+from paceline.sampling_params import check_sampling_params
 from paceline.text.chat import ChatTemplate
 from paceline.text.tokenizer import Tokenizer
 from paceline.types import MAX_DRAFT, SamplingParams

@@ -1,8 +1,7 @@
 """Model settings: Gemma 4 targets and their MTP drafters, resolved layer by layer.
 
 Reads a checkpoint's `config.json` in either of its spellings (`global_head_dim` and `num_global_key_value_heads` in the
-official files, `per_layer_config` in files written by transformers) and refuses what it does not understand. It does
-not look at weights, tokenizers or files.
+official files, `per_layer_config` in files written by transformers) and rejects unsupported values.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Stack:
-    """What targets and drafters have in common."""
+    """The fields that targets and drafters have in common."""
 
     vocab_size: int
     hidden_size: int
@@ -70,7 +69,7 @@ class Stack:
         return self.rope_sliding if layer.sliding else self.rope_full
 
     def last_layer(self, *, sliding: bool) -> int | None:
-        """Index of the last layer of that type with K/V of its own: what shared layers and drafters read."""
+        """Index of the last layer of that type with its own K/V, which shared layers and drafters attend to."""
         own = [i for i, layer in enumerate(self.layers) if layer.sliding == sliding and layer.kv_source == i]
         return own[-1] if own else None
 
@@ -90,7 +89,7 @@ class TargetConfig(Stack):
 
     @property
     def first_shared_layer(self) -> int:
-        """Layers from here on have no K/V of their own; the number of layers if none is shared."""
+        """The first layer without its own K/V; the number of layers if there is none."""
         return next((i for i, layer in enumerate(self.layers) if layer.kv_source != i), len(self.layers))
 
 
@@ -116,7 +115,7 @@ def target_config(config: Mapping[str, Any]) -> TargetConfig:
     if kind not in TARGET_TYPES:
         raise CheckpointError(f"model_type is {kind!r}, not a Gemma 4 model ({', '.join(TARGET_TYPES)})")
     text = _text_part(config)
-    _refuse_unsupported(text)
+    _reject_unsupported(text)
     count = _int(text, "num_hidden_layers")
     first_shared = count - _int(text, "num_kv_shared_layers", 0, least=0)
     if first_shared < 0:
@@ -143,11 +142,6 @@ def target_config(config: Mapping[str, Any]) -> TargetConfig:
                 has_v_proj=not shared and not (full and text.get("attention_k_eq_v", False)),
             )
         )
-    experts = None
-    if text.get("enable_moe_block", False):
-        experts = Experts(_int(text, "num_experts"), _int(text, "top_k_experts"), _int(text, "moe_intermediate_size"))
-    if experts and experts.active > experts.count:
-        raise CheckpointError(f"config: top_k_experts is {experts.active} of {experts.count} experts")
     # gemma4_unified has no such fields: its text config never carries per-layer embeddings
     ple_size = _int(text, "hidden_size_per_layer_input", 0, least=0)
     ple_vocab = _int(text, "vocab_size_per_layer_input", 0, least=0)
@@ -162,7 +156,7 @@ def target_config(config: Mapping[str, Any]) -> TargetConfig:
         max_positions=_int(text, "max_position_embeddings", 131072, least=2),
         ple_size=ple_size,
         ple_vocab_size=ple_vocab,
-        experts=experts,
+        experts=_experts(text),
         stop_ids=token_ids(config.get("eos_token_id", text.get("eos_token_id", 1)), "eos_token_id"),
         bos_id=text.get("bos_token_id", 2),
     )
@@ -178,7 +172,7 @@ def drafter_config(config: Mapping[str, Any]) -> DrafterConfig:
     if kind not in DRAFTER_TYPES:
         raise CheckpointError(f"model_type is {kind!r}, not a Gemma 4 drafter ({', '.join(DRAFTER_TYPES)})")
     text = _text_part(config)
-    _refuse_unsupported(text)
+    _reject_unsupported(text)
     layers = [
         Layer(
             sliding=layer_type == "sliding_attention",
@@ -208,24 +202,24 @@ def drafter_config(config: Mapping[str, Any]) -> DrafterConfig:
 def check_pair(target: TargetConfig, drafter: DrafterConfig) -> None:
     """Raise `PairError` with the two numbers that disagree if the drafter cannot read this target's cache."""
 
-    def same(what: str, ours: object, theirs: object) -> None:
+    def check_equal(what: str, ours: object, theirs: object) -> None:
         if ours != theirs:
             raise PairError(
                 f"the drafter does not fit the target: {what} is {theirs} in the drafter and {ours} in the target; "
                 "use the target's own drafter, or --drafter none"
             )
 
-    same("the target's hidden size (backbone_hidden_size)", target.hidden_size, drafter.backbone_hidden_size)
-    same("vocab_size", target.vocab_size, drafter.vocab_size)
-    same("sliding_window", target.sliding_window, drafter.sliding_window)
+    check_equal("the target's hidden size (backbone_hidden_size)", target.hidden_size, drafter.backbone_hidden_size)
+    check_equal("vocab_size", target.vocab_size, drafter.vocab_size)
+    check_equal("sliding_window", target.sliding_window, drafter.sliding_window)
     for layer in drafter.layers:
         source = target.last_layer(sliding=layer.sliding)
         kind = "sliding" if layer.sliding else "full"
         if source is None:
             raise PairError(f"the drafter has {kind}-attention layers and the target has none; use --drafter none")
-        same(f"head_dim of {kind} layers", target.layers[source].head_dim, layer.head_dim)
-        same(f"number of K/V heads of {kind} layers", target.layers[source].kv_heads, layer.kv_heads)
-        same(f"rope of {kind} layers", target.rope(target.layers[source]), drafter.rope(layer))
+        check_equal(f"head_dim of {kind} layers", target.layers[source].head_dim, layer.head_dim)
+        check_equal(f"number of K/V heads of {kind} layers", target.layers[source].kv_heads, layer.kv_heads)
+        check_equal(f"rope of {kind} layers", target.rope(target.layers[source]), drafter.rope(layer))
 
 
 def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -253,7 +247,16 @@ def _positive(config: Mapping[str, Any], key: str, default: float) -> float:
     return float(value)
 
 
-def _refuse_unsupported(text: Mapping[str, Any]) -> None:
+def _experts(text: Mapping[str, Any]) -> Experts | None:
+    if not text.get("enable_moe_block", False):
+        return None
+    experts = Experts(_int(text, "num_experts"), _int(text, "top_k_experts"), _int(text, "moe_intermediate_size"))
+    if experts.active > experts.count:
+        raise CheckpointError(f"config: top_k_experts is {experts.active} of {experts.count} experts")
+    return experts
+
+
+def _reject_unsupported(text: Mapping[str, Any]) -> None:
     supported: dict[str, tuple[object, ...]] = {
         "hidden_activation": ("gelu_pytorch_tanh",),
         "attention_bias": (False,),

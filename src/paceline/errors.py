@@ -1,7 +1,7 @@
 """The exception tree.
 
 Every error a user can cause is a `PacelineError` whose message is one line: what is wrong, where, and the cure. The
-command line prints that line and exits with code 2; the library raises it. Anything else that escapes is a defect.
+command line prints that line and exits with code 2; the library raises it. Any other exception is a defect.
 """
 
 
@@ -30,11 +30,11 @@ class ContextError(PromptError):
 
 
 class BusyError(PacelineError):
-    """Too many requests wait already; trying again later helps."""
+    """The queue is full; trying again later helps."""
 
 
 class StoppingError(BusyError):
-    """A server is being stopped and takes nothing new."""
+    """The server is stopping and accepts no new requests."""
 
 
 class BackendError(PacelineError):

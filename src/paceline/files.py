@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Atomic file writes, and the folder for cached files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears under its name only when it is whole; nothing is left behind if it fails."""
+    """A file that appears under its name only once it is complete; if writing fails, nothing is left."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".", suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -21,3 +21,10 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def cache_folder() -> Path:
+    """The folder for files kept between starts: PACELINE_CACHE, or `paceline` in the user's cache folder."""
+    given = os.environ.get("PACELINE_CACHE")
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "paceline"
+    return Path(given) if given else user

@@ -13,34 +13,14 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from paceline.sampling_params import GREEDY as GREEDY
+from paceline.sampling_params import SamplingParams as SamplingParams
+
 Int32 = NDArray[np.int32]
 Float32 = NDArray[np.float32]
 Bool = NDArray[np.bool_]
 
 FinishReason = Literal["stop", "length", "cancelled"]
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How tokens are sampled from the target's logits. The default is greedy decoding.
-
-    A token's noise is a pure function of seed, position and token id, so equal settings give equal text. Penalties and
-    bias come first, then temperature, then top-k, top-p of what top-k left, and min-p.
-    """
-
-    temperature: float = 0.0  # 0: always the most likely token
-    top_k: int = 0  # only the k most likely tokens; 0: all
-    top_p: float = 1.0  # only the fewest most likely tokens whose probabilities sum to this; 1: all
-    min_p: float = 0.0  # only tokens at least this likely compared with the most likely one; 0: all
-    repetition_penalty: float = 1.0  # divides positive, multiplies negative logits of tokens in the prompt or the text
-    presence_penalty: float = 0.0  # subtracted from the logits of tokens in the text
-    frequency_penalty: float = 0.0  # subtracted once per occurrence in the text
-    bias: tuple[tuple[int, float], ...] = ()  # added to the logits of these tokens
-    suppressed: tuple[int, ...] = ()  # tokens that are never sampled
-    seed: int | None = None  # 0 to 2^64 - 1; None: a new one for each generation
-
-
-GREEDY = SamplingParams()
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
-
 from paceline.backends.fake import FakeBackend
+from paceline.bench.simulated import Script
+
 from paceline.bench.random_weights import random_weights
 from paceline.bench.shapes import DRAFTERS, TARGETS, official_drafter, official_target, prompt_multiply_accumulates
-from paceline.bench.simulated import Script
 from paceline.checkpoint.sizes import count_parameters
 from paceline.cli.main import run
 from paceline.config import check_pair
@@ -78,7 +79,7 @@ def test_prompt_reports_work(capsys: pytest.CaptureFixture[str]) -> None:
         (["decode", "--shape", "e2b", "--quant", "q5", "--acceptance", "1,1,1"], "unknown quantisation 'q5'"),
         (["decode", "-m", "tiny-python", "--acceptance", "0.5,0.8,0.1"], "from 1 down to 0"),
         (["decode", "-m", "tiny-python", "--acceptance", "a"], "from 1 down to 0"),
-        (["decode", "-m", "tiny-python", "--acceptance", "0.5"], "1 shares for 3"),
+        (["decode", "-m", "tiny-python", "--acceptance", "0.5"], "1 rates for draft length 3"),
         (["decode", "-m", "tiny-python", "--context", "100000"], "positions and the model has 4096"),
     ],
 )
@@ -90,14 +91,24 @@ def test_bad_settings_get_one_line(capsys: pytest.CaptureFixture[str], arguments
     assert len(err.splitlines()) == 1
 
 
-def test_a_plot_is_drawn_or_its_need_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+PLOT = ["bench", "decode", "-m", "tiny-python", "--context", "40", "--repeats", "1", "--tokens", "4", "--plot"]
+
+
+def test_plot(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     picture = tmp_path / "costs.png"
-    options = ["--context", "40", "--repeats", "1", "--tokens", "4", "--plot", str(picture)]
-    code = run(["bench", "decode", "-m", "tiny-python", *options])
-    if code == 0:
-        assert picture.read_bytes().startswith(b"\x89PNG")
-    else:
-        assert "pip install 'paceline[plot]'" in capsys.readouterr().err
+    assert run([*PLOT, str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_without_matplotlib(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert run([*PLOT, str(tmp_path / "costs.png")]) == 2
+    assert "pip install 'paceline[plot]'" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
 
 
 def test_simulated_shares_hold() -> None:

@@ -23,7 +23,7 @@ def generate(capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any
 
 
 @pytest.mark.parametrize("quant", ["f32", "bf16", "q8", "q4"])
-def test_the_drafter_saves_rounds_and_changes_nothing(capsys: pytest.CaptureFixture[str], quant: str) -> None:
+def test_the_drafter_saves_rounds(capsys: pytest.CaptureFixture[str], quant: str) -> None:
     plain = generate(capsys, "--quant", quant, "--seed", "1", "--draft-tokens", "0")
     drafted = generate(capsys, "--quant", quant, "--seed", "1", "--draft-tokens", "4")
     assert drafted["text"] == plain["text"]

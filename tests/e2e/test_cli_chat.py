@@ -18,11 +18,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from paceline.backends.fake import FakeBackend
 from rich.console import Console
 
-from paceline.backends.fake import FakeBackend
 from paceline.cli.chat import converse
-from paceline.cli.chat_terminal import Page, finished
+from paceline.cli.chat_terminal import Page, complete_blocks
 from paceline.cli.conversation import COMMANDS, Conversation, Reply, Turn
 from paceline.cli.main import run
 from paceline.errors import PacelineError
@@ -38,7 +38,7 @@ def conversation() -> Conversation:
 
 def ask(conversation: Conversation, line: str) -> str:
     """The answer to a line, or what a command says."""
-    reply = conversation.take(line)
+    reply = conversation.handle(line)
     if reply.turn is None:
         return reply.text
     with reply.turn as turn:
@@ -48,7 +48,7 @@ def ask(conversation: Conversation, line: str) -> str:
 
 def leave(conversation: Conversation, error: BaseException) -> None:
     """Begin an answer that an error ends."""
-    turn = conversation.take("more").turn
+    turn = conversation.handle("more").turn
     assert turn is not None
     with turn:
         next(iter(turn))
@@ -67,7 +67,7 @@ def test_turns_are_kept(conversation: Conversation) -> None:
     assert roles(conversation) == ["user", "assistant"] * 2
     assert [message["content"] for message in conversation.turns[::2]] == ["hello", "  indented"]
     assert [message["content"] for message in conversation.turns[1::2]] == answers
-    assert conversation.take(" \n") == Reply()
+    assert conversation.handle(" \n") == Reply()
 
 
 def test_help_names_every_command(conversation: Conversation) -> None:
@@ -76,13 +76,13 @@ def test_help_names_every_command(conversation: Conversation) -> None:
 
 
 def test_quit(conversation: Conversation) -> None:
-    assert conversation.take("/quit").end
+    assert conversation.handle("/quit").end
 
 
 @pytest.mark.parametrize("line", ["/nope", "/", "/Help"])
 def test_unknown_commands_name_help(conversation: Conversation, line: str) -> None:
     with pytest.raises(PacelineError, match="/help"):
-        conversation.take(line)
+        conversation.handle(line)
 
 
 def test_two_slashes_send_one(conversation: Conversation) -> None:
@@ -105,12 +105,12 @@ def test_the_system_prompt(conversation: Conversation) -> None:
 def test_undo(conversation: Conversation) -> None:
     ask(conversation, "one")
     ask(conversation, "two")
-    assert ask(conversation, "/undo") == "taken back: two"
+    assert ask(conversation, "/undo") == "removed: two"
     assert [message["content"] for message in conversation.turns][::2] == ["one"]
     ask(conversation, "/undo")
     for command in ("/undo", "/retry"):
         with pytest.raises(PacelineError, match="no message yet"):
-            conversation.take(command)
+            conversation.handle(command)
 
 
 def test_retry_takes_a_new_seed(conversation: Conversation) -> None:
@@ -126,7 +126,7 @@ def test_retry_takes_a_new_seed(conversation: Conversation) -> None:
 def test_retry_without_sampling_says_so(conversation: Conversation) -> None:
     ask(conversation, "/set temperature 0")
     ask(conversation, "hello")
-    assert "temperature is 0" in conversation.take("/retry").text
+    assert "temperature is 0" in conversation.handle("/retry").text
 
 
 def test_settings(conversation: Conversation) -> None:
@@ -136,7 +136,7 @@ def test_settings(conversation: Conversation) -> None:
     assert (conversation.max_tokens, conversation.draft_tokens) == (2, 1)
     assert ask(conversation, "/set").split()[:2] == ["temperature", "0.5"]
     ask(conversation, "hello")
-    assert conversation.measured[-1].tokens == 2
+    assert conversation.statistics[-1].tokens == 2
     ask(conversation, "/set seed auto")
     ask(conversation, "/set draft_tokens auto")
     assert (conversation.sampling.seed, conversation.draft_tokens) == (None, "auto")
@@ -162,7 +162,7 @@ def test_settings(conversation: Conversation) -> None:
 def test_bad_settings_change_nothing(conversation: Conversation, setting: str) -> None:
     before = ask(conversation, "/set")
     with pytest.raises(PacelineError) as caught:
-        conversation.take(f"/set {setting}")
+        conversation.handle(f"/set {setting}")
     assert len(str(caught.value).splitlines()) == 1
     assert ask(conversation, "/set") == before
 
@@ -206,7 +206,7 @@ def test_a_damaged_file_changes_nothing(conversation: Conversation, tmp_path: Pa
     ask(conversation, "hello")
     before = conversation.messages
     with pytest.raises(PacelineError, match=re.escape(str(file))):
-        conversation.take(f"/load {file}")
+        conversation.handle(f"/load {file}")
     assert conversation.messages == before
 
 
@@ -220,15 +220,15 @@ def test_places_that_cannot_be_written(conversation: Conversation, tmp_path: Pat
         "/save \0",
     ):
         with pytest.raises(PacelineError):
-            conversation.take(command)
+            conversation.handle(command)
     assert os.listdir(tmp_path) == []
 
 
-def test_a_failed_turn_leaves_the_conversation_as_it_was(conversation: Conversation) -> None:
+def test_a_failed_turn_changes_nothing(conversation: Conversation) -> None:
     ask(conversation, "hello")
     before = conversation.messages
     with pytest.raises(PacelineError, match="context holds 400"):
-        conversation.take("x" * 500)
+        conversation.handle("x" * 500)
     with pytest.raises(PacelineError, match="broken"):
         leave(conversation, PacelineError("broken"))
     assert conversation.messages == before
@@ -241,7 +241,7 @@ def test_a_stopped_turn_keeps_what_was_written(conversation: Conversation) -> No
         leave(conversation, KeyboardInterrupt())
     assert roles(conversation) == ["user", "assistant"]
     assert conversation.turns[-1]["content"]
-    turn = conversation.take("more").turn
+    turn = conversation.handle("more").turn
     assert turn is not None
     with turn:
         pass  # before the first word
@@ -272,7 +272,7 @@ class Script:
     def say(self, text: str) -> None:
         self.said.append(text)
 
-    complain = say
+    error = say
 
     def show(self, turn: Turn) -> None:
         with turn:
@@ -302,7 +302,7 @@ def test_errors_do_not_end_the_chat(conversation: Conversation) -> None:
     ],
 )
 def test_finished_blocks(text: str, done: str) -> None:
-    assert text[: finished(text)] == done
+    assert text[: complete_blocks(text)] == done
 
 
 def test_a_long_answer_is_on_the_screen_once() -> None:

@@ -36,7 +36,7 @@ def test_demo(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = {line.rsplit("  ", 1)[0].strip(): line.rsplit("  ", 1)[-1].strip() for line in lines[-7:]}
     assert table["same text"] == "yes"
     assert set(table) >= {"plain", "with the drafter", "speed-up", "acceptance length"}
-    assert "runs each, taken in turns" in lines[-1]
+    assert "alternating runs each" in lines[-1]
 
 
 def test_demo_fails_if_the_texts_differ(

@@ -8,7 +8,11 @@ from typing import Any
 
 import pytest
 
+import paceline
+from paceline.cli.conversation import Conversation
 from paceline.cli.main import run
+from paceline.sampling_params import PARAMETERS, SamplingParams
+from paceline.server.schemas import ChatRequest
 
 PROMPT = "class Stack:"
 
@@ -25,9 +29,7 @@ def test_the_models_own_settings_are_the_default(capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize("options", [("--temperature", "0.7"), ("--top-k", "0", "--top-p", "1", "--min-p", "0.05")])
-def test_a_reported_seed_gives_the_same_text_however_much_is_drafted(
-    capsys: pytest.CaptureFixture[str], options: tuple[str, ...]
-) -> None:
+def test_reported_seed_reproduces_the_text(capsys: pytest.CaptureFixture[str], options: tuple[str, ...]) -> None:
     first = generate(capsys, *options, "--draft-tokens", "0")
     seed = str(first["sampling"]["seed"])
     for depth in ("1", "5", "auto"):
@@ -80,8 +82,7 @@ def test_log_probabilities(capsys: pytest.CaptureFixture[str]) -> None:
         (("--logit-bias", "99999=1"), "token 99999"),
         (("--logit-bias", "5"), "'5'; give a token id and a number"),
         (("--logit-bias", "5=nan"), "'5=nan'"),
-        (("--acceptance-rule", "luck"), "use coupled or rejection"),
-        (("--logprobs", "2"), "goes with --json"),
+        (("--logprobs", "2"), "needs --json"),
         (("--json", "--logprobs", "101"), "logprobs is 101"),
     ],
 )
@@ -94,8 +95,11 @@ def test_bad_settings(capsys: pytest.CaptureFixture[str], options: tuple[str, ..
     assert len(err.splitlines()) == 1
 
 
-def test_rejection_sampling_can_be_chosen(capsys: pytest.CaptureFixture[str]) -> None:
-    options = ("--acceptance-rule", "rejection", "--draft-tokens", "3", "--seed", "4")
-    first, again = generate(capsys, *options), generate(capsys, *options)
-    assert first["text"] == again["text"]
-    assert first["accepted"] > 0
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_each_parameter_reaches_all_interfaces(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    kind, option = PARAMETERS[name].kind, "--" + name.replace("_", "-")
+    assert generate(capsys, option, "1")["sampling"][name] == kind(1)
+    assert getattr(ChatRequest(messages=[{"role": "user", "content": "Hi"}], **{name: 1}), name) == kind(1)
+    conversation = Conversation(paceline.load("tiny-python", quant="q8", draft_tokens=0), SamplingParams())
+    conversation.handle(f"/set {name} 1")
+    assert getattr(conversation.sampling, name) == kind(1)

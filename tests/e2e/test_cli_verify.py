@@ -141,8 +141,8 @@ def test_a_model_that_stops_at_once(model: Path, tmp_path: Path, capsys: pytest.
     ("content", "cause"),
     [
         (None, "cannot be read (No such file or directory); --prompts takes a text file"),
-        (b"", "holds no prompt; write one a line"),
-        (b" \n\r\n", "holds no prompt; write one a line"),
+        (b"", "has no prompts; write one per line"),
+        (b" \n\r\n", "has no prompts; write one per line"),
         (b"good\nb\xe4d\n", "is not UTF-8 text (byte 0xe4 at offset 6); convert it first"),
     ],
 )

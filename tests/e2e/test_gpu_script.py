@@ -58,7 +58,7 @@ def test_measurements(
         assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_bars_come_first_and_everything_has_its_turn(gpu: ModuleType) -> None:
+def test_order_of_jobs(gpu: ModuleType) -> None:
     names = [job.name for job in gpu.jobs("cuda", ["e2b", "31b", "26b"], ["bf16", "q8", "q4"])]
     assert names[:2] == ["31b bf16", "31b q4"]
     assert len(names) == len(set(names)) == 9 + 3 + 2 + 1

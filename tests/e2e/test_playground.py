@@ -218,7 +218,7 @@ def test_a_chat_goes_on_and_starts_anew(visit: Visit) -> None:
     assert [message["role"] for message in visit.asked[-1]["messages"]] == ["system", "user"]
 
 
-def test_a_new_chat_forgets_the_answer_that_is_being_written(visit: Visit) -> None:
+def test_new_chat_cancels_the_running_answer(visit: Visit) -> None:
     page = visit.open("chat")
     set_up(page, temperature=0, max_tokens=4000, draft_tokens=0)
     page.fill("#chat-input", "def fibonacci(n):")
@@ -251,7 +251,7 @@ def test_a_long_answer_is_stopped(visit: Visit, way: str) -> None:
     assert int(page.locator("#chat-meter dd").nth(2).inner_text().replace(",", "")) < 4000
 
 
-def test_thoughts_are_set_apart_and_text_is_never_markup(visit: Visit) -> None:
+def test_reasoning_is_separate_and_text_is_escaped(visit: Visit) -> None:
     pieces = [["\ufdd0", 0], ["thought", 1], ["\nHm <b>", 2], ["\ufdd1", 0], ["<img src=x onerror=alert(1)>", 1]]
     round_ = {"drafted": 3, "accepted": 3, "pieces": pieces}
     delta = {"reasoning_content": "Hm <b>", "content": "<img src=x onerror=alert(1)>"}

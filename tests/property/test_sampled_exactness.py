@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from paceline.backends.base import Backend
 from paceline.decode import sampler
 from paceline.decode.draft_length import MAX_DEPTH, Costs, State
-from paceline.decode.sampling_params import check_sampling_params
 from paceline.engine.proposers import DrafterProposer, Proposer
 from paceline.engine.sequence import Sequence
 from paceline.engine.step import step
 from paceline.quant.blocks import FORMATS
+from paceline.sampling_params import check_sampling_params
 from paceline.types import GREEDY, Draft, Logprobs, SamplingParams, Work
 from tests.parity.fixtures import SHAPES, VOCABULARY, WINDOW, write_pair
 from tests.support import NATIVE, KnowingProposer, Run, any_backend, examples, only_native, sequence

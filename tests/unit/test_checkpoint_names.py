@@ -105,7 +105,7 @@ def test_each_tensor_is_needed(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", drafter_weights())
-def test_each_drafter_tensor_is_needed_with_its_shape(tmp_path: Path, name: str) -> None:
+def test_each_drafter_tensor_is_required(tmp_path: Path, name: str) -> None:
     weights = drafter_weights()
     weights[name] = np.ascontiguousarray(weights[name][:-1])
     message = refused(write(tmp_path / "shape", DRAFTER, weights))

@@ -25,7 +25,7 @@ def test_what_is_missing_is_off() -> None:
     assert sampling(do_sample=True, top_k=None, min_p=0.1) == SamplingParams(1.0, min_p=0.1)
 
 
-def test_suppressed_tokens_and_penalties_hold_for_greedy_decoding_too() -> None:
+def test_greedy_keeps_penalties_and_suppressed_tokens() -> None:
     found = sampling(suppress_tokens=[258882, 258883], repetition_penalty=1.1)
     assert found == SamplingParams(suppressed=(258882, 258883), repetition_penalty=1.1)
 

@@ -1,15 +1,24 @@
-"""Answers told apart: content, thoughts, calls, in whatever pieces they come."""
+"""The output parser: content, reasoning and calls, however the text is split."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paceline.text.output_parser import CALL, MARKS, AnswerReader, Part, begins_in_thought, gemma_notation, marks_of
+from paceline.text.output_parser import (
+    CALL,
+    MARKS,
+    OutputDelta,
+    OutputParser,
+    ends_in_reasoning,
+    gemma_notation,
+    marks_of,
+)
 
 
 def marked(text: str) -> str:
@@ -18,38 +27,38 @@ def marked(text: str) -> str:
     return text
 
 
-def read(text: str, cuts: list[int] | None = None, in_thought: bool = False) -> list[Part]:
+def read(text: str, cuts: list[int] | None = None, in_reasoning: bool = False) -> list[OutputDelta]:
     """The parts of an answer, pieces of a kind joined."""
-    reader = AnswerReader(in_thought)
+    reader = OutputParser(in_reasoning)
     text = marked(text)
     edges = [0, *sorted(cut % (len(text) + 1) for cut in cuts or ()), len(text)]
-    joined: list[Part] = []
+    joined: list[OutputDelta] = []
     for part in [
         *(p for a, b in pairwise(edges) for p in reader.push(text[a:b])),
         *reader.finish(),
     ]:
         if joined and joined[-1].kind == part.kind != "call":
-            part = Part(part.kind, joined.pop().text + part.text)
+            part = replace(part, text=joined.pop().text + part.text)
         joined.append(part)
     return joined
 
 
 def test_thought_then_content() -> None:
     assert read("<|channel>thought\nHm.\n\nYes.\n<channel|>Hello") == [
-        Part("thought", "Hm.\n\nYes."),
-        Part("content", "Hello"),
+        OutputDelta("reasoning", "Hm.\n\nYes."),
+        OutputDelta("content", "Hello"),
     ]
 
 
 def test_an_empty_thought_is_nothing() -> None:
-    assert read("<|channel>thought\n<channel|>Hi") == [Part("content", "Hi")]
+    assert read("<|channel>thought\n<channel|>Hi") == [OutputDelta("content", "Hi")]
 
 
 def test_a_thought_that_the_prompt_opened() -> None:
     prompt = "<bos><|turn>model\n<|channel>thought\n"
-    assert begins_in_thought(prompt)
-    assert not begins_in_thought(prompt + "x<channel|>")
-    assert read("so\n<channel|>Hi", in_thought=True) == [Part("thought", "so"), Part("content", "Hi")]
+    assert ends_in_reasoning(prompt)
+    assert not ends_in_reasoning(prompt + "x<channel|>")
+    assert read("so\n<channel|>Hi", in_reasoning=True) == [OutputDelta("reasoning", "so"), OutputDelta("content", "Hi")]
 
 
 def test_calls_among_content() -> None:
@@ -87,12 +96,12 @@ def test_arguments(notation: str, value: object) -> None:
     text = "<|tool_call>call:f{" + notation.replace("<q>", '<|"|>') + closing
     for end in ("<tool_call|>", "}\n<tool_call|>tail" if closing else ""):
         parts = read(text + end)
-        assert parts[0] == Part("call", "f")
+        assert parts[0] == OutputDelta("call", "f", 0)
         assert json.loads(parts[1].text) == value
 
 
 def test_what_is_no_call_is_content() -> None:
-    assert read("<|tool_call>nothing<tool_call|>x") == [Part("content", "nothingx")]
+    assert read("<|tool_call>nothing<tool_call|>x") == [OutputDelta("content", "nothingx")]
     assert read("<|tool_call>nothing") == []  # cut in a name: neither a call nor anything to read
 
 
@@ -116,7 +125,7 @@ values = st.recursive(
 def test_every_answer_is_read_alike_in_any_pieces(thought: str, content: str, arguments: dict, cuts: list[int]) -> None:
     call = f"<|tool_call>call:f{gemma_notation(arguments)}<tool_call|>"
     parts = {part.kind: part.text for part in read(f"<|channel>thought\n{thought}\n<channel|>{content}{call}", cuts)}
-    assert parts.get("thought", "") == thought.rstrip("\n")
+    assert parts.get("reasoning", "") == thought.rstrip("\n")
     assert parts.get("content", "") == content
     assert parts["call"] == "f"
     assert json.loads(parts["arguments"]) == arguments

@@ -11,8 +11,8 @@ from paceline.decode.acceptance import accept
 from paceline.decode.constraints import Grammar, LogitsConstraint, constraint_of
 from paceline.decode.logprobs import logprobs_of
 from paceline.decode.sampler import sample
-from paceline.decode.sampling_params import check_sampling_params
 from paceline.errors import SettingsError
+from paceline.sampling_params import check_sampling_params
 from paceline.types import GREEDY, SamplingParams, Work
 
 

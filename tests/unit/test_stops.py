@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from paceline.errors import SettingsError
-from paceline.text.stops import StoppedText, check_stops
+from paceline.text.stops import StopStringFilter, check_stops
 
 
 class Pieces:
@@ -24,7 +24,7 @@ class Pieces:
 
 
 def read(pieces: list[str], stops: tuple[str, ...], rest: str = "") -> tuple[list[str], bool]:
-    text = StoppedText(Pieces(pieces, rest), stops)
+    text = StopStringFilter(Pieces(pieces, rest), stops)
     seen = []
     for token in range(len(pieces)):
         seen.append(text.push(token))
@@ -58,7 +58,7 @@ def test_what_may_begin_a_stop_string_is_held_back() -> None:
     assert read(["ab"], ()) == (["ab", ""], False)
 
 
-def test_a_stop_string_in_what_was_held_back_to_the_end() -> None:
+def test_a_stop_string_in_held_back_text() -> None:
     assert read(["a"], ("bc",), rest="xbcd") == (["a", "x"], True)
 
 

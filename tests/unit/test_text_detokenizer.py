@@ -143,6 +143,6 @@ def test_held_back_text_stays_bounded() -> None:
         },
     ],
 )
-def test_decoders_that_cannot_be_streamed_are_refused(decoder: dict[str, object]) -> None:
+def test_unsupported_decoders_are_refused(decoder: dict[str, object]) -> None:
     with pytest.raises(CheckpointError, match="not supported"):
         Detokenizer(decoder, str)

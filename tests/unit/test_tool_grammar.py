@@ -13,7 +13,7 @@ from paceline.checkpoint.hub import ASSETS
 from paceline.errors import SettingsError
 from paceline.text import Tokenizer
 from paceline.text.grammar import Grammars
-from paceline.text.output_parser import AnswerReader, marks_of
+from paceline.text.output_parser import OutputParser, marks_of
 from paceline.text.tool_grammar import call_grammar
 
 FOLDER = ASSETS / "tiny-python"
@@ -68,7 +68,7 @@ def written(grammar: str, grammars: Grammars, tokenizer: Tokenizer, seed: int) -
 @pytest.mark.parametrize("seed", range(40))
 def test_every_demanded_call_fits_its_schema(seed: int, grammars: Grammars, tokenizer: Tokenizer) -> None:
     text = written(call_grammar(TOOLS, tokenizer.token_id, several=True), grammars, tokenizer, seed)
-    reader = AnswerReader()
+    reader = OutputParser()
     parts = reader.push(text) + reader.finish()
     names = [part.text for part in parts if part.kind == "call"]
     arguments = [part.text for part in parts if part.kind == "arguments"]
@@ -102,7 +102,7 @@ def test_schemas_that_cannot_be_followed(parameters: dict, message: str, tokeniz
 
 
 def test_a_model_without_calls() -> None:
-    with pytest.raises(SettingsError, match="no tokens for calls"):
+    with pytest.raises(SettingsError, match="does not support tool calls"):
         call_grammar([{"name": "f"}], lambda _: None, several=False)
 
 

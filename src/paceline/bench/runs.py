@@ -65,8 +65,8 @@ class Bench:
         self.backend.truncate(self.slot, self.context)
         alone = [self._verify([token], self.context + i, logits=True).logits for i, token in enumerate(tokens)]
         self.backend.truncate(self.slot, self.context)
-        rows = [np.asarray(found, np.float32).reshape(-1).view(np.uint32) for found in (alone, together)]
-        return np.array_equal(*rows)
+        first, second = (np.asarray(found, np.float32).ravel().view(np.uint32) for found in (alone, together))
+        return np.array_equal(first, second)
 
     def draft_step_ms(self, repeats: int, length: int = 4) -> float:
         """Median milliseconds of one draft step: what rounds with drafts take beyond the pass that verifies them."""

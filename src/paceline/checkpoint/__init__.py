@@ -1,4 +1,4 @@
-"""Checkpoint files: where they are, what they hold, under which names. Nothing here computes with weights."""
+"""Checkpoint files: locating and downloading them, and reading their configs and tensors."""
 
 from paceline.checkpoint.checkpoint import Checkpoint
 from paceline.checkpoint.hub import locate, locate_drafter

@@ -1,7 +1,4 @@
-"""A model folder: its settings, the tensors of its shards, and where its text files are.
-
-Opening one reads JSON and headers only.
-"""
+"""A model folder: its configs, tensors and text files. Opening it reads only JSON and headers."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ from paceline.config import (
     token_ids,
 )
 from paceline.errors import CheckpointError
-from paceline.types import SamplingParams
+from paceline.sampling_params import PARAMETERS, SamplingParams
 
 Config = TypeVar("Config")
 PACKED_NAME = "model.paceline"  # packed weights, in a folder that `paceline convert` made
@@ -33,10 +30,10 @@ class Checkpoint:
     """An opened model folder, target or drafter."""
 
     folder: Path
-    config: Mapping[str, Any]  # config.json as it stands
+    config: Mapping[str, Any]  # config.json
     generation: Mapping[str, Any]  # generation_config.json, empty if there is none
     tokenizer_config: Mapping[str, Any]  # tokenizer_config.json, empty if there is none
-    tensors: Mapping[str, TensorRef]  # by the names in the files; none in a converted folder
+    tensors: Mapping[str, TensorRef]  # by name in the files; empty in a converted folder
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
@@ -70,41 +67,42 @@ class Checkpoint:
 
     @property
     def chat_template_path(self) -> Path:
-        """Where the template is if it has a file of its own; older checkpoints keep it in `tokenizer_config`."""
+        """Path of the template file; older checkpoints have the template in `tokenizer_config` instead."""
         return self.folder / "chat_template.jinja"
 
     def sampling(self) -> SamplingParams:
-        """The sampling that `generation_config.json` recommends; greedy where it does not ask for sampling.
+        """The sampling parameters of `generation_config.json`; greedy without `do_sample`.
 
         Raises:
             CheckpointError: a setting is not a number.
         """
         path = self.folder / "generation_config.json"
         suppressed = token_ids(self.generation.get("suppress_tokens"), f"{path}: suppress_tokens")
-        numbers = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
-        for name, default in numbers.items():
+        sampled = bool(self.generation.get("do_sample"))
+        numbers: dict[str, Any] = {"temperature": 1.0} if sampled else {}
+        for name, parameter in PARAMETERS.items():
             value = self.generation.get(name)
-            value = default if value is None else value
-            if isinstance(value, bool) or not isinstance(value, int if name == "top_k" else (int, float)):
+            if value is None or not parameter.checkpoint:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int if parameter.kind is int else (int, float)):
                 raise CheckpointError(f"{path}: {name} is {value!r}; it must be a number")
-            numbers[name] = value
-        if not self.generation.get("do_sample"):
-            numbers |= {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-        return SamplingParams(**numbers, suppressed=suppressed)  # type: ignore[arg-type]
+            if sampled or parameter.checkpoint == "always":
+                numbers[name] = value
+        return SamplingParams(**numbers, suppressed=suppressed)
 
     def target_config(self) -> TargetConfig:
-        """The settings as a target's.
+        """The config of a target.
 
         Raises:
-            CheckpointError: a drafter, or settings that are missing or not supported.
+            CheckpointError: this is a drafter, or a setting is missing or unsupported.
         """
         return self._resolve(target_config)
 
     def drafter_config(self) -> DrafterConfig:
-        """The settings as a drafter's.
+        """The config of a drafter.
 
         Raises:
-            CheckpointError: a target, or settings that are missing or not supported.
+            CheckpointError: this is a target, or a setting is missing or unsupported.
         """
         return self._resolve(drafter_config)
 
@@ -115,7 +113,7 @@ class Checkpoint:
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from error
         except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
-            # A value of the wrong kind, such as a word where a number belongs.
+            # for example a string in place of a number
             raise CheckpointError(f"{path}: holds a value of the wrong kind ({error}); download it again") from error
 
 
@@ -139,7 +137,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def shard_names(folder: Path) -> tuple[str, ...]:
-    """The weight files that a folder must hold: one, or those its index names.
+    """The weight files of a folder: one, or those in its index.
 
     Raises:
         CheckpointError: there is neither `model.safetensors` nor a readable index.
@@ -154,7 +152,7 @@ def shard_names(folder: Path) -> tuple[str, ...]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
-    # A shard's name is a plain file name: an index must not reach outside its folder.
+    # names only: an index must not point outside its folder
     if not isinstance(weight_map, dict) or not all(
         isinstance(shard, str) and Path(shard).name == shard != ".." for shard in weight_map.values()
     ):
@@ -178,5 +176,5 @@ def _read_tensors(folder: Path) -> dict[str, TensorRef]:
     if shards != ("model.safetensors",):
         for name, shard in _weight_map(folder / "model.safetensors.index.json").items():
             if name not in tensors or tensors[name].path.name != shard:
-                raise CheckpointError(f"{folder / shard}: lacks the tensor {name} that the index promises; download it")
+                raise CheckpointError(f"{folder / shard}: lacks the tensor {name} that the index lists; download it")
     return tensors

@@ -1,4 +1,4 @@
-"""From what the user calls a model to a folder on this machine: a path, the bundled pair, or a hub id."""
+"""Locates a model given as a folder, as a hub id, or as the bundled pair."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*")
 
 
 class NotOnHub(CheckpointError):
-    """The hub has no such repository, or shows it to members only."""
+    """The hub has no such repository, or it is private."""
 
 
 class HubUnreachable(CheckpointError):
@@ -58,14 +58,14 @@ def locate_drafter(model: str, folder: Path, choice: str) -> Path | None:
     """The folder of a target's drafter, or None.
 
     Args:
-        model: what the user called the target.
-        folder: what `locate` made of it.
-        choice: "none"; "auto" for the folder beside the target or the hub repository that carries its name and
-            "-assistant"; or the drafter's own folder or hub id.
+        model: the target as the user named it.
+        folder: its folder, as `locate` found it.
+        choice: "none"; "auto" for the folder or hub id of the target with "-assistant" appended; or the drafter's
+            folder or hub id.
 
     Raises:
-        CheckpointError: the drafter that was asked for cannot be had. With "auto" a drafter that does not exist, or
-            cannot be looked for without a network, is None.
+        CheckpointError: the drafter is not available. With "auto", None is returned if it does not exist or the hub
+            cannot be reached.
     """
     if choice == "none":
         return None
@@ -84,16 +84,14 @@ def _local(model: str) -> Path:
     try:
         folder = Path(model).expanduser()
         folder.exists()
-    except (OSError, RuntimeError) as error:  # a name longer than the system allows, a home that does not exist
-        raise CheckpointError(
-            f"{model[:80]}: cannot be the name of a folder; give a model folder or a hub id"
-        ) from error
+    except (OSError, RuntimeError) as error:  # the name is too long, or the home folder does not exist
+        raise CheckpointError(f"{model[:80]}: is not a valid folder name; give a model folder or a hub id") from error
     return folder
 
 
 def _cached(repository: str) -> Path | None:
-    """The cached snapshot, if it is whole: an interrupted download leaves a partial one."""
-    # Imported here because it takes 0.2 s: only those who need the hub pay.
+    """The cached snapshot if it is complete; an interrupted download leaves a partial one."""
+    # imported here because it takes 0.2 s
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -106,7 +104,7 @@ def _cached(repository: str) -> Path | None:
 
 
 def _download(repository: str) -> Path:
-    """Fetch the needed files into the hub's cache, with progress bars on stderr."""
+    """Download the needed files to the hub's cache, with progress bars on stderr."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
@@ -121,7 +119,7 @@ def _download(repository: str) -> Path:
             f"{repository}: no such folder here and no such repository on the hub; check the name, "
             "or run `hf auth login` if it is private"
         ) from error
-    except Exception as error:  # the hub client raises many kinds, of libraries that change with its version
+    except Exception as error:  # the hub client raises many types of several libraries
         if isinstance(error, LocalEntryNotFoundError) or type(error).__name__ == "ProxyError":
             raise HubUnreachable(
                 f"{repository}: no such folder here, not in the hub's cache, and the hub cannot be reached; "

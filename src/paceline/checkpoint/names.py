@@ -1,4 +1,4 @@
-"""The one table of tensor names and shapes, and the check of a checkpoint against it.
+"""Names and shapes of all tensors, and the check of a checkpoint against them.
 
 Canonical names are those of the official files without their prefix: `layers.3.self_attn.q_proj.weight`. Shapes are
 [out, in], as in the files.
@@ -21,7 +21,7 @@ PREFIXES = ("model.language_model.", "model.")
 PLE_TABLE = "embed_tokens_per_layer.weight"
 TOKEN_ORDERING = "masked_embedding.token_ordering"
 
-# What official files hold beside the text model, by the start of the canonical name.
+# Parts of official files that the text model does not need, by prefix of the canonical name.
 SKIPPED_PARTS = {
     "vision_tower.": "vision",
     "embed_vision.": "vision",
@@ -35,17 +35,17 @@ ROTARY_BUFFER = re.compile(r"(?:layers\.\d+\.self_attn\.)?rotary_emb\.\w*inv_fre
 
 @dataclass(frozen=True)
 class Tensors:
-    """A checkpoint's tensors by canonical name, all present and of the right shape."""
+    """A checkpoint's tensors by canonical name, complete and of the right shape."""
 
     refs: Mapping[str, TensorRef]
-    skipped: Mapping[str, str]  # file's own name -> why it is not needed
+    skipped: Mapping[str, str]  # name in the file -> why it is not needed
 
     def __getitem__(self, name: str) -> TensorRef:
         return self.refs[name]
 
 
 def expected_tensors(config: TargetConfig | DrafterConfig) -> Shapes:
-    """The table for either kind of model."""
+    """Names and shapes of every tensor of a target or drafter."""
     return target_tensors(config) if isinstance(config, TargetConfig) else drafter_tensors(config)
 
 
@@ -137,10 +137,10 @@ def _under_layer(index: int, shapes: Shapes) -> Shapes:
 
 
 def resolve(checkpoint: Checkpoint, config: TargetConfig | DrafterConfig) -> Tensors:
-    """Match a checkpoint's tensors with the table: all there, of the right shape and type, and nothing left over.
+    """Match a checkpoint's tensors with the expected ones: none missing or unknown, all of the right shape and type.
 
     Raises:
-        CheckpointError: names the tensor that is missing, misshapen, unknown or there twice.
+        CheckpointError: names the tensor that is missing, duplicate, unknown, or of the wrong shape or type.
     """
     expected = expected_tensors(config)
     refs: dict[str, TensorRef] = {}
@@ -186,7 +186,7 @@ def _why_skipped(canonical: str, ref: TensorRef, config: TargetConfig | DrafterC
     if match := SHARED_KV.fullmatch(canonical):
         index = int(match[1])
         if index < len(config.layers) and config.layers[index].kv_source != index:
-            return "K/V of a layer that shares another's"
+            return "K/V of a layer that shares another layer's"
     if ROTARY_BUFFER.fullmatch(canonical):
         return "rotary table, computed from the settings"
     return None

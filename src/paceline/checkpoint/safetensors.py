@@ -1,4 +1,4 @@
-"""Safetensors headers, read strictly, and tensors read in slices of rows.
+"""Reads safetensors files: headers with strict checks, and tensors in slices of rows.
 
 The format is 8 bytes of little-endian header length, a JSON header, then the tensors' bytes side by side
 (https://huggingface.co/docs/safetensors, "Format"). The safetensors package is not used for reading: its NumPy side
@@ -21,12 +21,12 @@ from paceline.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
 
-# Bits of every element type the format knows: a file may hold any of them in the parts that are skipped.
+# Bits of every element type of the format: skipped parts of a file may have any of them.
 BITS = {"BOOL": 8, "U8": 8, "I8": 8, "I16": 16, "U16": 16, "I32": 32, "U32": 32, "I64": 64, "U64": 64}
 BITS |= {"F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64}
 BITS |= {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8}
 
-# NumPy has no bf16: its 16 bits are handed out as they are.
+# NumPy has no bf16, so it is read as uint16 bit patterns.
 READABLE = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I64": np.int64, "I32": np.int32}
 FLOATING = ("F32", "F16", "BF16")
 INTEGER = ("I64", "I32")
@@ -34,9 +34,9 @@ INTEGER = ("I64", "I32")
 
 @dataclass(frozen=True)
 class TensorRef:
-    """Where one tensor lies in a file. Nothing is read until asked for.
+    """A tensor in a file, which is read on request.
 
-    `dtype` is the file's own name: F32 reads as float32, F16 as float16, BF16 as uint16 bit patterns, I64 and I32 as
+    `dtype` is the name in the file: F32 reads as float32, F16 as float16, BF16 as uint16 bit patterns, I64 and I32 as
     themselves.
     """
 
@@ -76,7 +76,7 @@ class TensorRef:
         return values.reshape((stop - start, *self.shape[1:]) if self.shape else ())
 
     def map(self) -> np.memmap[Any, Any]:
-        """Map the whole tensor read-only: pages come in as rows are touched, and the system may drop them again."""
+        """Map the whole tensor read-only, so that pages are loaded on access and can be evicted."""
         return np.memmap(self.path, self._numpy_type(), "r", self.offset, self.shape)
 
     def _numpy_type(self) -> np.dtype[Any]:
@@ -89,7 +89,7 @@ class TensorRef:
 
 
 def read_header(path: Path) -> dict[str, TensorRef]:
-    """List a file's tensors, having checked that its header describes the file exactly.
+    """List a file's tensors, after checking that its header describes the whole file.
 
     Raises:
         CheckpointError: no such file, not safetensors, truncated, or tensors that overlap or leave gaps.
@@ -131,7 +131,7 @@ def _refs(path: Path, entries: Mapping[str, Any], start: int, size: int) -> dict
     for name, (begin, stop, dtype, shape) in sorted(spans.items(), key=lambda item: item[1][:2]):
         bits = math.prod(shape) * BITS[dtype]
         if begin != end or (stop - begin) * 8 != bits:
-            raise _damaged(path, f"has a corrupt header: the tensor {name} does not lie where it must")
+            raise _damaged(path, f"has a corrupt header: the tensor {name} is at a wrong offset")
         refs[name] = TensorRef(name, dtype, shape, path, start + begin)
         end = stop
     if start + end > size:

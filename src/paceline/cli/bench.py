@@ -1,4 +1,4 @@
-"""`paceline bench`: how fast this machine is, and a model on it, beside the machine's own limit."""
+"""`paceline bench`: speed of kernels, decoding and prefill, compared with the memory bandwidth."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import typer
 
 from paceline.cli.options import DeviceOption, ThreadsOption
 from paceline.errors import SettingsError
-from paceline.quant.formats import FORMATS, METAVAR
+from paceline.quant.formats import METAVAR
 
 bench = typer.Typer(
-    help="Measure kernels, decoding and prompts. Ends in one JSON line on stdout.", no_args_is_help=True
+    help="Measure kernels, decoding and prefill. The last line on stdout is JSON.", no_args_is_help=True
 )
 
 ModelOption = Annotated[str | None, typer.Option("--model", "-m", help="A model with its drafter.", metavar="MODEL")]
@@ -24,14 +24,14 @@ ShapeOption = Annotated[
     typer.Option(help="Random weights in an official shape.", metavar="e2b|e4b|12b|26b|31b", show_default=False),
 ]
 QuantOption = Annotated[str, typer.Option(help="Weight format.", metavar=METAVAR)]
-ContextOption = Annotated[int, typer.Option(help="Tokens in the cache before each measurement.", min=16)]
-DraftOption = Annotated[int, typer.Option(help="Tokens drafted a round.", min=1, max=15)]
+ContextOption = Annotated[int, typer.Option(help="Tokens in the KV cache before each measurement.", min=16)]
+DraftOption = Annotated[int, typer.Option(help="Draft length.", min=1, max=15)]
 RepeatsOption = Annotated[int, typer.Option(help="Runs of each measurement; medians are shown.", min=1)]
 AcceptanceOption = Annotated[
     str | None,
     typer.Option(
-        help="Simulate acceptance: shares of rounds in which the draft at depth 1, 2, ... is accepted, such as "
-        "0.8,0.65,0.5. Random weights accept nothing by themselves.",
+        help="Simulate acceptance: rates by depth 1, 2, ..., such as 0.8,0.65,0.5. With random weights no draft is "
+        "accepted otherwise.",
         metavar="SHARES",
     ),
 ]
@@ -40,7 +40,7 @@ PROMPT = 512  # tokens of the prompt that is measured
 
 @bench.command()
 def kernels(threads: ThreadsOption = None, repeats: RepeatsOption = 7) -> None:
-    """Matrix kernels of every weight format, in bytes of weights a second, for 1 to 16 rows."""
+    """Matrix kernels of all weight formats for 1 to 16 rows, in bytes of weights per second."""
     from paceline import _cpu
     from paceline.backends.cpu.backend import default_threads
     from paceline.bench.machine import ReadBandwidth, peak_memory
@@ -77,10 +77,10 @@ def decode(
     repeats: RepeatsOption = 7,
     tokens: Annotated[int, typer.Option(help="Tokens of each decoding run.", min=1)] = 48,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw the cost curve into this PNG file.", show_default=False)
+        Path | None, typer.Option(help="Write a plot of the cost curve to this PNG file.", show_default=False)
     ] = None,
 ) -> None:
-    """Passes of 1 to 16 rows, draft steps, a prompt, and decoding with and without MTP.
+    """Passes of 1 to 16 rows, draft steps, prefill, and decoding with and without MTP.
 
     \b
     Examples:
@@ -105,7 +105,7 @@ def decode(
         "auto_useless": (None, ()),
     }
     speeds: dict[str, list[float]] = {mode: [] for mode in modes}
-    for _ in range(3 if device == "cpu" else 4):  # in turn, so that a change of the machine's speed meets all
+    for _ in range(3 if device == "cpu" else 4):  # alternating, so that changes of the machine's speed affect all modes
         for mode, (depth, accepted) in modes.items():
             speeds[mode].append(run.decode_tokens_per_s(tokens, depth, accepted, costs))
 
@@ -146,7 +146,7 @@ def prompt(
     length: Annotated[int, typer.Option(help="Tokens of the prompt.", min=16)] = PROMPT,
     repeats: RepeatsOption = 5,
 ) -> None:
-    """How fast a prompt is read."""
+    """Speed of prefill."""
     from paceline.bench.loading import open_pair
     from paceline.bench.report import console, print_prompt
 
@@ -167,16 +167,14 @@ def _check_choice(model: str | None, shape: str | None) -> None:
 def _shares(acceptance: str | None, draft_tokens: int, shape: str | None) -> tuple[float, ...] | None:
     if acceptance is None:
         if shape is not None:
-            raise SettingsError("random weights accept no drafts; simulate them with --acceptance 0.8,0.65,0.5")
+            raise SettingsError("no drafts of random weights are accepted; simulate it with --acceptance 0.8,0.65,0.5")
         return None
     try:
         shares = tuple(float(part) for part in acceptance.split(","))
     except ValueError:
         shares = ()
     if not shares or sorted(shares, reverse=True) != list(shares) or not 0 <= shares[-1] <= shares[0] <= 1:
-        raise SettingsError(f"--acceptance is {acceptance!r}; give shares from 1 down to 0, such as 0.8,0.65,0.5")
+        raise SettingsError(f"--acceptance is {acceptance!r}; give rates from 1 down to 0, such as 0.8,0.65,0.5")
     if len(shares) != draft_tokens:
-        raise SettingsError(
-            f"--acceptance has {len(shares)} shares for {draft_tokens} drafted tokens; give one for each"
-        )
+        raise SettingsError(f"--acceptance has {len(shares)} rates for draft length {draft_tokens}; give one for each")
     return shares

@@ -1,27 +1,31 @@
-"""`paceline chat`: a conversation in a terminal, or one turn a line from a pipe."""
+"""`paceline chat`: a conversation in a terminal, or with one message per line from a pipe."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from paceline.cli import options as opt
-from paceline.cli import sampling as draw
 from paceline.cli.chat_terminal import Terminal
-from paceline.cli.conversation import Conversation, Turn, figures
+from paceline.cli.conversation import Conversation, Turn, summary
+from paceline.cli.sampling import Changes, StopOption, with_sampling_options
 from paceline.errors import PacelineError, PromptError
+from paceline.sampling_params import check_sampling_params
 
 if TYPE_CHECKING:
     from paceline import Engine
 
-FAILED = 1  # what a pipe's last command returns when a line of it failed
-CACHE_MEMORY = 1 << 30  # bytes for what was read of the conversation
+FAILED = 1  # exit code if a line from a pipe failed
+CACHE_MEMORY = 1 << 30  # bytes of the prefix cache
 
 
+@with_sampling_options
 def chat(
+    sampling: Changes,
     model: opt.ModelOption = opt.DEFAULT_MODEL,
     drafter: opt.DrafterOption = "auto",
     system: Annotated[str, typer.Option(help="The system prompt.", metavar="TEXT", show_default=False)] = "",
@@ -32,24 +36,15 @@ def chat(
     device: opt.DeviceOption = "cpu",
     context: Annotated[
         int | None,
-        typer.Option(help="Tokens a conversation may hold; the model's limit, at most 32768, if not given.", min=2),
+        typer.Option(help="Maximum tokens of the conversation; default: the model's limit, at most 32768.", min=2),
     ] = None,
-    temperature: draw.TemperatureOption = None,
-    top_k: draw.TopKOption = None,
-    top_p: draw.TopPOption = None,
-    min_p: draw.MinPOption = None,
-    repetition_penalty: draw.RepetitionOption = None,
-    presence_penalty: draw.PresenceOption = None,
-    frequency_penalty: draw.FrequencyOption = None,
-    logit_bias: draw.BiasOption = None,
-    seed: draw.SeedOption = None,
-    stop: draw.StopOption = None,
+    stop: StopOption = None,
 ) -> None:
-    """Talk with a model.
+    """Chat with a model.
 
-    What was read of the conversation is kept, so each turn reads only what is
-    new. /help lists the commands. From a pipe, each line is one message:
-    answers go to stdout, all else to stderr.
+    The KV cache of the conversation is kept, so each turn prefills only the
+    new message. /help lists the commands. From a pipe, each line is one
+    message: answers go to stdout, everything else to stderr.
 
     \b
     Examples:
@@ -57,82 +52,67 @@ def chat(
       paceline chat -m ./gemma-4-E2B-it --quant q4 --system "Answer in one line."
       paceline chat --temperature 0.7 < questions.txt
     """
-    import paceline
-    from paceline.decode.sampling_params import check_sampling_params
     from paceline.text.stops import check_stops
 
-    engine = paceline.load(
+    engine = opt.load(
         model,
         drafter=drafter,
         device=device,
         quant=quant,
         threads=threads,
         context=context,
-        draft_tokens=opt.draft_tokens_of(draft_tokens),
+        draft_tokens=draft_tokens,
         cache_memory=CACHE_MEMORY,
-        notify=opt.note,
     )
     if engine.chat_template is None:
         raise PromptError(f"{model}: has no chat template; use paceline generate --raw, or the -it model")
-    sampling = draw.sampling_of(
-        engine.sampling,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        bias=logit_bias,
-        seed=seed,
-    )
-    check_sampling_params(sampling, engine.backend.info.vocab_size)
-    conversation = Conversation(engine, sampling, max_tokens, check_stops(stop or ()), system=system)
+    params = check_sampling_params(replace(engine.sampling, **sampling), engine.backend.info.vocab_size)
+    conversation = Conversation(engine, params, max_tokens, check_stops(stop or ()), system=system)
     interactive = all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
     if not converse(conversation, Terminal(_title(model, engine)) if interactive else Pipe()) and not interactive:
         raise typer.Exit(FAILED)
 
 
-def converse(conversation: Conversation, screen: Pipe | Terminal) -> bool:
-    """Take lines until they end. An error costs a turn, not the conversation; says whether there was none."""
-    well = True
-    for line in screen.lines():
+def converse(conversation: Conversation, interface: Pipe | Terminal) -> bool:
+    """Handle all lines. Errors end a turn, not the conversation; returns whether there were none."""
+    succeeded = True
+    for line in interface.lines():
         try:
-            reply = conversation.take(line)
+            reply = conversation.handle(line)
             if reply.text:
-                screen.say(reply.text)
+                interface.say(reply.text)
             if reply.turn:
-                screen.show(reply.turn)
+                interface.show(reply.turn)
             if reply.end:
                 break
         except PacelineError as error:
-            well = False
-            screen.complain(" ".join(str(error).split()))
+            succeeded = False
+            interface.error(" ".join(str(error).split()))
         except KeyboardInterrupt:
-            if isinstance(screen, Pipe):
+            if isinstance(interface, Pipe):
                 raise
         except MemoryError:
-            well = False
-            screen.complain("not enough memory for this; /clear, or start again with --quant q4")
-    return well
+            succeeded = False
+            interface.error("not enough memory; use /clear, or start again with --quant q4")
+    return succeeded
 
 
 class Pipe:
-    """One message a line; answers to stdout, all else to stderr."""
+    """One message per line; answers go to stdout, everything else to stderr."""
 
     def lines(self) -> Iterator[str]:
         if sys.stdin is None:
-            raise PromptError("stdin: is closed; give messages, one a line")
+            raise PromptError("stdin: is closed; give one message per line")
         for line in sys.stdin.buffer:
             try:
                 yield line.decode()
             except UnicodeDecodeError:
-                self.complain("stdin: this line is not UTF-8 text; convert it first, for example with iconv -t UTF-8")
+                self.error("stdin: this line is not UTF-8 text; convert it first, for example with iconv -t UTF-8")
 
     def say(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    def complain(self, text: str) -> None:
+    def error(self, text: str) -> None:
         opt.note(f"error: {text}")
 
     def show(self, turn: Turn) -> None:
@@ -143,7 +123,7 @@ class Pipe:
             finally:
                 if not turn.text.endswith("\n"):
                     print(flush=True)
-        self.say(figures(turn.stream.statistics) + (", cut off" if turn.finish == "length" else ""))
+        self.say(summary(turn.stream.statistics) + (", cut off" if turn.finish == "length" else ""))
 
 
 def _title(model: str, engine: Engine) -> str:

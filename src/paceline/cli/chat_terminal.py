@@ -1,4 +1,4 @@
-"""A chat on a terminal: a prompt with history, and answers as markdown that grows."""
+"""The terminal interface of `paceline chat`: a prompt with history, and answers as markdown."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from time import perf_counter
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from paceline.cli.conversation import Turn, figures, progress
+from paceline.cli.conversation import Turn, progress, summary
+from paceline.files import cache_folder
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Terminal:
-    """A prompt with history, and answers as markdown that grows: finished blocks scroll, the last one is live."""
+    """A prompt with history; answers are rendered as markdown: complete blocks are final, the last one is redrawn."""
 
     def __init__(self, title: str) -> None:
         from rich.console import Console
@@ -41,7 +42,7 @@ class Terminal:
     def say(self, text: str) -> None:
         self._console.print(text, style="dim", markup=False)
 
-    def complain(self, text: str) -> None:
+    def error(self, text: str) -> None:
         self._console.print(text, style="red", markup=False)
 
     def show(self, turn: Turn) -> None:
@@ -49,26 +50,26 @@ class Terminal:
 
         def stop(_signal: int, _frame: FrameType | None) -> None:
             nonlocal stopped
-            if stopped or turn.stream.sequence.in_prefill:  # no event comes for long
+            if stopped or turn.stream.sequence.in_prefill:  # prefill: the next event may take long
                 raise KeyboardInterrupt
             stopped = True
 
         page = Page(self._console)
         with suppress(KeyboardInterrupt), _keyboard(stop), turn, page:
-            page.update("", "reading; Ctrl-C stops")
+            page.update("", "prefill; Ctrl-C stops")
             for event in turn:
                 page.update(event.text, f"{progress(turn.stream.statistics)}; Ctrl-C stops")
                 if stopped:
                     break
         if not turn.text and not turn.finish:
-            self.say("stopped before the first word; the message is taken back")
+            self.say("stopped before the first token; the message was removed")
             return
         ending = {"length": ", cut off", None: ", stopped"}.get(turn.finish, "")
-        self.say(figures(turn.stream.statistics) + ending)
+        self.say(summary(turn.stream.statistics) + ending)
 
 
 class Page:
-    """An answer on the console. Use as a context; what is still live then becomes final."""
+    """An answer on the console. A context manager: at its end, the live part is printed."""
 
     def __init__(self, console: Console) -> None:
         from rich.live import Live
@@ -88,13 +89,13 @@ class Page:
         self._print(self._text)
 
     def update(self, text: str, status: str) -> None:
-        """Add text; drawn at most ten times a second, and never for more than a twentieth of the time."""
+        """Add text; redraws at most ten times per second, and for at most 5 % of the time."""
         self._text += "".join(letter for letter in text if letter.isprintable() or letter in "\n\t")
         self._status = status
         started = perf_counter()
         if started < self._due:
             return
-        end = finished(self._text)
+        end = complete_blocks(self._text)
         self._print(self._text[:end])
         self._text = self._text[end:]
         self._live.refresh()
@@ -117,19 +118,19 @@ class Page:
             self._printed = True
 
     def _rows(self, text: str, last: int = 0) -> Segments:
-        """Markdown without the blank rows around it, `last` rows at most, for the screen cannot unroll what left it."""
+        """Rendered markdown without surrounding blank rows; at most `last` rows, to fit the screen."""
         from rich.markdown import Markdown
         from rich.segment import Segment, Segments
 
-        # the terminal's own colours suit dark and light ones
+        # uses the terminal's own colours, which suit dark and light backgrounds
         rows = self._console.render_lines(Markdown(text, code_theme="ansi_dark"), pad=False)
         full = [number for number, row in enumerate(rows) if any(part.text.strip() for part in row)]
         rows = rows[full[0] : full[-1] + 1] if full else []
         return Segments([part for row in rows[-last:] for part in [*row, Segment.line()]])
 
 
-def finished(text: str) -> int:
-    """Length of the markdown blocks that more text will not change."""
+def complete_blocks(text: str) -> int:
+    """Length of the markdown blocks at the beginning that more text cannot change."""
     end = place = 0
     fence, blank = "", False
     for line in text.split("\n"):
@@ -147,7 +148,7 @@ def finished(text: str) -> int:
 
 
 def _session() -> PromptSession[str]:
-    """The prompt: Enter sends a whole message, pasted lines stay one, Ctrl-C empties it."""
+    """The prompt: Enter sends the message, pasted lines stay together, Ctrl-C clears it."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
@@ -177,14 +178,12 @@ def _session() -> PromptSession[str]:
 
 
 def _history() -> History:
-    """What was typed before, in a file only its owner reads; in memory where there can be none."""
+    """Input history, in a file that only its owner can read; in memory if it cannot be written."""
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
-    from paceline.backends.cpu.pack_cache import cache_folder
-
-    class Careful(FileHistory):
+    class BestEffortHistory(FileHistory):
         def store_string(self, string: str) -> None:
-            with suppress(OSError):  # a full disk is no reason to stop
+            with suppress(OSError):  # a full disk must not end the chat
                 super().store_string(string)
 
     path = cache_folder() / "chat-history"
@@ -194,12 +193,12 @@ def _history() -> History:
         path.read_bytes()
     except OSError:
         return InMemoryHistory()
-    return Careful(path)
+    return BestEffortHistory(path)
 
 
 @contextmanager
 def _keyboard(stop: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Ctrl-C calls `stop`. What else is typed waits unseen for the next prompt: its echo would garble the live part."""
+    """Call `stop` on Ctrl-C, and switch off echo, which would garble the live part."""
     import termios
 
     terminal, before = termios.tcgetattr(sys.stdin), signal.signal(signal.SIGINT, stop)

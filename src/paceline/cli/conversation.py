@@ -1,4 +1,4 @@
-"""What a chat is about: messages, and the commands that change them. It knows no terminal."""
+"""The conversation of `paceline chat`: messages, settings and commands, independent of the terminal."""
 
 from __future__ import annotations
 
@@ -13,33 +13,34 @@ from typing import TYPE_CHECKING
 
 from paceline.errors import PromptError, SettingsError
 from paceline.files import atomic_file
+from paceline.sampling_params import PARAMETERS, SamplingParams, check_sampling_params
 
 if TYPE_CHECKING:
     from paceline import Engine, Stream
     from paceline.engine.engine import DraftTokens
-    from paceline.types import Event, SamplingParams, Statistics
+    from paceline.types import Event, Statistics
 
     Message = dict[str, str]  # role and content
 
 
 HELP = """\
-/clear             forget the conversation; the system prompt stays
-/system [TEXT]     show or set the system prompt; none takes it away
-/undo              take the last message and its answer back
+/clear             delete all messages; the system prompt stays
+/system [TEXT]     show or set the system prompt; none removes it
+/undo              remove the last message and its answer
 /retry             answer the last message again, with a new seed
 /save FILE         write the conversation to a file
-/load FILE         go on with a conversation from a file
+/load FILE         continue a conversation from a file
 /set [NAME VALUE]  show or change settings, such as temperature
-/stats             what was written so far, and how many drafts were accepted
+/stats             tokens, speed and acceptance rate of this session
 /help              this list
 /quit              end; so does Ctrl-D
 //text             a message that starts with a slash
-Enter sends. Esc Enter starts a new line; so does Enter behind \\ or within ```.
-Ctrl-C stops an answer and keeps what is written."""
+Enter sends. Esc Enter starts a new line; so does Enter after \\ or within ```.
+Ctrl-C stops an answer and keeps its text so far."""
 
 
 class Turn:
-    """A message and the answer that is being written to it. Both are in the conversation once it is left."""
+    """A message and its answer, while streaming. A context manager: at its end, both enter the conversation."""
 
     def __init__(self, conversation: Conversation, before: list[Message], message: str, stream: Stream) -> None:
         self._conversation, self._before, self._message = conversation, before, message
@@ -59,7 +60,7 @@ class Turn:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.stream.close()
         if self.stream.statistics.tokens:
-            self._conversation.measured.append(self.stream.statistics)
+            self._conversation.statistics.append(self.stream.statistics)
         if (self.text or self.finish) and not isinstance(error, Exception):
             said = [{"role": "user", "content": self._message}, {"role": "assistant", "content": self.text}]
             self._conversation.turns = self._before + said
@@ -67,7 +68,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Reply:
-    """What comes of a line: something to say, a turn to run, or the end."""
+    """The result of an input line: a text to show, a turn to run, or the end."""
 
     text: str = ""
     turn: Turn | None = None
@@ -76,7 +77,7 @@ class Reply:
 
 @dataclass
 class Conversation:
-    """Messages, settings, and the commands that change them. Errors are `PacelineError`s and change nothing."""
+    """Messages, settings, and commands. Commands that raise a `PacelineError` change nothing."""
 
     engine: Engine
     sampling: SamplingParams
@@ -85,14 +86,14 @@ class Conversation:
     draft_tokens: DraftTokens | None = None  # None: the engine's setting
     system: str = ""
     turns: list[Message] = field(default_factory=list)
-    measured: list[Statistics] = field(default_factory=list)  # one for each answer of this session
+    statistics: list[Statistics] = field(default_factory=list)  # one per answer of this session
 
     @property
     def messages(self) -> list[Message]:
         return self._system() + self.turns
 
-    def take(self, line: str) -> Reply:
-        """Obey a command, or begin the answer to a message."""
+    def handle(self, line: str) -> Reply:
+        """Run a command, or start the answer to a message."""
         line = line.rstrip()
         if not line.strip():
             return Reply()
@@ -111,28 +112,28 @@ class Conversation:
 
     def clear(self, _: str) -> Reply:
         self.turns = []
-        return Reply("the conversation is forgotten")
+        return Reply("all messages are deleted")
 
     def set_system(self, text: str) -> Reply:
         if not text:
             return Reply(self.system or "no system prompt")
         self.system = "" if text == "none" else text
-        return Reply("the system prompt is set" if self.system else "the system prompt is taken away")
+        return Reply("the system prompt is set" if self.system else "the system prompt is removed")
 
     def undo(self, _: str) -> Reply:
         before, message = self._last()
         self.turns = before
-        return Reply(f"taken back: {shorten(message, 60)}")
+        return Reply(f"removed: {shorten(message, 60)}")
 
     def retry(self, _: str) -> Reply:
         before, message = self._last()
-        note = "" if self.sampling.temperature else "the same answer again: temperature is 0 (see /set)"
+        note = "" if self.sampling.temperature else "temperature is 0, so the answer is the same (see /set)"
         return Reply(note, self._ask(before, message, replace(self.sampling, seed=None)))
 
     def save(self, name: str) -> Reply:
         path = _path(name, "/save")
-        write_whole(path, json.dumps(self.messages, ensure_ascii=False, indent=1) + "\n")
-        return Reply(f"{len(self.messages)} messages are in {path}")
+        write_atomically(path, json.dumps(self.messages, ensure_ascii=False, indent=1) + "\n")
+        return Reply(f"{len(self.messages)} messages written to {path}")
 
     def load(self, name: str) -> Reply:
         path = _path(name, "/load")
@@ -140,18 +141,17 @@ class Conversation:
         with_system = messages[:1] and messages[0]["role"] == "system"
         self.system = messages.pop(0)["content"] if with_system else ""
         self.turns = messages
-        return Reply(f"{len(self.messages)} messages come from {path}")
+        return Reply(f"{len(self.messages)} messages loaded from {path}")
 
     def set(self, rest: str) -> Reply:
-        from paceline.decode.sampling_params import check_sampling_params
         from paceline.engine.engine import check_draft_tokens
 
         name, _, word = rest.partition(" ")
         name = name.replace("-", "_")
         if not name:
-            return Reply("\n".join(f"{name:<13} {value}" for name, value in self._settings().items()))
+            return Reply("\n".join(f"{name:<18} {value}" for name, value in self._settings().items()))
         if name not in self._settings():
-            raise SettingsError(f"there is no setting {name!r}; there are {', '.join(self._settings())}")
+            raise SettingsError(f"there is no setting {name!r}; use one of {', '.join(self._settings())}")
         value = _value(name, word.strip())
         if name == "draft_tokens":
             self.draft_tokens = check_draft_tokens(value)  # type: ignore[arg-type]
@@ -163,26 +163,24 @@ class Conversation:
         return Reply(f"{name} is {self._settings()[name]}")
 
     def stats(self, _: str) -> Reply:
-        return Reply("\n".join(totals(self.measured)))
+        return Reply("\n".join(totals(self.statistics)))
 
     def _system(self) -> list[Message]:
         return [{"role": "system", "content": self.system}] if self.system else []
 
     def _settings(self) -> dict[str, object]:
-        names = ("temperature", "top_k", "top_p", "min_p")
         depth = self.engine.draft_tokens if self.draft_tokens is None else self.draft_tokens
         return {
-            **{name: getattr(self.sampling, name) for name in names},
-            "seed": "auto" if self.sampling.seed is None else self.sampling.seed,
+            **{name: "auto" if (value := getattr(self.sampling, name)) is None else value for name in PARAMETERS},
             "max_tokens": self.max_tokens,
             "draft_tokens": depth,
         }
 
     def _last(self) -> tuple[list[Message], str]:
-        """The last message of the user and what stands before it."""
+        """The last message of the user, and the messages before it."""
         asked = [place for place, message in enumerate(self.turns) if message["role"] == "user"]
         if not asked:
-            raise PromptError("there is no message yet; write one")
+            raise PromptError("there is no message yet; send one first")
         return self.turns[: asked[-1]], self.turns[asked[-1]]["content"]
 
     def _ask(self, before: list[Message], message: str, sampling: SamplingParams) -> Turn:
@@ -194,17 +192,9 @@ class Conversation:
 
 
 COMMANDS: dict[str, Callable[[Conversation, str], Reply]] = {
-    "help": Conversation.help,
-    "clear": Conversation.clear,
-    "system": Conversation.set_system,
-    "undo": Conversation.undo,
-    "retry": Conversation.retry,
-    "save": Conversation.save,
-    "load": Conversation.load,
-    "set": Conversation.set,
-    "stats": Conversation.stats,
-    "quit": Conversation.quit,
-}
+    name: getattr(Conversation, name)
+    for name in ("help", "clear", "undo", "retry", "save", "load", "set", "stats", "quit")
+} | {"system": Conversation.set_system}
 
 
 def progress(statistics: Statistics) -> str:
@@ -214,29 +204,29 @@ def progress(statistics: Statistics) -> str:
     )
 
 
-def figures(statistics: Statistics) -> str:
+def summary(statistics: Statistics) -> str:
     """One line about an answer."""
     return f"{progress(statistics)}, prompt {statistics.cached_tokens} of {statistics.prompt_tokens} cached"
 
 
-def totals(measured: list[Statistics]) -> list[str]:
-    """What a session's answers took together."""
-    tokens, rounds = sum(s.tokens for s in measured), sum(s.rounds for s in measured)
-    timed, seconds = sum(max(0, s.tokens - 1) for s in measured), sum(s.seconds for s in measured)
-    cached, prompt = sum(s.cached_tokens for s in measured), sum(s.prompt_tokens for s in measured)
+def totals(answers: list[Statistics]) -> list[str]:
+    """Statistics of all answers together."""
+    tokens, rounds = sum(s.tokens for s in answers), sum(s.rounds for s in answers)
+    timed, seconds = sum(max(0, s.tokens - 1) for s in answers), sum(s.seconds for s in answers)
+    cached, prompt = sum(s.cached_tokens for s in answers), sum(s.prompt_tokens for s in answers)
     lines = [
-        f"{len(measured)} answers, {tokens} tokens, {timed / seconds if seconds else 0:.1f} tokens/s, "
+        f"{len(answers)} answers, {tokens} tokens, {timed / seconds if seconds else 0:.1f} tokens/s, "
         f"acceptance length {timed / rounds if rounds else 0:.2f}, {cached} of {prompt} prompt tokens cached"
     ]
-    accepted = [sum(depth) for depth in zip_longest(*(s.accepted_at_depth for s in measured), fillvalue=0)]
+    accepted = [sum(depth) for depth in zip_longest(*(s.accepted_at_depth for s in answers), fillvalue=0)]
     for depth, count in enumerate(accepted, start=1):
         share = count / max(1, rounds)
         lines.append(f"draft {depth:>2} accepted in {share:>4.0%} of rounds {'█' * round(20 * share)}")
     return lines
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that appears under its name only when it is whole."""
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file that appears under its name only once it is complete."""
     try:
         with atomic_file(path) as file:
             file.write(text.encode("utf-8", "replace"))
@@ -246,7 +236,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def read_messages(path: Path) -> list[Message]:
-    """The messages of a file, or a `PromptError`."""
+    """Read messages from a file; raises `PromptError`."""
     try:
         messages = json.loads(path.read_bytes())
     except OSError as error:
@@ -266,22 +256,22 @@ def _is_message(place: int, message: object) -> bool:
 
 def _path(name: str, command: str) -> Path:
     if not name:
-        raise SettingsError(f"{command} needs the name of a file")
+        raise SettingsError(f"{command} needs a file name")
     try:
-        path = Path(name).expanduser().resolve()  # what a link names is replaced, not the link
+        path = Path(name).expanduser().resolve()  # replace the target of a link, not the link
     except (OSError, ValueError, RuntimeError) as error:
-        raise PromptError(f"{name!r} is no place for a file ({error})") from error
+        raise PromptError(f"{name!r} cannot be a file name ({error})") from error
     if path.exists() and not path.is_file():
         raise PromptError(f"{path}: is not a file; name another")
     return path
 
 
 def _value(name: str, word: str) -> float | str | None:
-    """What a word of /set stands for; the number is not checked yet."""
+    """The value of a setting; its range is not checked here."""
     if word == "auto" and name in ("seed", "draft_tokens"):
         return None if name == "seed" else word
     try:
-        return int(word) if name in ("top_k", "seed", "max_tokens", "draft_tokens") else float(word)
+        return PARAMETERS[name].kind(word) if name in PARAMETERS else int(word)
     except ValueError:
         raise SettingsError(f"{name} cannot be {word!r}; give a number") from None
 

@@ -1,4 +1,4 @@
-"""`paceline convert`: a self-contained folder of packed weights."""
+"""`paceline convert`: writes a self-contained folder of packed weights."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from typing import Annotated
 
 import typer
 
-from paceline.cli.options import MODEL_HELP, DrafterOption, ThreadsOption
+from paceline.cli import options as opt
 from paceline.quant.formats import METAVAR
 
 
 def convert(
-    model: Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL")],
-    out: Annotated[Path, typer.Argument(help="The folder to make; it must not exist.", metavar="OUT")],
+    model: Annotated[str, typer.Argument(help=opt.MODEL_HELP, metavar="MODEL")],
+    out: Annotated[Path, typer.Argument(help="The folder to create; it must not exist.", metavar="OUT")],
     quant: Annotated[str, typer.Option(help="Weight format.", metavar=METAVAR)] = "q4",
-    drafter: DrafterOption = "auto",
-    threads: ThreadsOption = None,
+    drafter: opt.DrafterOption = "auto",
+    threads: opt.ThreadsOption = None,
 ) -> None:
-    """Pack a model and its drafter into a folder of their own.
+    """Pack a model and its drafter into a new folder.
 
-    The folder loads like any model, starts at once, and needs neither the
-    original files nor the hub.
+    The folder loads like any model, but faster, and needs neither the original
+    files nor the hub.
 
     \b
     Examples:

@@ -1,4 +1,4 @@
-"""`paceline demo`: the same text twice, plain and with the drafter, and how much faster the second was."""
+"""`paceline demo`: the same text without and with the drafter, and the speed-up."""
 
 from __future__ import annotations
 
@@ -9,16 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from paceline.cli.options import (
-    DEFAULT_MODEL,
-    DrafterOption,
-    DraftTokensOption,
-    ModelOption,
-    QuantOption,
-    ThreadsOption,
-    draft_tokens_of,
-    load,
-)
+from paceline.cli import options as opt
 from paceline.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -41,10 +32,10 @@ class Server:
         try:
             data = request.recv(1024)
 '''
-LEAST_RUNS, MOST_RUNS, ENOUGH_SECONDS = 3, 9, 5.0  # of timing: small models are quick, and noisy
+MIN_RUNS, MAX_RUNS, MAX_SECONDS = 3, 9, 5.0  # of timing
 COLOURS = ("green", "cyan", "blue", "magenta", "yellow")  # of drafted tokens by depth; deeper ones keep the last
 
-Written = tuple[str, tuple[int, ...]]  # text and tokens
+Output = tuple[str, tuple[int, ...]]  # text and tokens
 
 
 @dataclass(frozen=True)
@@ -54,25 +45,25 @@ class Comparison:
     plain: float  # tokens/s, median
     drafted: float  # tokens/s, median
     acceptance_length: float
-    speed_up: float  # median of the pairs: their two runs met the same machine
+    speed_up: float  # median over pairs of adjacent runs
     runs: int
     same_text: bool
 
 
 def demo(
-    model: ModelOption = DEFAULT_MODEL,
-    drafter: DrafterOption = "auto",
-    quant: QuantOption = "auto",
-    threads: ThreadsOption = None,
-    draft_tokens: DraftTokensOption = "auto",
-    max_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.", min=2)] = 200,
+    model: opt.ModelOption = opt.DEFAULT_MODEL,
+    drafter: opt.DrafterOption = "auto",
+    quant: opt.QuantOption = "auto",
+    threads: opt.ThreadsOption = None,
+    draft_tokens: opt.DraftTokensOption = "auto",
+    max_tokens: Annotated[int, typer.Option(help="Maximum number of generated tokens.", min=2)] = 200,
 ) -> None:
-    """Watch a model write with and without its drafter.
+    """Compare a model with and without its drafter.
 
-    The same Python code is continued twice; in the second text the colours show
-    which tokens were drafted and accepted. Both ways are then timed in turns,
-    and the table gives the medians. Ends with exit code 1 if the texts differ,
-    which would be a defect.
+    The same Python code is continued twice; in the second text, colours show
+    which tokens were drafted and accepted. Both are then timed alternately, and
+    the table gives the medians. The exit code is 1 if the texts differ, which
+    would be a defect.
 
     \b
     Examples:
@@ -83,28 +74,28 @@ def demo(
     from rich.console import Console
     from rich.markup import escape
 
-    drafts = draft_tokens_of(draft_tokens)
-    engine = load(model, drafter, quant, threads, drafts)
+    drafts = opt.draft_tokens_of(draft_tokens)
+    engine = opt.load(model, drafter=drafter, quant=quant, threads=threads, draft_tokens=draft_tokens)
     if engine.drafter_config is None:
-        raise SettingsError(f"{model}: demo compares with and without a drafter, and there is none; give --drafter")
+        raise SettingsError(f"{model}: has no drafter to compare with; give --drafter")
     console = Console(highlight=False)
     quant, threads = engine.backend.info.quant, engine.backend.threads
     console.print(f"[dim]{escape(model)}, {quant}, {threads} threads; the prompt is Python code:[/]\n")
     console.print(PROMPT, markup=False, soft_wrap=True, style="dim")
     shown = []
-    many = "as many tokens a round as pay" if drafts == "auto" else f"{drafts} tokens a round"
+    many = "adaptive draft length" if drafts == "auto" else f"draft length {drafts}"
     modes: tuple[tuple[DraftTokens, str], ...] = ((0, "Plain decoding"), (drafts, f"With the drafter, {many}"))
     for depth, title in modes:
         console.print(f"\n[bold]{title}[/]{_legend(depth)}\n", soft_wrap=True)
         shown.append(_show(console, engine, depth, max_tokens))
     if min(len(tokens) for _, tokens in shown) < 2:
         raise SettingsError(
-            f"{model}: stopped after less than two tokens, so there is no speed to compare; try another"
+            f"{model}: stopped after fewer than two tokens, so there is no speed to compare; try another model"
         )
-    console.print("\n[dim]timing both in turns ...[/]")  # no spinner: its thread would take part of the processor
+    console.print("\n[dim]timing both alternately ...[/]")  # no spinner: its thread would disturb timings
     runs: list[tuple[Generation, Generation]] = []
     started = perf_counter()
-    while len(runs) < LEAST_RUNS or (len(runs) < MOST_RUNS and perf_counter() - started < ENOUGH_SECONDS):
+    while len(runs) < MIN_RUNS or (len(runs) < MAX_RUNS and perf_counter() - started < MAX_SECONDS):
         runs.append(_both(engine, max_tokens, drafts))
     comparison = compare([plain for plain, _ in runs], [drafted for _, drafted in runs], shown)
     _print_table(console, comparison)
@@ -122,8 +113,8 @@ def _both(engine: Engine, max_tokens: int, draft_tokens: DraftTokens) -> tuple[G
     return plain, drafted
 
 
-def compare(plain: list[Generation], drafted: list[Generation], shown: list[Written]) -> Comparison:
-    """Medians of the timed runs, and whether these and the shown runs all wrote the same."""
+def compare(plain: list[Generation], drafted: list[Generation], shown: list[Output]) -> Comparison:
+    """Medians of the timed runs, and whether all runs gave the same text."""
     texts = {(generation.text, generation.tokens) for generation in plain + drafted} | set(shown)
     return Comparison(
         plain=median(generation.statistics.tokens_per_second for generation in plain),
@@ -138,7 +129,7 @@ def compare(plain: list[Generation], drafted: list[Generation], shown: list[Writ
     )
 
 
-def _show(console: Console, engine: Engine, draft_tokens: DraftTokens, max_tokens: int) -> Written:
+def _show(console: Console, engine: Engine, draft_tokens: DraftTokens, max_tokens: int) -> Output:
     from rich.text import Text
 
     from paceline.types import GREEDY
@@ -163,7 +154,7 @@ def _legend(draft_tokens: DraftTokens) -> str:
         return ""
     deepest = len(COLOURS) if draft_tokens == "auto" else draft_tokens
     marks = " ".join(f"[{_colour(depth)}]{depth}[/]" for depth in range(1, deepest + 1))
-    return f" [dim](accepted drafts by depth:[/] {marks}[dim]; uncoloured: the model's own)[/]"
+    return f" [dim](accepted draft tokens by depth:[/] {marks}[dim]; uncoloured: sampled by the target)[/]"
 
 
 def _print_table(console: Console, comparison: Comparison) -> None:
@@ -175,8 +166,8 @@ def _print_table(console: Console, comparison: Comparison) -> None:
     table.add_row("plain", f"{comparison.plain:.1f} tokens/s")
     table.add_row("with the drafter", f"{comparison.drafted:.1f} tokens/s")
     table.add_row("speed-up", f"{comparison.speed_up:.2f}")
-    table.add_row("acceptance length", f"{comparison.acceptance_length:.2f} tokens a round")
+    table.add_row("acceptance length", f"{comparison.acceptance_length:.2f} tokens per round")
     table.add_row("same text", "[green]yes[/]" if comparison.same_text else "[bold red]NO[/]")
     console.print()
     console.print(table)
-    console.print(f"[dim]speeds: medians of {comparison.runs} runs each, taken in turns, without the prompt[/]")
+    console.print(f"[dim]speeds: medians of {comparison.runs} alternating runs each, without prefill[/]")

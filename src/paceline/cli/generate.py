@@ -1,81 +1,48 @@
-"""`paceline generate`: text to stdout as it comes, statistics to stderr."""
+"""`paceline generate`: streams text to stdout, and prints statistics to stderr."""
 
 from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from paceline.cli.options import (
-    DEFAULT_MODEL,
-    DeviceOption,
-    DrafterOption,
-    DraftTokensOption,
-    MaxTokensOption,
-    ModelOption,
-    QuantOption,
-    ThreadsOption,
-    draft_tokens_of,
-    load,
-)
-from paceline.cli.sampling import (
-    BiasOption,
-    FrequencyOption,
-    MinPOption,
-    PresenceOption,
-    RepetitionOption,
-    SeedOption,
-    StopOption,
-    TemperatureOption,
-    TopKOption,
-    TopPOption,
-    sampling_of,
-)
+from paceline.cli import options as opt
+from paceline.cli.sampling import Changes, StopOption, with_sampling_options
 from paceline.errors import PromptError, SettingsError
 
 if TYPE_CHECKING:
     from paceline import Engine, Stream
     from paceline.types import Event, Logprobs, SamplingParams, Statistics
 
-INTERRUPTED = 130  # what shells report for a command that Ctrl-C ended
+INTERRUPTED = 130  # the shell's exit code after Ctrl-C
 
 
+@with_sampling_options
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to continue or answer; - reads it from stdin.", metavar="PROMPT")],
-    model: ModelOption = DEFAULT_MODEL,
-    drafter: DrafterOption = "auto",
-    max_tokens: MaxTokensOption = 256,
-    draft_tokens: DraftTokensOption = "auto",
-    device: DeviceOption = "cpu",
-    quant: QuantOption = "auto",
-    threads: ThreadsOption = None,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Continue the prompt as it stands, without the model's chat template.")
-    ] = False,
-    temperature: TemperatureOption = None,
-    top_k: TopKOption = None,
-    top_p: TopPOption = None,
-    min_p: MinPOption = None,
-    repetition_penalty: RepetitionOption = None,
-    presence_penalty: PresenceOption = None,
-    frequency_penalty: FrequencyOption = None,
-    logit_bias: BiasOption = None,
-    seed: SeedOption = None,
+    prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from stdin.", metavar="PROMPT")],
+    sampling: Changes,
+    model: opt.ModelOption = opt.DEFAULT_MODEL,
+    drafter: opt.DrafterOption = "auto",
+    max_tokens: opt.MaxTokensOption = 256,
+    draft_tokens: opt.DraftTokensOption = "auto",
+    device: opt.DeviceOption = "cpu",
+    quant: opt.QuantOption = "auto",
+    threads: opt.ThreadsOption = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt without the model's chat template.")] = False,
     stop: StopOption = None,
     logprobs: Annotated[
         int | None,
-        typer.Option(help="With --json: log-probabilities of tokens and of N alternatives.", metavar="N", min=0),
+        typer.Option(help="With --json: log-probabilities of each token and of N alternatives.", metavar="N", min=0),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming text.")] = False,
 ) -> None:
-    """Write text from a prompt.
+    """Generate text from a prompt.
 
-    The text is the same with and without the drafter, which only makes it come
-    faster. Text goes to stdout, statistics go to stderr. Ctrl-C stops and
-    keeps what was written.
+    The text is the same with and without the drafter, only faster. Text goes to
+    stdout, statistics go to stderr. Ctrl-C stops and keeps the text so far.
 
     \b
     Examples:
@@ -87,23 +54,11 @@ def generate(
     """
     text = _read_stdin() if prompt == "-" else prompt
     if logprobs is not None and not as_json:
-        raise SettingsError("--logprobs goes with --json; add it")
-    engine = load(model, drafter, quant, threads, draft_tokens_of(draft_tokens), device)
-    sampling = sampling_of(
-        engine.sampling,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        bias=logit_bias,
-        seed=seed,
-    )
+        raise SettingsError("--logprobs needs --json; add it")
+    engine = opt.load(model, drafter=drafter, quant=quant, threads=threads, draft_tokens=draft_tokens, device=device)
     stream = engine.stream(
         text,
-        sampling=sampling,
+        sampling=replace(engine.sampling, **sampling),
         max_tokens=max_tokens,
         stop=stop or (),
         logprobs=logprobs,
@@ -132,14 +87,7 @@ def generate(
 def _read_stdin() -> str:
     if sys.stdin is None:
         raise PromptError("stdin: is closed; give the prompt as an argument")
-    data = sys.stdin.buffer.read()
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise PromptError(
-            f"stdin: is not UTF-8 text (byte 0x{data[error.start]:02x} at offset {error.start}); "
-            "convert it first, for example with iconv -t UTF-8"
-        ) from error
+    return opt.decode_text(sys.stdin.buffer.read(), "stdin")
 
 
 def _line(statistics: Statistics, sampling: SamplingParams) -> str:

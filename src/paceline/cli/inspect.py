@@ -1,4 +1,4 @@
-"""`paceline inspect`: what a checkpoint is and what it will need, from its headers alone."""
+"""`paceline inspect`: shape and memory needs of a checkpoint, from its headers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from paceline.cli.options import MODEL_HELP, DrafterOption
+from paceline.cli import options as opt
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
     from paceline.checkpoint import Checkpoint, Tensors
     from paceline.config import DrafterConfig, TargetConfig
 
-CONTEXT = 4096  # positions for which the cache's size is given
+CONTEXT = 4096  # positions for which the size of the KV cache is shown
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL")],
-    drafter: DrafterOption = "auto",
+    model: Annotated[str, typer.Argument(help=opt.MODEL_HELP, metavar="MODEL")],
+    drafter: opt.DrafterOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show a model's shape, its memory needs and its drafter.
+    """Show a model's shape, memory needs and drafter.
 
-    Reads headers only, so it is quick and takes no memory; a hub id that is not
-    in the cache is downloaded first.
+    Only headers are read. A hub id that is not in the cache is downloaded
+    first.
 
     \b
     Examples:
@@ -46,7 +46,7 @@ def inspect(
 
 
 def report(model: str, drafter: str) -> dict[str, Any]:
-    """All that `inspect` shows, sizes in bytes.
+    """Everything that `inspect` shows; sizes in bytes.
 
     Raises:
         CheckpointError: the model or its drafter cannot be loaded.
@@ -170,7 +170,7 @@ def _drafter(target: TargetConfig, folder: Path) -> dict[str, Any]:
     }
 
 
-# -- the same for people -----------------------------------------------------------------------------------------------
+# -- formatting --------------------------------------------------------------------------------------------------------
 
 
 def _print(console: Console, found: dict[str, Any]) -> None:
@@ -193,9 +193,9 @@ def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
             window = f", window {shape['sliding_window']}" if kind == "sliding" else ""
             lines.append((f"{kind} layers", f"{part['kv_heads']} K/V heads of {part['head_dim']}{window}"))
     if shape["per_layer_embedding"]:
-        lines.append(("per-layer embedding", f"{shape['per_layer_embedding']} a layer, read from the file by row"))
+        lines.append(("per-layer embedding", f"{shape['per_layer_embedding']} per layer, read from the file by row"))
     if experts := shape["experts"]:
-        lines.append(("experts", f"{experts['count']}, {experts['active']} a token, width {experts['width']}"))
+        lines.append(("experts", f"{experts['count']}, {experts['active']} per token, width {experts['width']}"))
     lines.append(("vocabulary", f"{shape['vocab_size']} tokens; at most {shape['max_positions']} positions"))
     lines.append(("parameters", _parameter_line(parameters)))
     stored = ", ".join(f"{count} tensors {dtype}" for dtype, count in found["stored_as"].items()) or "packed weights"
@@ -223,7 +223,7 @@ def _parameter_line(parameters: dict[str, int]) -> str:
     if parameters["effective"] != parameters["total"]:
         line += f", {_count(parameters['effective'])} without the per-layer-embedding table"
     if parameters["active"] != parameters["effective"]:
-        line += f", {_count(parameters['active'])} active a token"
+        line += f", {_count(parameters['active'])} active per token"
     return line
 
 
@@ -238,7 +238,7 @@ def _memory_lines(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _cache_line(cache: dict[str, int]) -> str:
     return (
-        f"{_size(cache['bytes_per_token'])} a token, {_size(cache['bytes_per_token_beyond_window'])} beyond the "
+        f"{_size(cache['bytes_per_token'])} per token, {_size(cache['bytes_per_token_beyond_window'])} beyond the "
         f"window; {_size(cache['bytes'])} at {cache['positions']} positions"
     )
 

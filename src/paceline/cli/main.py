@@ -1,4 +1,4 @@
-"""Assembles the verbs, and turns every error a user can cause into one line on stderr and exit code 2."""
+"""The command line: all commands, and one-line messages with exit code 2 for errors that users can cause."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from paceline.errors import PacelineError
 USER_ERROR = 2
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
-for verb in (generate, serve, chat, demo, inspect, convert, verify):
-    app.command()(verb)
+for command in (generate, serve, chat, demo, inspect, convert, verify):
+    app.command()(command)
 app.add_typer(bench, name="bench")
 
 
@@ -34,19 +34,19 @@ def main() -> NoReturn:
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line, by default this process's own, and return its exit code."""
+    """Run a command line, by default `sys.argv`, and return its exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
+        sys.stdout.reconfigure(errors="replace")  # for terminals that cannot show a character
     try:
         code = app(arguments, prog_name="paceline", standalone_mode=False)
     except PacelineError as error:
         return _fail(str(error))
     except MemoryError:
         return _fail("not enough memory; use --quant q4 or a smaller model")
-    except OSError as error:  # stdin or stdout: everything else has its own error
+    except OSError as error:  # stdin or stdout; other files have their own errors
         return _fail(f"cannot read or write ({error.strerror}); check where input and output go")
     except typer.TyperException as error:  # a wrong option or argument
-        if not error.format_message():  # a verb without its own: the help has been shown
+        if not error.format_message():  # no subcommand: the help has been shown
             return USER_ERROR
         return _fail(f"{error.format_message()} (see paceline --help)")
     return code if isinstance(code, int) else 0
@@ -57,8 +57,8 @@ def _fail(message: str) -> int:
     return USER_ERROR
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         print(f"paceline {__version__}")
         raise typer.Exit
 
@@ -70,15 +70,15 @@ def paceline(
         bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Gemma 4 with its MTP drafters, on an ordinary processor.
+    """Gemma 4 with its MTP drafters, on ordinary processors.
 
-    A small drafter guesses the next tokens and the model checks them all in one
-    pass: the text is the model's own, and it comes faster.
+    A small draft model proposes the next tokens, and the target model verifies
+    them all in one forward pass: the same text, faster.
 
     \b
     Start with:
       paceline demo                             (offline, with the bundled pair)
-      paceline inspect google/gemma-4-E2B-it    (what a model needs)
+      paceline inspect google/gemma-4-E2B-it    (memory needs of a model)
       paceline generate -m google/gemma-4-E2B-it "Why is the sky blue?"
     """
     if context.invoked_subcommand is None:

@@ -1,13 +1,13 @@
-"""Options that several verbs share, and the loading of a model with them."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from paceline.errors import SettingsError
+from paceline.errors import PromptError, SettingsError
 from paceline.quant.formats import FORMATS, METAVAR
 
 if TYPE_CHECKING:
@@ -21,30 +21,24 @@ ModelOption = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP, meta
 DrafterOption = Annotated[
     str,
     typer.Option(
-        help="The model's MTP drafter: a folder, a hub id, none, or auto for the one named like the model with "
-        "-assistant at the end.",
+        help="The model's MTP drafter: a folder or hub id; none disables speculative decoding; auto looks for the "
+        "model's name with -assistant appended.",
         metavar="auto|none|MODEL",
     ),
 ]
 DraftTokensOption = Annotated[
     str,
     typer.Option(
-        help="Tokens to draft in each round: a number (0 is plain decoding), or auto for as many as pay on this "
-        "machine and this text.",
+        help="Draft length: a number of tokens (0 is plain decoding), or auto to adapt it to machine and text.",
         metavar="auto|N",
     ),
 ]
-RULE_HELP = (
-    "When a draft is accepted: coupled (when it equals the model's own draw; the text never depends on the drafter) or "
-    "rejection (the ratio test: right in distribution, but the drafter then has a say in which text it is)."
-)
-RuleOption = Annotated[str, typer.Option(help=RULE_HELP, metavar="coupled|rejection")]
-MaxTokensOption = Annotated[int, typer.Option(help="Stop after this many tokens.", min=1)]
+MaxTokensOption = Annotated[int, typer.Option(help="Maximum number of generated tokens.", min=1)]
 QuantOption = Annotated[
     str,
     typer.Option(
-        help=f"Weights in memory: {', '.join(f'{f.name} {f.summary}' for f in FORMATS.values())}; auto chooses for "
-        "this machine.",
+        help=f"Weight format in memory: {', '.join(f'{f.name} {f.summary}' for f in FORMATS.values())}; "
+        "auto is the most precise one that fits into memory.",
         metavar=f"auto|{METAVAR}",
     ),
 ]
@@ -56,7 +50,7 @@ DeviceOption = Annotated[
     ),
 ]
 ThreadsOption = Annotated[
-    int | None, typer.Option(help="Processor threads; one per core if not given.", min=1, show_default=False)
+    int | None, typer.Option(help="Processor threads; default: one per physical core.", min=1, show_default=False)
 ]
 
 
@@ -74,23 +68,32 @@ def draft_tokens_of(text: str) -> DraftTokens:
         raise SettingsError(f"--draft-tokens is {text!r}; give a number, or auto") from None
 
 
-def load(
-    model: str, drafter: str, quant: str, threads: int | None, draft_tokens: DraftTokens, device: str = "cpu"
-) -> Engine:
-    """Load a pair; notices go to stderr."""
+def load(model: str, *, draft_tokens: str = "auto", **settings: Any) -> Engine:
+    """Load a pair with notices on stderr; see `paceline.load`.
+
+    Raises:
+        SettingsError: `draft_tokens`, a value of --draft-tokens, is neither a number nor auto; or see `paceline.load`.
+    """
     import paceline  # here, so that `paceline --help` starts at once
 
-    return paceline.load(
-        model,
-        drafter=drafter,
-        device=device,
-        quant=quant,
-        threads=threads,
-        draft_tokens=draft_tokens,
-        notify=note,
-    )
+    return paceline.load(model, draft_tokens=draft_tokens_of(draft_tokens), notify=note, **settings)
+
+
+def decode_text(data: bytes, source: object) -> str:
+    """Decode UTF-8.
+
+    Raises:
+        PromptError: it is not UTF-8.
+    """
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise PromptError(
+            f"{source}: is not UTF-8 text (byte 0x{data[error.start]:02x} at offset {error.start}); "
+            "convert it first, for example with iconv -t UTF-8"
+        ) from error
 
 
 def note(line: str) -> None:
-    """A one-line notice, on stderr."""
+    """Print a one-line notice to stderr."""
     print(f"paceline: {line}", file=sys.stderr, flush=True)

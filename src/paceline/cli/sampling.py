@@ -1,50 +1,62 @@
-"""Options of sampling, gathered: what the command line says of it, over the model's own settings."""
+"""Sampling options, made from the declarations in `paceline.sampling_params`."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable
+from functools import wraps
+from inspect import Parameter, signature
+from typing import Annotated, Any
 
 import typer
 
 from paceline.errors import SettingsError
+from paceline.sampling_params import PARAMETERS
 
-if TYPE_CHECKING:
-    from paceline.types import SamplingParams
-
-_PANEL = "Sampling (the model's own settings where not given)"
+Changes = dict[str, Any]  # fields of `SamplingParams` that were given
 
 
-def _option(text: str, metavar: str = "NUMBER") -> object:
-    return typer.Option(help=text, metavar=metavar, show_default=False, rich_help_panel=_PANEL)
+def _option(text: str, metavar: str) -> Any:
+    panel = "Sampling (default: the model's own settings)"
+    return typer.Option(help=text, metavar=metavar, show_default=False, rich_help_panel=panel)
 
 
-TemperatureOption = Annotated[float | None, _option("0 always takes the most likely token; 1 samples as trained.")]
-TopKOption = Annotated[int | None, _option("Only the K most likely tokens; 0 for all.", "K")]
-TopPOption = Annotated[float | None, _option("Only the most likely tokens that hold this share; 1 for all.")]
-MinPOption = Annotated[float | None, _option("Only tokens this likely compared with the best; 0 for all.")]
-RepetitionOption = Annotated[float | None, _option("Above 1: tokens of prompt and text become less likely.")]
-PresenceOption = Annotated[float | None, _option("Subtracted from logits of tokens that are in the text.")]
-FrequencyOption = Annotated[float | None, _option("The same for each time they are in it.")]
-BiasOption = Annotated[list[str] | None, _option("Add to a token's logit; may be given again.", "ID=NUMBER")]
-SeedOption = Annotated[int | None, _option("Same seed, same text; random and reported if not given.", "N")]
-StopOption = Annotated[list[str] | None, _option("End the text before this; may be given again.", "TEXT")]
+StopOption = Annotated[
+    list[str] | None, _option("End the text before this string; may be given more than once.", "TEXT")
+]
 
 
-def sampling_of(model: SamplingParams, **given: object) -> SamplingParams:
-    """The model's settings with those that were given in their place.
+def with_sampling_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command an option for each sampling parameter in place of its argument `sampling`.
 
     Args:
-        model: what the checkpoint recommends.
-        given: fields of `SamplingParams`, None where the option was not given; `bias` as the words of --logit-bias.
+        command: a typer command; it receives those that were given as `sampling`, see `Changes`.
     """
-    changed = {name: value for name, value in given.items() if value is not None}
-    if "bias" in changed:
-        words = changed["bias"]
-        assert isinstance(words, list)
-        changed["bias"] = tuple(_bias(word) for word in words)
-    return replace(model, **changed)  # type: ignore[arg-type]
+    options: dict[str, Any] = {
+        name: Annotated[parameter.kind | None, _option(parameter.help, parameter.metavar)]
+        for name, parameter in PARAMETERS.items()
+    }
+    options["logit_bias"] = Annotated[
+        list[str] | None, _option("Added to a token's logit; may be given more than once.", "ID=NUMBER")
+    ]
+
+    @wraps(command)
+    def wrapped(**given: Any) -> None:
+        changes = {name: value for name in options if (value := given.pop(name)) is not None}
+        if words := changes.pop("logit_bias", None):
+            changes["bias"] = tuple(_bias(word) for word in words)
+        command(**given, sampling=changes)
+
+    parameters: list[Parameter] = []
+    for parameter in signature(command, eval_str=True).parameters.values():
+        if parameter.name == "sampling":
+            keyword = Parameter.KEYWORD_ONLY
+            parameters += [Parameter(name, keyword, default=None, annotation=kind) for name, kind in options.items()]
+        else:
+            parameters.append(parameter.replace(kind=Parameter.KEYWORD_ONLY))
+    wrapped.__signature__ = signature(command).replace(parameters=parameters)  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return wrapped
 
 
 def _bias(word: str) -> tuple[int, float]:

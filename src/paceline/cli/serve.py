@@ -14,17 +14,7 @@ from typing import Annotated
 
 import typer
 
-from paceline.cli.options import (
-    DEFAULT_MODEL,
-    MODEL_HELP,
-    DeviceOption,
-    DrafterOption,
-    DraftTokensOption,
-    QuantOption,
-    ThreadsOption,
-    draft_tokens_of,
-    note,
-)
+from paceline.cli import options as opt
 from paceline.errors import BackendError, SettingsError
 
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -33,40 +23,45 @@ LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
 
 def serve(
-    model: Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL")] = DEFAULT_MODEL,
-    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for all of this machine's.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen at.", min=0, max=65535)] = 8000,
+    model: Annotated[str, typer.Argument(help=opt.MODEL_HELP, metavar="MODEL")] = opt.DEFAULT_MODEL,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all addresses.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8000,
     api_key: Annotated[
         list[str] | None,
         typer.Option(
-            help="Let in only who has this key; may be given again, in the variable with blanks between.",
+            help="Require this API key; may be given more than once (space-separated in the variable).",
             envvar=KEYS_VARIABLE,
         ),
     ] = None,
     served_name: Annotated[
         list[str] | None,
-        typer.Option(help="Name of the model in the API; may be given again.", metavar="NAME", show_default=False),
+        typer.Option(help="Model name in the API; may be given more than once.", metavar="NAME", show_default=False),
     ] = None,
-    slots: Annotated[int, typer.Option(help="Texts written at once; more wait for their turn.", min=1, max=64)] = 4,
-    queue: Annotated[int, typer.Option(help="Requests that may wait; more are refused (429).", min=0)] = 64,
-    context: Annotated[int | None, typer.Option(help="Tokens of a conversation at most.", show_default=False)] = None,
+    slots: Annotated[int, typer.Option(help="Maximum concurrent sequences; the rest are queued.", min=1, max=64)] = 4,
+    queue: Annotated[int, typer.Option(help="Maximum queued sequences; further requests get status 429.", min=0)] = 64,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            help="Maximum tokens of a sequence; default: the model's limit, at most 32768.", show_default=False
+        ),
+    ] = None,
     cache_memory: Annotated[
-        str, typer.Option(help="For beginnings of prompts, which are then not read again; 0 for none.", metavar="BYTES")
+        str, typer.Option(help="Memory of the prefix cache; 0 disables it.", metavar="BYTES")
     ] = "1G",
-    drafter: DrafterOption = "auto",
-    draft_tokens: DraftTokensOption = "auto",
-    device: DeviceOption = "cpu",
-    quant: QuantOption = "auto",
-    threads: ThreadsOption = None,
-    timeout: Annotated[float, typer.Option(help="Seconds a request may take.", min=1)] = 3600,
-    max_body: Annotated[str, typer.Option(help="Largest request.", metavar="BYTES")] = "4M",
-    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write requests' contents to the log.")] = False,
+    drafter: opt.DrafterOption = "auto",
+    draft_tokens: opt.DraftTokensOption = "auto",
+    device: opt.DeviceOption = "cpu",
+    quant: opt.QuantOption = "auto",
+    threads: opt.ThreadsOption = None,
+    timeout: Annotated[float, typer.Option(help="Time limit of a request in seconds.", min=1)] = 3600,
+    max_body: Annotated[str, typer.Option(help="Maximum size of a request body.", metavar="BYTES")] = "4M",
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Log the contents of requests.")] = False,
 ) -> None:
-    """Serve a model: OpenAI's API, and a page to try it at.
+    """Serve a model with an OpenAI-compatible API and a playground.
 
-    Chat, completions, responses, tools, structured output, streaming. Drafting
-    goes on in all of them. Stop with Ctrl-C: what is being written is finished
-    first, and a second Ctrl-C does not wait.
+    Chat, completions, responses, tools, structured output, streaming, all with
+    speculative decoding. Ctrl-C stops after running and queued requests are
+    finished, a second Ctrl-C at once.
 
     \b
     Examples:
@@ -74,13 +69,11 @@ def serve(
       paceline serve google/gemma-4-E2B-it --quant q4
       paceline serve ./gemma-4-E4B-it --host 0.0.0.0 --api-key secret
     """
-    most_bytes, memory = bytes_of("--max-body", max_body), bytes_of("--cache-memory", cache_memory)
+    max_bytes, memory = bytes_of("--max-body", max_body), bytes_of("--cache-memory", cache_memory)
     if any(not key.strip() for key in api_key or ()) or not os.environ.get(KEYS_VARIABLE, "x").strip():
-        raise SettingsError(f"--api-key or {KEYS_VARIABLE} is empty; give a key, or leave it out")
-    listening = _listen(host, port)  # before the weights are read: a port in use is said at once
-    import paceline
-
-    engine = paceline.load(
+        raise SettingsError(f"--api-key or {KEYS_VARIABLE} is empty; give a key, or omit it")
+    listening = _listen(host, port)  # before loading, so that a port in use is reported at once
+    engine = opt.load(
         model,
         drafter=drafter,
         device=device,
@@ -88,10 +81,9 @@ def serve(
         threads=threads,
         context=context,
         slots=slots,
-        draft_tokens=draft_tokens_of(draft_tokens),
+        draft_tokens=draft_tokens,
         cache_memory=memory,
         most_waiting=queue,
-        notify=note,
     )
     engine.warm_up()
     create, settings_of = _server()
@@ -99,20 +91,20 @@ def serve(
         names=tuple(served_name or dict.fromkeys((model, Path(model).name))),
         keys=tuple(key.strip() for key in api_key or ()),
         hosts=(*LOOPBACK_NAMES, host) if _is_loopback(host) else (),
-        most_bytes=most_bytes,
-        most_seconds=timeout,
+        max_bytes=max_bytes,
+        max_seconds=timeout,
         log_prompts=log_prompts,
     )
     if not settings.hosts and not settings.keys:
-        note(f"anyone who reaches {host} can use the model; set --api-key to let in only some")
+        opt.note(f"anyone who can reach {host} can use the model; set --api-key to restrict access")
     _run(create(engine, settings), listening, timeout)
 
 
 def bytes_of(option: str, text: str) -> int:
-    """A size such as 512M or 1.5G.
+    """Parse a size such as 512M or 1.5G.
 
     Raises:
-        SettingsError: not one.
+        SettingsError: not a size.
     """
     match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,3})?)([KMG]?)(?:i?B)?", text.strip(), re.IGNORECASE)
     if not match:
@@ -121,7 +113,7 @@ def bytes_of(option: str, text: str) -> int:
 
 
 def _server() -> tuple[type, type]:
-    """What the `server` extra brings."""
+    """Import what needs the optional dependencies `server`."""
     try:
         from paceline.server.app import ServerSettings, create_app
     except ImportError as error:
@@ -137,7 +129,7 @@ def _listen(host: str, port: int) -> socket.socket:
         listening.bind(address)
         listening.listen(128)
     except OSError as error:
-        raise BackendError(f"cannot listen at {host} port {port} ({error.strerror}); choose another --port") from error
+        raise BackendError(f"cannot listen on {host} port {port} ({error.strerror}); choose another --port") from error
     return listening
 
 
@@ -150,27 +142,27 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _run(app: object, listening: socket.socket, most_seconds: float) -> None:
+def _run(app: object, listening: socket.socket, max_seconds: float) -> None:
     import uvicorn
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     host, port = listening.getsockname()[:2]
     name = f"[{host}]" if ":" in host else host
-    note(f"listening at http://{name}:{port}/ (API at http://{name}:{port}/v1); Ctrl-C stops")
+    opt.note(f"listening at http://{name}:{port}/ (API at http://{name}:{port}/v1); Ctrl-C stops")
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: object) -> None:
-            """The first signal ends the server when all is written; a second one at once."""
+            """The first signal stops the server after running requests, a second one at once."""
             self.force_exit = self.should_exit
             self.should_exit = True
 
-    for number in (signal.SIGINT, signal.SIGTERM):  # raised once more when all is finished: that is no failure
+    for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them again at the end, which is no failure
         signal.signal(number, lambda *_: None)
     config = uvicorn.Config(
         app,  # type: ignore[arg-type]
         log_config=None,
         server_header=False,
         lifespan="on",
-        timeout_graceful_shutdown=int(most_seconds) + 1,  # for clients that do not read on
+        timeout_graceful_shutdown=int(max_seconds) + 1,  # for clients that stopped reading
     )
     Server(config).run(sockets=[listening])

@@ -1,4 +1,4 @@
-"""`paceline verify`: does a pair keep the promise that drafting, threads and chunks never change the text?"""
+"""`paceline verify`: checks that drafting, threads and chunk sizes do not change the text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from paceline import __version__
-from paceline.cli.options import MODEL_HELP, DeviceOption, DrafterOption, QuantOption, ThreadsOption, load
+from paceline.cli import options as opt
 from paceline.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -23,24 +23,24 @@ if TYPE_CHECKING:
 
 
 def verify(
-    model: Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL")],
-    drafter: DrafterOption = "auto",
-    quant: QuantOption = "auto",
-    threads: ThreadsOption = None,
-    device: DeviceOption = "cpu",
+    model: Annotated[str, typer.Argument(help=opt.MODEL_HELP, metavar="MODEL")],
+    drafter: opt.DrafterOption = "auto",
+    quant: opt.QuantOption = "auto",
+    threads: opt.ThreadsOption = None,
+    device: opt.DeviceOption = "cpu",
     prompts: Annotated[
         Path | None,
-        typer.Option(help="Your own prompts, one a line (UTF-8).", metavar="FILE", show_default=False),
+        typer.Option(help="Prompts to use, one per line (UTF-8).", metavar="FILE", show_default=False),
     ] = None,
-    max_tokens: Annotated[int, typer.Option(help="Tokens of each run at most.", min=2)] = 64,
+    max_tokens: Annotated[int, typer.Option(help="Maximum tokens of each run.", min=2)] = 64,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Check that the text never depends on how it is decoded.
+    """Check that the text does not depend on how it is decoded.
 
-    Every prompt is decoded plainly, and then with several draft lengths, with
-    another number of threads and with small prompt chunks, greedily and
-    sampled. All logits must be the same, bit for bit. Draft lengths are then
-    timed. Ends with exit code 1 at any difference, which would be a defect.
+    Every prompt is decoded without drafts, then with several draft lengths,
+    another number of threads, and small prompt chunks, both greedily and
+    sampled. All logits must be bitwise equal. Draft lengths are then timed. The
+    exit code is 1 if anything differs, which would be a defect.
 
     \b
     Examples:
@@ -49,7 +49,7 @@ def verify(
       paceline verify ./my-model --drafter ./my-drafter --prompts mine.txt --json
     """
     own = _read_prompts(prompts) if prompts else None
-    engine = load(model, drafter, quant, threads, "auto", device)
+    engine = opt.load(model, drafter=drafter, quant=quant, threads=threads, device=device)
     from paceline.bench.audit import PROMPTS, audit, measure_speeds
 
     texts = own or PROMPTS
@@ -74,33 +74,27 @@ def verify(
 
 
 def _read_prompts(path: Path) -> tuple[str, ...]:
-    """The lines of a file that are not blank.
+    """The non-blank lines of a file.
 
     Raises:
-        SettingsError: it cannot be read, is not UTF-8, or has no such line.
+        PacelineError: it cannot be read, is not UTF-8, or has no such line.
     """
     try:
         data = path.read_bytes()
     except OSError as error:
         raise SettingsError(
-            f"{path}: cannot be read ({error.strerror}); --prompts takes a text file with one prompt a line"
+            f"{path}: cannot be read ({error.strerror}); --prompts takes a text file with one prompt per line"
         ) from error
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise SettingsError(
-            f"{path}: is not UTF-8 text (byte 0x{data[error.start]:02x} at offset {error.start}); "
-            "convert it first, for example with iconv -t UTF-8"
-        ) from error
+    text = opt.decode_text(data, path).removeprefix("\ufeff")
     lines = tuple(line for line in text.replace("\r\n", "\n").split("\n") if line.strip())
     if not lines:
-        raise SettingsError(f"{path}: holds no prompt; write one a line")
+        raise SettingsError(f"{path}: has no prompts; write one per line")
     return lines
 
 
 @contextmanager
 def _progress() -> Iterator[Progress]:
-    """A bar on stderr if that is a terminal. It is drawn between runs: a thread of its own would disturb timings."""
+    """A progress bar on stderr if that is a terminal, drawn between runs: a thread would disturb timings."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar
@@ -167,16 +161,16 @@ def _print(engine: Engine, about: dict[str, Any], found: Audit, speeds: Speeds |
         out.print("There is no drafter: only threads and prompt chunks are compared.")
     out.print(f"Plain decoding against {'; '.join(map(str, cases_of(engine)))}; each {', '.join(SAMPLINGS)}.\n")
     if found.identical:
-        out.print(f"IDENTICAL: {len(found.runs)} runs, {found.rows} rows of logits, all the same bit for bit.")
+        out.print(f"IDENTICAL: {len(found.runs)} runs, {found.rows} rows of logits, all bitwise equal.")
     else:
         _print_difference(out, found)
     if found.acceptance_by_depth:
         shares = "  ".join(f"{depth}: {share:.0%}" for depth, share in enumerate(found.acceptance_by_depth, start=1))
-        out.print(f"\nDrafts accepted by depth, share of all rounds:  {shares}")
+        out.print(f"\nAcceptance rate by depth (share of rounds):  {shares}")
     if speeds:
         _print_speeds(out, speeds)
     elif engine.backend.info.has_drafter:
-        out.print("\nAll texts ended at their first token, so there is no speed to measure; try other prompts.")
+        out.print("\nAll texts ended at the first token, so there is no speed to measure; try other prompts.")
 
 
 def _print_difference(out: Console, found: Audit) -> None:
@@ -185,9 +179,7 @@ def _print_difference(out: Console, found: Audit) -> None:
     run = found.different[0]
     where = run.difference
     assert where is not None
-    out.print(
-        f"DIFFERENT: {len(found.different)} of {len(found.runs)} runs are not what plain decoding gives. This is a"
-    )
+    out.print(f"DIFFERENT: {len(found.different)} of {len(found.runs)} runs differ from plain decoding. This is a")
     out.print("defect of paceline; please report it with these lines. The first difference:\n")
     out.print(f"  prompt    {shortened(run.prompt)}")
     out.print(f"  sampling  {run.sampling}")
@@ -199,11 +191,11 @@ def _print_difference(out: Console, found: Audit) -> None:
 
 
 def _print_rows(out: Console, where: Difference) -> None:
-    """The rows that differ, with as many digits as tell float32 values apart."""
+    """The rows that differ, with enough digits to distinguish float32 values."""
     from rich.table import Table
 
     if where.largest is None:
-        out.print("  logits    the same in all rows")
+        out.print("  logits    equal in all rows")
         return
     out.print(
         f"  logits    differ by {where.largest:.3g} at most, those of token {where.largest_at}; the highest are\n"
@@ -220,7 +212,7 @@ def _print_speeds(out: Console, speeds: Speeds) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 2))
-    for title in ("drafts a round", "tokens/s", "of plain", ""):
+    for title in ("draft length", "tokens/s", "of plain", ""):
         table.add_column(title, justify="right")
     plain = speeds.tokens_per_second[0]
     for depth, speed in speeds.tokens_per_second.items():
@@ -230,6 +222,6 @@ def _print_speeds(out: Console, speeds: Speeds) -> None:
     out.print(table)
     regret = speeds.regret_percent
     out.print(
-        f"\nauto is {abs(regret):.1f} % {'behind' if regret > 0 else 'ahead of'} the best fixed draft length "
-        "(medians of runs taken in turn, greedy and sampled)."
+        f"\nauto is {abs(regret):.1f} % {'slower' if regret > 0 else 'faster'} than the best fixed draft length "
+        "(medians of alternating runs, greedy and sampled)."
     )

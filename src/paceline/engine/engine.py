@@ -16,11 +16,11 @@ from paceline.backends.base import Backend
 from paceline.config import DrafterConfig, TargetConfig
 from paceline.decode.constraints import Grammar
 from paceline.decode.logprobs import MAX_LOGPROBS
-from paceline.decode.sampling_params import check_sampling_params
 from paceline.engine.proposers import DrafterProposer
 from paceline.engine.scheduler import Deliver, Scheduler
 from paceline.engine.sequence import Sequence
 from paceline.errors import ContextError, PromptError, SettingsError
+from paceline.sampling_params import check_sampling_params
 from paceline.text.chat import ChatTemplate
 from paceline.text.grammar import Grammars
 from paceline.text.stops import check_stops
@@ -104,9 +104,8 @@ class Engine:
             PromptError: the prompt is empty, too long for the context, or not valid text.
             SettingsError: a setting out of range, or a schema, expression or grammar that cannot be followed.
         """
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
         follow = self._grammar(schema, regex, grammar)
-        request = Request(sampling, max_tokens, stops, draft_tokens, logprobs, follow)
+        request = Request(sampling, max_tokens, check_stops(stop), draft_tokens, logprobs, follow)
         return Stream(self, self.encode(prompt, raw=raw), request)
 
     def _grammar(self, schema: Mapping[str, Any] | None, regex: str | None, lark: str | None) -> Grammar | None:
@@ -162,7 +161,7 @@ class Engine:
             limit=self.backend.info.context,
             stop_ids=self.stop_ids,
             detokenizer=self.tokenizer.detokenizer(marks=request.marks),
-            stops=check_stops(request.stop),
+            stops=request.stop,
             logprobs=count,
             grammar=request.grammar,
         )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from paceline.decode.constraints import Grammar, constraint_of
 from paceline.decode.logprobs import logprobs_of
-from paceline.text.stops import StoppedText, TokenDecoder
+from paceline.text.stops import StopStringFilter, TokenDecoder
 from paceline.types import (
     MAX_DRAFT,
     Draft,
@@ -48,7 +48,7 @@ class Sequence:
     def __post_init__(self) -> None:
         self.prompt_length = len(self.tokens)
         self._constraint = constraint_of(self.params, self.tokens, self.grammar)
-        self._text = StoppedText(self.detokenizer, self.stops)
+        self._text = StopStringFilter(self.detokenizer, self.stops)
         self._started = time.perf_counter()
         self._admitted = self._first_token = self._latest = self._started
         self._resumed = self._tokens = self._rounds = self._drafted = 0

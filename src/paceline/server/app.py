@@ -1,6 +1,6 @@
-"""The server: paths, and what is common to them. The answers themselves are made in modules of their own.
+"""The server's routes and error handlers. Each kind of answer has its own module.
 
-Slow work that needs no model (templates, tokens, grammars) is done on other threads, so that it disturbs no stream.
+Slow work without the model (templates, tokenization, grammars) runs on worker threads, so that streams are not delayed.
 """
 
 from __future__ import annotations
@@ -23,24 +23,25 @@ from starlette.responses import Response
 from paceline import __version__
 from paceline.engine.engine import Engine
 from paceline.errors import PacelineError, SettingsError
-from paceline.server.answers import Choice
-from paceline.server.chat import Chat
-from paceline.server.completions import Completion
-from paceline.server.guard import Guard
+from paceline.sampling_params import PARAMETERS
+from paceline.server.access import AccessMiddleware
+from paceline.server.chat import ChatAnswer
+from paceline.server.choices import Choice, ChoicesAnswer
+from paceline.server.completions import CompletionAnswer
+from paceline.server.http import EventStream, Json, error_response, failure, respond
 from paceline.server.metrics import Metrics
-from paceline.server.prompts import Prepared, Preparer, choices_of
-from paceline.server.responses import Responding, as_chat
-from paceline.server.runner import Job, Runner
+from paceline.server.prompts import PreparedPrompt, RequestPreparer, choices_of
+from paceline.server.responses import ResponsesAnswer, as_chat
+from paceline.server.runner import Runner, RunningRequest
 from paceline.server.schemas import (
     Body,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
-    Generating,
+    GenerationRequest,
     ResponsesRequest,
     TokenizeRequest,
 )
-from paceline.server.wire import EventStream, Json, answer_unless_gone, error_response, failure
 
 logger = logging.getLogger("paceline")
 
@@ -51,17 +52,15 @@ PAGE_POLICY = (
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"description": text, "content": {"application/json": {"schema": {"type": "object"}}}}
     for status, text in {
-        400: "The request cannot be answered; the message says why.",
+        400: "Invalid request; see the message.",
         401: "No valid API key.",
-        403: "Called by a name that is not this server's.",
+        403: "Host header not allowed.",
         404: "No such model.",
         408: "The request took too long.",
         413: "The request is too large.",
-        422: "Not given: what does not fit is answered with 400.",
-        429: "Too many requests wait already.",
-        503: "The server is being stopped.",
+        429: "The queue is full.",
+        503: "The server is stopping.",
     }.items()
-    if status != 422
 }
 
 
@@ -69,17 +68,17 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 class ServerSettings:
     """How an engine is served."""
 
-    names: tuple[str, ...] = ("paceline",)  # of the model; the first is the one that answers carry
-    keys: tuple[str, ...] = ()
-    hosts: tuple[str, ...] = ()  # names this server may be called by; none: any
-    most_bytes: int = 4 << 20  # of a request
-    most_seconds: float = 3600.0  # a request may take
+    names: tuple[str, ...] = ("paceline",)  # of the model; answers carry the first
+    keys: tuple[str, ...] = ()  # API keys; none: no check
+    hosts: tuple[str, ...] = ()  # allowed Host headers; none: any
+    max_bytes: int = 4 << 20  # of a request
+    max_seconds: float = 3600.0  # time limit of a request
     log_prompts: bool = False
 
 
 @dataclass
 class Service:
-    """What the paths share."""
+    """State that the routes share."""
 
     engine: Engine
     settings: ServerSettings
@@ -87,8 +86,8 @@ class Service:
 
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.engine, self.settings.names[0])
-        self.preparer = Preparer(self.engine)
-        self.runner = Runner(self.engine, self.metrics, self.settings.most_seconds)
+        self.preparer = RequestPreparer(self.engine)
+        self.runner = Runner(self.engine, self.metrics, self.settings.max_seconds)
         draft = "mtp" if self.engine.backend.info.has_drafter else "plain"
         self.fingerprint = f"paceline-{__version__}-{self.engine.backend.info.quant}-{draft}"
 
@@ -97,12 +96,12 @@ class Service:
         return self.settings.names[0]
 
     def check_model(self, name: str | None) -> None:
-        """Raise if a request is for another model."""
+        """Raise 404 if a request is for another model."""
         if name is not None and name not in self.settings.names:
-            raise HTTPException(404, f"there is no model {name!r} here; this server has {self.model!r}")
+            raise HTTPException(404, f"there is no model {name!r} here; this server has {self.model!r}; see /v1/models")
 
-    async def prepare(self, work: Callable[[Any], Any], request: Request, body: Generating) -> Any:
-        """Do the slow part of a request on a thread of its own."""
+    async def prepare(self, work: Callable[[Any], Any], request: Request, body: GenerationRequest) -> Any:
+        """Prepare a request on a worker thread."""
         self.check_model(body.model)
         if self.settings.log_prompts:
             logger.info("request: %s", (await request.body()).decode(errors="replace"))
@@ -111,19 +110,19 @@ class Service:
         except RecursionError as error:
             raise SettingsError("the request is nested too deeply; make it flatter") from error
 
-    def submit(self, prompts: list[Prepared]) -> tuple[Job, list[Choice]]:
-        """Let the choices of some prompts run."""
+    def submit(self, prompts: list[PreparedPrompt]) -> tuple[RunningRequest, list[Choice]]:
+        """Start the generation of all choices of some prompts."""
         requests = [(prompt, request) for prompt in prompts for request in choices_of(prompt)]
-        job = self.runner.submit([(prompt.tokens, request) for prompt, request in requests])
+        running = self.runner.submit([(prompt.tokens, request) for prompt, request in requests])
         choices = [
-            Choice(sequence, self.engine.tokenizer, prompt.in_thought, plain=not request.marks)
-            for sequence, (prompt, request) in zip(job.sequences, requests, strict=True)
+            Choice(sequence, self.engine.tokenizer, prompt.in_reasoning, plain=not request.marks)
+            for sequence, (prompt, request) in zip(running.sequences, requests, strict=True)
         ]
-        return job, choices
+        return running, choices
 
 
 def create_app(engine: Engine, settings: ServerSettings) -> FastAPI:
-    """The server of a loaded pair, as an ASGI application."""
+    """The ASGI application that serves a loaded pair."""
     service = Service(engine, settings)
 
     @asynccontextmanager
@@ -135,14 +134,14 @@ def create_app(engine: Engine, settings: ServerSettings) -> FastAPI:
     app = FastAPI(
         title="paceline",
         version=__version__,
-        summary="Gemma 4 with its MTP drafters: OpenAI's API, and the model's own text.",
+        summary="OpenAI-compatible API for Gemma 4 with speculative decoding.",
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
         default_response_class=Json,
     )
     app.state.service = service
-    app.add_middleware(Guard, keys=settings.keys, hosts=settings.hosts, most_bytes=settings.most_bytes)
+    app.add_middleware(AccessMiddleware, keys=settings.keys, hosts=settings.hosts, max_bytes=settings.max_bytes)
     _handle_errors(app)
     _add_generation(app, service)
     _add_tokens(app, service)
@@ -154,31 +153,24 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions", responses=ERRORS)
     async def chat_completions(request: Request, body: ChatRequest) -> Response:
         prepared = await service.prepare(service.preparer.chat, request, body)
-        job, choices = service.submit([prepared])
-        answer = Chat(job, choices, body, service.model, service.fingerprint)
-        if body.stream:
-            return EventStream(job, answer.chunks(), _headers(body))
-        return await answer_unless_gone(request, job, _json(answer.whole(), body))
+        running, choices = service.submit([prepared])
+        answer = ChatAnswer(running, choices, body, service.model, service.fingerprint)
+        return await _respond(request, running, answer, body)
 
     @app.post("/v1/completions", responses=ERRORS)
     async def completions(request: Request, body: CompletionRequest) -> Response:
         prompts = await service.prepare(service.preparer.completions, request, body)
-        tokenizer = service.engine.tokenizer
         echoes = [p.echo for p in prompts for _ in range(p.choices)]
-        job, choices = service.submit(prompts)
-        answer = Completion(job, choices, body, echoes, service.model, service.fingerprint)
-        if body.stream:
-            return EventStream(job, answer.chunks(tokenizer), _headers(body))
-        return await answer_unless_gone(request, job, _json(answer.whole(tokenizer), body))
+        running, choices = service.submit(prompts)
+        answer = CompletionAnswer(running, choices, body, service.model, service.fingerprint, echoes)
+        return await _respond(request, running, answer, body)
 
     @app.post("/v1/responses", responses=ERRORS)
     async def responses(request: Request, body: ResponsesRequest) -> Response:
         prepared = await service.prepare(lambda body: service.preparer.chat(as_chat(body)), request, body)
-        job, [choice] = service.submit([prepared])
-        answer = Responding(job, choice, body, service.model)
-        if body.stream:
-            return EventStream(job, answer.chunks(), _headers(body))
-        return await answer_unless_gone(request, job, _json(answer.whole(), body))
+        running, [choice] = service.submit([prepared])
+        answer = ResponsesAnswer(running, choice, body, service.model)
+        return await _respond(request, running, answer, body)
 
 
 def _add_tokens(app: FastAPI, service: Service) -> None:
@@ -255,7 +247,7 @@ def _model(service: Service, name: str) -> dict[str, Any]:
             "slots": engine.backend.info.slots,
             "chat": engine.chat_template is not None,
             "thinks": engine.chat_template is not None and engine.chat_template.knows("enable_thinking"),
-            "sampling": {name: getattr(engine.sampling, name) for name in ("temperature", "top_k", "top_p", "min_p")},
+            "sampling": {name: getattr(engine.sampling, name) for name, one in PARAMETERS.items() if one.checkpoint},
         },
     }
 
@@ -265,8 +257,15 @@ def _headers(body: Body) -> dict[str, str]:
     return {"x-paceline-ignored": names[:1000]} if names else {}
 
 
-async def _json(whole: Any, body: Body) -> Response:
-    return Json(await whole, headers=_headers(body))
+async def _respond(
+    request: Request, running: RunningRequest, answer: ChoicesAnswer | ResponsesAnswer, body: GenerationRequest
+) -> Response:
+    async def whole() -> Response:
+        return Json(await answer.whole(), headers=_headers(body))
+
+    if body.stream:
+        return EventStream(running, answer.chunks(), _headers(body))
+    return await respond(request, running, whole())
 
 
 def _handle_errors(app: FastAPI) -> None:
@@ -275,7 +274,7 @@ def _handle_errors(app: FastAPI) -> None:
 
     async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        first = max(error.errors(), key=lambda one: len(one["loc"]))  # of a union's members that which fits furthest
+        first = max(error.errors(), key=lambda one: len(one["loc"]))  # of a union: the member that matched furthest
         if first["type"] == "json_invalid":
             return error_response(400, "the body is not valid JSON")
         if "application/json" not in request.headers.get("content-type", "").lower() and first["loc"] == ("body",):

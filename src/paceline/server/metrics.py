@@ -1,4 +1,4 @@
-"""Figures for Prometheus, under the names that vLLM gives them where it has such a figure (prefix `paceline:`).
+"""Prometheus metrics, with vLLM's names where it has the same metric (prefix `paceline:`).
 
 https://docs.vllm.ai/en/latest/design/metrics.html
 """
@@ -20,51 +20,51 @@ LENGTHS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 5
 
 
 class Metrics:
-    """What happened since the server began.
+    """Metrics since the server started.
 
     Args:
-        engine: whose state is told, too.
-        model: the name it is served under.
+        engine: for gauges of its state.
+        model: label `model_name` of all metrics.
     """
 
     def __init__(self, engine: Engine, model: str) -> None:
         self._registry = CollectorRegistry()
         self._model = model
-        self._last: dict[int, float] = {}  # when a running sequence's last token came
+        self._last: dict[int, float] = {}  # time of a running sequence's last token
         self._prompt = self._counter("prompt_tokens", "Prompt tokens.")
-        self._generated = self._counter("generation_tokens", "Tokens written.")
-        self._queries = self._counter("prefix_cache_queries", "Prompt tokens looked up among those read before.")
-        self._hits = self._counter("prefix_cache_hits", "Prompt tokens that had been read before.")
-        self._rounds = self._counter("spec_decode_num_drafts", "Rounds in which tokens were drafted.")
-        self._drafted = self._counter("spec_decode_num_draft_tokens", "Tokens drafted.")
-        self._accepted = self._counter("spec_decode_num_accepted_tokens", "Drafted tokens accepted.")
+        self._generated = self._counter("generation_tokens", "Generated tokens.")
+        self._queries = self._counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.")
+        self._hits = self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache.")
+        self._rounds = self._counter("spec_decode_num_drafts", "Rounds with drafted tokens.")
+        self._drafted = self._counter("spec_decode_num_draft_tokens", "Drafted tokens.")
+        self._accepted = self._counter("spec_decode_num_accepted_tokens", "Accepted draft tokens.")
         self._at_depth = Counter(
             "paceline:spec_decode_num_accepted_tokens_per_pos",
-            "Drafted tokens accepted, by their place in the line, from 0.",
+            "Accepted draft tokens by position in the draft, from 0.",
             ["model_name", "position"],
             registry=self._registry,
         )
         self._finished = Counter(
             "paceline:request_success",
-            "Texts that came to their end.",
+            "Finished requests.",
             ["model_name", "finished_reason"],
             registry=self._registry,
         )
-        self._first = self._histogram("time_to_first_token_seconds", "From the request to its first token.")
+        self._first = self._histogram("time_to_first_token_seconds", "Time to first token.")
         self._between = self._histogram(
-            "inter_token_latency_seconds", "Between tokens; a round's tokens share its time."
+            "inter_token_latency_seconds", "Time between tokens; the tokens of a round share its time evenly."
         )
-        self._whole = self._histogram("e2e_request_latency_seconds", "From the request to its last token.")
-        self._queue = self._histogram("request_queue_time_seconds", "Until a request had a cache slot.")
-        self._lengths = self._histogram("request_generation_tokens", "Tokens of a text.", LENGTHS)
+        self._whole = self._histogram("e2e_request_latency_seconds", "End-to-end latency of a request.")
+        self._queue = self._histogram("request_queue_time_seconds", "Time in the queue.")
+        self._lengths = self._histogram("request_generation_tokens", "Generated tokens per sequence.", LENGTHS)
         self._registry.register(_EngineState(engine, model))
 
     def text(self) -> bytes:
-        """All figures in Prometheus' text format."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
     def observe(self, sequence: Sequence, event: Event) -> None:
-        """Count a round."""
+        """Count an event."""
         now = time.monotonic()
         if last := self._last.get(id(sequence)):
             for _ in event.pieces:
@@ -91,7 +91,7 @@ class Metrics:
             self._finished.labels(self._model, event.finish).inc()
 
     def forget(self, sequence: Sequence) -> None:
-        """A sequence has ended, or was left."""
+        """A sequence has finished or was cancelled."""
         self._last.pop(id(sequence), None)
 
     def _counter(self, name: str, text: str) -> Counter:
@@ -104,7 +104,7 @@ class Metrics:
 
 
 class _EngineState(Collector):
-    """Figures that are read when they are asked for."""
+    """Gauges, computed on request."""
 
     def __init__(self, engine: Engine, model: str) -> None:
         self._engine, self._model = engine, model
@@ -112,25 +112,25 @@ class _EngineState(Collector):
     def collect(self) -> list[Metric]:
         engine, scheduler = self._engine, self._engine.scheduler
         running = list(scheduler.running)
-        held = sum(sequence.cached for sequence in running)
-        figures = {
-            "num_requests_running": ("Texts being written or prompts being read.", len(running)),
-            "num_requests_waiting": ("Requests without a cache slot.", scheduler.waiting),
+        cached = sum(sequence.cached for sequence in running)
+        gauges = {
+            "num_requests_running": ("Sequences in prefill or decode.", len(running)),
+            "num_requests_waiting": ("Sequences in the queue.", scheduler.waiting),
             "kv_cache_usage_perc": (
-                "Share of the cache in use.",
-                held / (engine.backend.info.slots * engine.backend.info.context),
+                "Share of the KV cache in use.",
+                cached / (engine.backend.info.slots * engine.backend.info.context),
             ),
             "prefix_cache_bytes": (
-                "Memory that beginnings of prompts take.",
+                "Memory of the prefix cache.",
                 scheduler.prefix_cache.nbytes if scheduler.prefix_cache else 0,
             ),
             "acceptance_recent": (
-                "Share of first drafts accepted lately.",
+                "Recent acceptance rate of the first draft token.",
                 engine.recent_acceptance,
             ),
         }
         metrics: list[Metric] = []
-        for name, (text, value) in figures.items():
+        for name, (text, value) in gauges.items():
             gauge = GaugeMetricFamily(f"paceline:{name}", text, labels=["model_name"])
             gauge.add_metric([self._model], value)
             metrics.append(gauge)

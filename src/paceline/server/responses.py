@@ -1,7 +1,7 @@
-"""`/v1/responses`: the same conversation in OpenAI's newer form. https://platform.openai.com/docs/api-reference/responses
+"""`/v1/responses`, see https://platform.openai.com/docs/api-reference/responses
 
-Nothing is stored between requests: a client sends the whole conversation. An answer is a list of items (thoughts, a
-message, calls), and a stream tells of each item's beginning, growth and end.
+Nothing is stored between requests: a client sends the whole conversation. An answer is a list of items (reasoning, a
+message, calls); a stream has events for each item's start, deltas and end.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from paceline.errors import PromptError
-from paceline.server.answers import Choice, round_report
-from paceline.server.runner import Job
+from paceline.server.choices import Choice, round_report
+from paceline.server.http import KEEP_ALIVE_SECONDS, describe
+from paceline.server.runner import RunningRequest
 from paceline.server.schemas import (
-    Called,
     CalledFunction,
     ChatMessage,
     ChatRequest,
     ChosenFunction,
     ChosenTool,
     Function,
+    GenerationRequest,
     InputCall,
     InputCallOutput,
     InputMessage,
@@ -30,21 +31,20 @@ from paceline.server.schemas import (
     ResponsesRequest,
     ResponseToolChoice,
     Tool,
+    ToolCall,
 )
-from paceline.server.wire import KEEP_ALIVE_SECONDS, describe
-from paceline.text.output_parser import Part
+from paceline.text.output_parser import OutputDelta
 
-ITEM_OF = {"content": "message", "thought": "reasoning"}
+ITEM_TYPES = {"content": "message", "reasoning": "reasoning"}  # any other delta belongs to a function_call
 
 
 def as_chat(body: ResponsesRequest) -> ChatRequest:
-    """The same request as a chat completion."""
+    """The same request as a chat request."""
     choice = body.tool_choice
-    wanted = body.text.format if body.text else None
+    text_format = body.text.format if body.text else None
     schema = None
-    if wanted and wanted.type == "json_schema":
-        schema = JsonSchema.model_validate({"name": wanted.name, "schema": wanted.schema_ or {}})
-    shared = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "draft_tokens", "acceptance_rule")
+    if text_format and text_format.type == "json_schema":
+        schema = JsonSchema.model_validate({"name": text_format.name, "schema": text_format.schema_ or {}})
     return ChatRequest(
         messages=_messages(body),
         max_tokens=body.max_output_tokens,
@@ -56,11 +56,11 @@ def as_chat(body: ResponsesRequest) -> ChatRequest:
         if isinstance(choice, ResponseToolChoice)
         else choice,
         parallel_tool_calls=body.parallel_tool_calls,
-        response_format=ResponseFormat(type=wanted.type, json_schema=schema) if wanted else None,
+        response_format=ResponseFormat(type=text_format.type, json_schema=schema) if text_format else None,
         reasoning_effort=body.reasoning.effort if body.reasoning else None,
         logprobs=True if body.top_logprobs is not None else None,
         top_logprobs=body.top_logprobs,
-        **{name: getattr(body, name) for name in shared},
+        **{name: getattr(body, name) for name in GenerationRequest.model_fields},
     )
 
 
@@ -72,7 +72,7 @@ def _messages(body: ResponsesRequest) -> list[ChatMessage]:
             case InputMessage():
                 messages.append(ChatMessage(role=item.role, content=item.content))
             case InputCall():
-                call = Called(id=item.call_id, function=CalledFunction(name=item.name, arguments=item.arguments))
+                call = ToolCall(id=item.call_id, function=CalledFunction(name=item.name, arguments=item.arguments))
                 if messages and messages[-1].role == "assistant":
                     messages[-1].tool_calls = [*(messages[-1].tool_calls or ()), call]
                 else:
@@ -84,32 +84,32 @@ def _messages(body: ResponsesRequest) -> list[ChatMessage]:
     return messages
 
 
-class Responding:
-    """One request's answer.
+class ResponsesAnswer:
+    """The answer to a request.
 
     Args:
-        job: its sequence.
-        choice: what it becomes.
+        running: its sequence.
+        choice: the text of that sequence.
         body: the request.
-        model: the name to answer under.
+        model: the name of the model in the answer.
     """
 
-    def __init__(self, job: Job, choice: Choice, body: ResponsesRequest, model: str) -> None:
-        self._job, self._choice, self._body, self._model = job, choice, body, model
+    def __init__(self, running: RunningRequest, choice: Choice, body: ResponsesRequest, model: str) -> None:
+        self._running, self._choice, self._body, self._model = running, choice, body, model
         self._id, self._created = f"resp_{secrets.token_hex(16)}", int(time.time())
         self._items: list[dict[str, Any]] = []
-        self._kind = ""  # of the item that is being written
-        self._reports: list[dict[str, Any]] = []  # of tokens whose text is still to be told
+        self._open = ""  # type of the item that is not complete yet
+        self._logprobs: list[dict[str, Any]] = []  # of tokens whose text is not sent yet
         self._number = 0  # of the next event
 
     async def whole(self) -> dict[str, Any]:
-        """The answer in one piece."""
+        """The complete answer."""
         async for _ in self._events(1e9):
             pass
         return self._response(self._status)
 
     async def chunks(self) -> AsyncIterator[dict[str, Any] | str | None]:
-        """The answer as it comes, for server-sent events."""
+        """The answer as server-sent events."""
         for name in ("response.created", "response.in_progress"):
             yield self._event(name, response=self._response("in_progress"))
         try:
@@ -125,46 +125,46 @@ class Responding:
     def _status(self) -> str:
         return "incomplete" if self._choice.finish == "length" else "completed"
 
-    async def _events(self, most_wait: float) -> AsyncIterator[dict[str, Any] | None]:
-        async for came in self._job.events(most_wait):
-            if came is None:
+    async def _events(self, max_wait: float) -> AsyncIterator[dict[str, Any] | None]:
+        async for item in self._running.events(max_wait):
+            if item is None:
                 yield None
                 continue
-            _, event = came
-            parts, pieces = self._choice.push(event)
-            self._reports = [report for piece in pieces if (report := self._choice.token_report(piece))]
-            for part in parts:
-                for one in self._part(part):
-                    yield one
+            _, event = item
+            deltas, tokens = self._choice.push(event)
+            self._logprobs = self._choice.token_logprobs(tokens)
+            for delta in deltas:
+                for sent in self._delta(delta):
+                    yield sent
             if self._body.return_rounds:
                 yield self._event("paceline.round", round=round_report(event))
-        for one in self._end_item("incomplete" if self._choice.finish == "length" else "completed"):
-            yield one
+        for sent in self._end_item(self._status):
+            yield sent
 
-    def _part(self, part: Part) -> Iterator[dict[str, Any]]:
-        kind = ITEM_OF.get(part.kind, "function_call")
-        if kind != self._kind or part.kind == "call":
+    def _delta(self, delta: OutputDelta) -> Iterator[dict[str, Any]]:
+        kind = ITEM_TYPES.get(delta.kind, "function_call")
+        if kind != self._open or delta.kind == "call":
             yield from self._end_item()
-            yield from self._begin_item(kind, part)
-        if part.kind == "call":
+            yield from self._begin_item(kind, delta)
+        if delta.kind == "call":
             return
         item, where = self._items[-1], self._where()
         match kind:
             case "message":
-                item["content"][0]["text"] += part.text
-                reports, self._reports = self._reports, []  # of the round: with its first piece of text
-                item["content"][0]["logprobs"] += reports
-                name, more = "response.output_text.delta", {"content_index": 0, "logprobs": _short(reports)}
+                item["content"][0]["text"] += delta.text
+                logprobs, self._logprobs = self._logprobs, []  # all of the event's, with its first text
+                item["content"][0]["logprobs"] += logprobs
+                name, more = "response.output_text.delta", {"content_index": 0, "logprobs": _short(logprobs)}
             case "reasoning":
-                item["content"][0]["text"] += part.text
+                item["content"][0]["text"] += delta.text
                 name, more = "response.reasoning_text.delta", {"content_index": 0}
             case _:
-                item["arguments"] += part.text
+                item["arguments"] += delta.text
                 name, more = "response.function_call_arguments.delta", {}
-        yield self._event(name, delta=part.text, **where, **more)
+        yield self._event(name, delta=delta.text, **where, **more)
 
-    def _begin_item(self, kind: str, part: Part) -> Iterator[dict[str, Any]]:
-        self._kind = kind
+    def _begin_item(self, kind: str, delta: OutputDelta) -> Iterator[dict[str, Any]]:
+        self._open = kind
         item: dict[str, Any] = {"type": kind, "status": "in_progress"}
         match kind:
             case "message":
@@ -172,8 +172,8 @@ class Responding:
             case "reasoning":
                 item |= {"id": f"rs_{secrets.token_hex(12)}", "summary": [], "content": []}
             case _:
-                call = next(call for call in self._choice.calls if call["id"] not in self._call_ids)
-                item |= {"id": f"fc_{secrets.token_hex(12)}", "call_id": call["id"], "name": part.text, "arguments": ""}
+                call_id = self._choice.calls[delta.call].id
+                item |= {"id": f"fc_{secrets.token_hex(12)}", "call_id": call_id, "name": delta.text, "arguments": ""}
         self._items.append(item)
         yield self._event("response.output_item.added", output_index=len(self._items) - 1, item=_copy(item))
         if kind != "function_call":
@@ -182,27 +182,23 @@ class Responding:
             yield self._event(name, content_index=0, part=_content(kind), **self._where())
 
     def _end_item(self, status: str = "completed") -> Iterator[dict[str, Any]]:
-        if not self._kind:
+        if not self._open:
             return
         item, where = self._items[-1], self._where()
         item["status"] = status
-        if self._kind == "function_call":
+        if self._open == "function_call":
             done = {"name": item["name"], "arguments": item["arguments"]}
             yield self._event("response.function_call_arguments.done", **done, **where)
         else:
             part = item["content"][0]
-            if self._kind == "message":
+            if self._open == "message":
                 done = {"text": part["text"], "logprobs": _short(part["logprobs"])}
                 yield self._event("response.output_text.done", content_index=0, **done, **where)
             else:
                 yield self._event("response.reasoning_text.done", content_index=0, text=part["text"], **where)
             yield self._event("response.content_part.done", content_index=0, part=dict(part), **where)
         yield self._event("response.output_item.done", output_index=len(self._items) - 1, item=_copy(item))
-        self._kind = ""
-
-    @property
-    def _call_ids(self) -> set[str]:
-        return {item["call_id"] for item in self._items if item["type"] == "function_call"}
+        self._open = ""
 
     def _where(self) -> dict[str, Any]:
         return {"item_id": self._items[-1]["id"], "output_index": len(self._items) - 1}
@@ -246,13 +242,13 @@ class Responding:
             "input_tokens": choice.statistics.prompt_tokens,
             "input_tokens_details": {"cached_tokens": choice.statistics.cached_tokens, "cache_write_tokens": 0},
             "output_tokens": choice.tokens,
-            "output_tokens_details": {"reasoning_tokens": choice.thought_tokens},
+            "output_tokens_details": {"reasoning_tokens": choice.reasoning_tokens},
             "total_tokens": choice.statistics.prompt_tokens + choice.tokens,
         }
 
 
 def _short(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Log-probabilities as events tell them: without bytes."""
+    """Log-probabilities as events have them: without bytes."""
     return [
         {
             "token": report["token"],
@@ -270,5 +266,5 @@ def _content(kind: str) -> dict[str, Any]:
 
 
 def _copy(item: dict[str, Any]) -> dict[str, Any]:
-    """As it is now: it goes on growing."""
+    """A snapshot, since an open item changes."""
     return {**item, "content": [dict(part) for part in item["content"]]} if "content" in item else dict(item)

@@ -1,7 +1,6 @@
-"""The engine's thread: it turns the scheduler, and carries what comes out to the server's event loop.
+"""Runs the scheduler loop on a thread, and delivers its events to the server's event loop.
 
-A request is a `Job` of one or more sequences. Whoever leaves a job before its end closes it, and its cache slots are
-free before the next round.
+A `RunningRequest` has one or more sequences. Closing it before its end frees its cache slots before the next step.
 """
 
 from __future__ import annotations
@@ -22,52 +21,52 @@ logger = logging.getLogger("paceline")
 
 
 class Observer(Protocol):
-    """Told of what happens, on the event loop."""
+    """Receives all events, on the event loop."""
 
     def observe(self, sequence: Sequence, event: Event) -> None:
-        """A round."""
+        """A sequence has an event."""
 
     def forget(self, sequence: Sequence) -> None:
-        """A sequence has ended, or was left."""
+        """A sequence has finished or was cancelled."""
 
 
 class EngineFault(Exception):
-    """The engine broke down in the middle of a request: a defect, not the user's fault."""
+    """The engine failed in the middle of a request: a defect, not a user's error."""
 
 
-class Job:
-    """Sequences of one request, in flight. Iterate for (index, event), in the order in which they come."""
+class RunningRequest:
+    """The sequences of one request, from submission to the end."""
 
     def __init__(self, runner: Runner, count: int) -> None:
         self.sequences: list[Sequence] = []
         self.timer: asyncio.TimerHandle | None = None
         self._runner = runner
         self._events: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue()
-        self._left = set(range(count))  # not read to their ends
-        self._running = set(self._left)
+        self._unread = set(range(count))  # whose last event was not yet returned by `events`
+        self._running = set(self._unread)  # not finished in the engine
 
     def put(self, index: int, event: Event | Exception) -> None:
-        """Hand over an event, or why there will be no more. Called on the event loop."""
+        """Add an event, or the error that ended the request. Called on the event loop."""
         if isinstance(event, Event) and event.finish:
             self._running.discard(index)
         self._events.put_nowait((index, event))
 
     def expire(self) -> None:
-        """The request has taken its time: stop, whether or not anybody reads."""
+        """Cancel the request because its time is up."""
         if self._running:
             self.close()
             self.put(0, TimeoutError())
 
-    async def events(self, most_wait: float = 1e9) -> AsyncIterator[tuple[int, Event] | None]:
-        """All events; None where none came for `most_wait` seconds.
+    async def events(self, max_wait: float = 1e9) -> AsyncIterator[tuple[int, Event] | None]:
+        """All events as (index of the sequence, event); None after each `max_wait` seconds without one.
 
         Raises:
-            TimeoutError: the request has taken its time.
-            EngineFault: the engine broke down.
+            TimeoutError: the request took longer than the server allows.
+            EngineFault: the engine failed.
         """
-        while self._left:
+        while self._unread:
             try:
-                async with asyncio.timeout(most_wait):
+                async with asyncio.timeout(max_wait):
                     index, event = await self._events.get()
             except TimeoutError:
                 yield None
@@ -75,81 +74,84 @@ class Job:
             if isinstance(event, Exception):
                 raise event
             if event.finish:
-                self._left.discard(index)
+                self._unread.discard(index)
             yield index, event
 
     def close(self) -> None:
-        """Stop what is still running. May be called again."""
+        """Cancel unfinished sequences. May be called more than once."""
         if self.timer:
             self.timer.cancel()
         self._runner.release([self.sequences[index] for index in self._running], self)
         self._running = set()
 
 
+Delivery = tuple[RunningRequest, int, Event | Exception]
+
+
 class Runner:
-    """Runs the engine on a thread of its own while there is work.
+    """Runs the engine on a thread.
 
     Args:
         engine: a loaded pair.
-        observer: told of what happens.
-        most_seconds: a request may take.
+        observer: receives all events.
+        max_seconds: time limit of a request.
     """
 
-    def __init__(self, engine: Engine, observer: Observer, most_seconds: float) -> None:
+    def __init__(self, engine: Engine, observer: Observer, max_seconds: float) -> None:
         self.engine = engine
-        self._observer, self._most_seconds = observer, most_seconds
+        self._observer, self._max_seconds = observer, max_seconds
         self._wake = threading.Condition()
         self._stopping = False
-        self._outbox: list[tuple[Job, int, Event | Exception]] = []
-        self._jobs: set[Job] = set()
+        self._undelivered: list[Delivery] = []
+        self._requests: set[RunningRequest] = set()
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def start(self) -> None:
-        """Begin, for the event loop that runs now."""
+        """Start the thread; events go to the running event loop."""
         self._loop, self._stopping = asyncio.get_running_loop(), False
         self._thread = threading.Thread(target=self._run, name="paceline-engine", daemon=True)
         self._thread.start()
 
     async def stop(self) -> None:
-        """Finish what is in flight, then end the thread."""
+        """Finish all running requests, then end the thread."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
         if self._thread:
             await asyncio.to_thread(self._thread.join)
 
-    def submit(self, requests: Items[tuple[list[int], Request]]) -> Job:
-        """Let prompts run, each with its settings.
+    def submit(self, prompts: Items[tuple[list[int], Request]]) -> RunningRequest:
+        """Submit the prompts of a request to the engine, each with its settings.
 
         Raises:
-            BusyError: too many requests wait already, or the server is being stopped.
-            SettingsError: a setting out of range, or more sequences than can ever run and wait.
+            BusyError: the queue is full, or the server is stopping.
+            SettingsError: a setting out of range, or more sequences than slots and queue can hold.
         """
         if self._stopping:
-            raise StoppingError("the server is being stopped; try another one, or later")
+            raise StoppingError("the server is stopping; try again later")
         assert self._loop is not None
         scheduler = self.engine.scheduler
-        if len(requests) > scheduler.backend.info.slots + scheduler.max_waiting:
-            raise SettingsError(f"{len(requests)} texts in one request are more than this server takes; ask for fewer")
-        if len(requests) > scheduler.room:
-            raise BusyError(f"{scheduler.waiting} requests are waiting already; try again later")
-        job = Job(self, len(requests))
+        if len(prompts) > scheduler.backend.info.slots + scheduler.max_waiting:
+            raise SettingsError(f"{len(prompts)} choices in one request are more than this server takes; ask for fewer")
+        if len(prompts) > scheduler.room:
+            raise BusyError(f"the queue is full ({scheduler.waiting} requests are waiting); try again later")
+        running = RunningRequest(self, len(prompts))
         try:
-            for index, (tokens, request) in enumerate(requests):
-                job.sequences.append(self.engine.submit(tokens, request, self._deliver(job, index)))
+            for index, (tokens, request) in enumerate(prompts):
+                running.sequences.append(self.engine.submit(tokens, request, self._deliver(running, index)))
         except PacelineError:
-            for sequence in job.sequences:
+            for sequence in running.sequences:
                 scheduler.cancel(sequence)
             raise
-        self._jobs.add(job)
-        job.timer = self._loop.call_later(self._most_seconds, job.expire)
+        self._requests.add(running)
+        running.timer = self._loop.call_later(self._max_seconds, running.expire)
         self._notify()
-        return job
+        return running
 
-    def release(self, sequences: Items[Sequence], job: Job) -> None:
-        """Take a job's unfinished sequences out before their next round."""
-        self._jobs.discard(job)
+    def release(self, sequences: Items[Sequence], running: RunningRequest) -> None:
+        """Cancel a request's unfinished sequences before the next step."""
+        self._requests.discard(running)
         for sequence in sequences:
             self.engine.scheduler.cancel(sequence)
             self._observer.forget(sequence)
@@ -159,8 +161,8 @@ class Runner:
         with self._wake:
             self._wake.notify()
 
-    def _deliver(self, job: Job, index: int) -> Callable[[Event], None]:
-        return lambda event: self._outbox.append((job, index, event))
+    def _deliver(self, running: RunningRequest, index: int) -> Callable[[Event], None]:
+        return lambda event: self._undelivered.append((running, index, event))
 
     def _run(self) -> None:
         scheduler = self.engine.scheduler
@@ -172,24 +174,21 @@ class Runner:
             try:
                 scheduler.tick()
             except Exception:
-                logger.exception("the engine broke down; the requests in flight have failed")
-                self._outbox.clear()
+                logger.exception("the engine failed; all running requests have been aborted")
                 scheduler.abandon()
-                self._hand_over([(job, 0, EngineFault()) for job in list(self._jobs)])
-            outbox, self._outbox = self._outbox, []
-            if outbox:
-                self._hand_over(outbox)
+                self._undelivered = [(running, 0, EngineFault()) for running in list(self._requests)]
+            deliveries, self._undelivered = self._undelivered, []
+            if deliveries:
+                assert self._loop is not None
+                self._loop.call_soon_threadsafe(self._dispatch, deliveries)
 
-    def _hand_over(self, outbox: list[tuple[Job, int, Event | Exception]]) -> None:
-        assert self._loop is not None
-        self._loop.call_soon_threadsafe(self._dispatch, outbox)
-
-    def _dispatch(self, outbox: list[tuple[Job, int, Event | Exception]]) -> None:
-        for job, index, event in outbox:
-            if job not in self._jobs:  # left meanwhile
+    def _dispatch(self, deliveries: list[Delivery]) -> None:
+        for running, index, event in deliveries:
+            if running not in self._requests:  # closed in the meantime
                 continue
-            job.put(index, event)
+            running.put(index, event)
             if isinstance(event, Event):
-                self._observer.observe(job.sequences[index], event)
+                sequence = running.sequences[index]
+                self._observer.observe(sequence, event)
                 if event.finish:
-                    self._observer.forget(job.sequences[index])
+                    self._observer.forget(sequence)

@@ -1,4 +1,4 @@
-"""What requests may hold: OpenAI's fields, and paceline's own where it has more to offer.
+"""Request bodies: OpenAI's fields, and paceline's own.
 
 Fields that other servers know and this one does not are reported in the answer's `x-paceline-ignored` header.
 """
@@ -7,25 +7,27 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
-MOST_CHOICES = 16
-MOST_TOP_LOGPROBS = 20
-MOST_STOPS = 16
+from paceline.sampling_params import PARAMETERS
 
-Stop = Annotated[list[Annotated[str, Field(min_length=1)]], Field(fail_fast=True, max_length=MOST_STOPS)]
-TokenName = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")]
+MAX_CHOICES = 16
+MAX_TOP_LOGPROBS = 20
+MAX_STOPS = 16
+
+Stop = Annotated[list[Annotated[str, Field(min_length=1)]], Field(fail_fast=True, max_length=MAX_STOPS)]
+TokenName = Annotated[str, Field(pattern=r"^\d{1,9}$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Token = Annotated[int, Field(ge=0, lt=1 << 31)]
-FEW, MANY, MOST_TOKENS = 1024, 10_000, 4_000_000  # items of lists: more are no use, and checking takes time
-Tokens = Annotated[list[Token], Field(fail_fast=True, max_length=MOST_TOKENS)]
+FEW, MANY, MAX_TOKENS = 1024, 10_000, 4_000_000  # limits of lists, because validation takes time
+Tokens = Annotated[list[Token], Field(fail_fast=True, max_length=MAX_TOKENS)]
 HARMLESS = frozenset(
     {"user", "metadata", "store", "service_tier", "prompt_cache_key", "prompt_cache_retention", "safety_identifier"}
-)  # nothing is lost by not knowing these
+)  # not reported as ignored: they do not change the answer
 
 
 class Body(BaseModel):
-    """A request's body. What it holds beyond the fields is kept in `model_extra`."""
+    """A request body. Unknown fields are kept in `model_extra`."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -37,35 +39,39 @@ class Body(BaseModel):
         )
 
 
-class Generating(Body):
-    """What all requests for text share."""
+def _sampling_fields(base: type[Body], name: str, *, in_responses: bool) -> type[Body]:
+    """A body with fields for the sampling parameters, their ranges as declared in `paceline.sampling_params`."""
+    numbers: dict[str, Any] = {}
+    for field, parameter in PARAMETERS.items():
+        if parameter.in_responses == in_responses:
+            low, high = parameter.api_range or (parameter.low, parameter.high)
+            numbers[field] = (Annotated[parameter.kind, Field(ge=low, le=high)] | None, None)
+    return create_model(name, __base__=base, **numbers)
+
+
+class GenerationRequest(_sampling_fields(Body, "Sampling", in_responses=True)):  # type: ignore[misc]
+    """What all requests for text have in common."""
 
     model: str | None = None
     stream: bool | None = None
-    temperature: Annotated[float, Field(ge=0)] | None = None
-    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, lt=1 << 31)] | None = Field(None, description="0 and -1: all tokens.")
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
-    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 64)] | None = None
     draft_tokens: Annotated[int, Field(ge=0, le=15)] | Literal["auto"] | None = Field(
-        None, description="Tokens drafted a round: 0 is plain decoding. The text does not depend on it."
+        None, description="Tokens drafted per round; 0 is plain decoding. The text does not depend on it."
     )
-    acceptance_rule: Literal["coupled", "rejection"] | None = None
-    return_rounds: bool | None = Field(None, description="While streaming, say where each token came from.")
+    return_rounds: bool | None = Field(None, description="While streaming, report where each token came from.")
 
 
-class Penalised(Generating):
-    """Settings that chat and completions share, and responses have not."""
+class ChoicesRequest(_sampling_fields(GenerationRequest, "Penalties", in_responses=False)):  # type: ignore[misc]
+    """What chat and completion requests have in common, and /v1/responses lacks."""
 
-    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None = (
-        None
-    )
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    logit_bias: dict[TokenName, Bias] | None = None
     stop: Annotated[str, Field(min_length=1)] | Stop | None = None
     stream_options: StreamOptions | None = None
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with the counts of tokens."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
 class StreamOptions(Body):
@@ -82,7 +88,7 @@ class CalledFunction(Body):
     arguments: str = "{}"
 
 
-class Called(Body):
+class ToolCall(Body):
     id: str
     type: Literal["function"] = "function"
     function: CalledFunction
@@ -92,7 +98,7 @@ class ChatMessage(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[TextPart], Field(fail_fast=True, max_length=MANY)] | None = None
     reasoning_content: str | None = None
-    tool_calls: Annotated[list[Called], Field(fail_fast=True, max_length=FEW)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True, max_length=FEW)] | None = None
     tool_call_id: str | None = None
     name: str | None = None
 
@@ -130,28 +136,28 @@ class ResponseFormat(Body):
     regex: Annotated[str, Field(min_length=1)] | None = None
 
 
-class ChatRequest(Penalised):
+class ChatRequest(ChoicesRequest):
     messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=MANY)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Field(fail_fast=True, max_length=FEW)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
-        None, description="Whether the model thinks before it answers: any word but none switches it on."
+        None, description="Any value but none enables thinking."
     )
     chat_template_kwargs: dict[str, Any] | None = Field(
-        None, description="Names for the model's chat template, such as enable_thinking."
+        None, description="Variables for the model's chat template, such as enable_thinking."
     )
 
 
-class CompletionRequest(Penalised):
-    prompt: str | Tokens | Annotated[list[str | Tokens], Field(fail_fast=True, min_length=1, max_length=MOST_CHOICES)]
+class CompletionRequest(ChoicesRequest):
+    prompt: str | Tokens | Annotated[list[str | Tokens], Field(fail_fast=True, min_length=1, max_length=MAX_CHOICES)]
     max_tokens: Annotated[int, Field(ge=1)] | None = 16
-    logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     echo: bool | None = None
     response_format: ResponseFormat | None = None
 
@@ -209,7 +215,7 @@ class Reasoning(Body):
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
 
 
-class ResponsesRequest(Generating):
+class ResponsesRequest(GenerationRequest):
     input: str | Annotated[list[InputItem], Field(fail_fast=True, min_length=1, max_length=MANY)]
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -218,9 +224,9 @@ class ResponsesRequest(Generating):
     parallel_tool_calls: bool | None = None
     text: TextSettings | None = None
     reasoning: Reasoning | None = None
-    previous_response_id: None = None  # nothing is stored here: send the conversation
+    previous_response_id: None = None  # responses are not stored: send the whole conversation
     conversation: None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
 
 
 class TokenizeRequest(Body):

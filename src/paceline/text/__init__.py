@@ -1,4 +1,4 @@
-"""Text in and out: tokenizer, chat template, streaming detokenizer."""
+"""Tokenizer, chat template, streaming detokenizer."""
 
 from paceline.text.chat import ChatTemplate, Message
 from paceline.text.detokenizer import Detokenizer

@@ -1,7 +1,7 @@
-"""Conversations to prompts, by the Jinja template that comes with a checkpoint.
+"""Chat templates: conversations to prompts, with the Jinja template of a checkpoint.
 
-Templates are code from a download, so they run in Jinja's sandbox. The helpers they may call are those that
-transformers offers (https://huggingface.co/docs/transformers/chat_templating_writing).
+Templates are downloaded code, so they run in Jinja's sandbox, with the helpers that transformers provides
+(https://huggingface.co/docs/transformers/chat_templating_writing).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from paceline.errors import CheckpointError, PromptError
 
 Message = Mapping[str, Any]
-"""One turn: `role` ("system", "user", "assistant", "tool") and `content`, and what else the template reads."""
+"""One turn: `role` ("system", "user", "assistant", "tool") and `content`, and other fields that the template uses."""
 
 
 class ChatTemplate:
@@ -72,7 +72,7 @@ class ChatTemplate:
         return cls(source, _special_tokens(settings))
 
     def knows(self, name: str) -> bool:
-        """Whether the template looks at a variable."""
+        """Whether the template uses a variable."""
         return name in self._variables
 
     def render(
@@ -90,10 +90,10 @@ class ChatTemplate:
             messages: the turns so far.
             add_generation_prompt: end with the opening of the model's turn.
             tools: function declarations as JSON schema objects.
-            variables: further names the template knows, such as `enable_thinking`.
+            variables: further variables of the template, such as `enable_thinking`.
 
         Raises:
-            PromptError: the template refuses these messages, or cannot make sense of them.
+            PromptError: the template rejects these messages or fails.
         """
         try:
             return self._template.render(
@@ -115,7 +115,7 @@ class ChatTemplate:
         ) as error:
             reason = " ".join(str(error).split())
             raise PromptError(
-                f"the model's chat template refuses the messages: {reason}; mend them or use --raw"
+                f"the model's chat template rejects the messages: {reason}; change them or use --raw"
             ) from error
 
 

@@ -1,9 +1,9 @@
-"""Tokens to text, one token at a time.
+"""Streaming detokenizer.
 
-A token's text is not always certain when the token arrives: a character's bytes may be spread over several tokens,
-and a run of byte tokens (`<0xE2>`) that turns out not to be UTF-8 becomes replacement characters as a whole. So text is
-held back exactly as long as a later token could change it. The pieces, with `finish()`, join to what decoding all
-tokens at once gives, and a token costs O(1) amortised: nothing is decoded twice.
+A token's text can depend on later tokens: a character's bytes may be spread over several tokens, and a run of byte
+tokens (`<0xE2>`) that is not valid UTF-8 becomes replacement characters as a whole. So text is held back exactly as
+long as a later token could change it. All returned strings join to what decoding all tokens at once gives, and a token
+costs O(1) amortised: nothing is decoded twice.
 
 The stages follow the decoders of the tokenizers library (https://github.com/huggingface/tokenizers,
 `tokenizers/src/decoders` and `pre_tokenizers/byte_level.rs`), which is the reference in the tests.
@@ -33,25 +33,25 @@ BYTE_OF_CHARACTER = _byte_of_character()
 
 
 class Stage(Protocol):
-    """One step from token strings to text; keeps what is not certain yet."""
+    """One step of a decoder; holds back what later tokens could change."""
 
-    def push(self, piece: str) -> list[str]:
-        """Take one string, return those that became certain."""
+    def push(self, text: str) -> list[str]:
+        """Add a string; returns those that can no longer change."""
 
     def finish(self) -> list[str]:
-        """Return what was held back: no more will come."""
+        """Return what was held back; nothing may follow."""
 
 
 class Detokenizer:
-    """Turns a growing sequence of tokens into text.
+    """Turns a stream of tokens into text.
 
     Args:
         decoder: the "decoder" object of a tokenizer.json, None if it has none.
         token_text: the string of a token id in the vocabulary, None for an unknown id.
-        hidden: ids that give no text (special tokens).
+        hidden: ids without text (special tokens).
 
     Raises:
-        CheckpointError: the decoder is of a kind that cannot be followed token by token.
+        CheckpointError: this kind of decoder is not supported.
     """
 
     def __init__(
@@ -65,21 +65,21 @@ class Detokenizer:
         self._hidden = hidden
 
     def push(self, token: int) -> str:
-        """Add a token; return the text that became certain with it, often its own, sometimes none."""
+        """Add a token; returns the text that can no longer change, which may be empty."""
         text = None if token in self._hidden else self._token_text(token)
         if text is None:
             return ""
-        pieces = [text]
+        strings = [text]
         for stage in self._stages:
-            pieces = [out for piece in pieces for out in stage.push(piece)]
-        return "".join(pieces)
+            strings = [out for string in strings for out in stage.push(string)]
+        return "".join(strings)
 
     def finish(self) -> str:
-        """The text that was held back. No token may be pushed after this."""
-        pieces: list[str] = []
+        """Return the text that was held back. No token may be pushed after this."""
+        strings: list[str] = []
         for stage in self._stages:
-            pieces = [out for piece in pieces for out in stage.push(piece)] + stage.finish()
-        return "".join(pieces)
+            strings = [out for string in strings for out in stage.push(string)] + stage.finish()
+        return "".join(strings)
 
 
 class _Stateless:
@@ -93,30 +93,30 @@ class _Replace(_Stateless):
     def __init__(self, pattern: str, content: str) -> None:
         self._pattern, self._content = pattern, content
 
-    def push(self, piece: str) -> list[str]:
-        return [piece.replace(self._pattern, self._content)]
+    def push(self, text: str) -> list[str]:
+        return [text.replace(self._pattern, self._content)]
 
 
 class _Metaspace(_Stateless):
-    """The mark stands for a space, and in the first token for nothing if the encoder puts one in front of the text."""
+    """The mark is a space; at the start it is dropped if the encoder prepends one to each text."""
 
     def __init__(self, mark: str, prepended: bool) -> None:
         self._mark, self._content = mark, "" if prepended else " "
 
-    def push(self, piece: str) -> list[str]:
-        text = piece.replace(self._mark, self._content)
+    def push(self, text: str) -> list[str]:
+        text = text.replace(self._mark, self._content)
         self._content = " "
         return [text]
 
 
 class _SpaceBetween(_Stateless):
-    """What the library does for a tokenizer without a decoder."""
+    """The library's default for a tokenizer without a decoder."""
 
     def __init__(self) -> None:
         self._space = ""
 
-    def push(self, piece: str) -> list[str]:
-        text = self._space + piece
+    def push(self, text: str) -> list[str]:
+        text = self._space + text
         self._space = " "
         return [text]
 
@@ -127,26 +127,26 @@ class _Strip(_Stateless):
     def __init__(self, mark: str, count: int, fused: bool) -> None:
         self._mark, self._count, self._fused = mark, count, fused
 
-    def push(self, piece: str) -> list[str]:
+    def push(self, text: str) -> list[str]:
         dropped = 0
-        while dropped < self._count and piece[dropped : dropped + 1] == self._mark:
+        while dropped < self._count and text[dropped : dropped + 1] == self._mark:
             dropped += 1
         if self._fused:
-            self._count = self._count - dropped if dropped == len(piece) else 0
-        return [piece[dropped:]]
+            self._count = self._count - dropped if dropped == len(text) else 0
+        return [text[dropped:]]
 
 
 class _ByteFallback:
-    """A run of byte tokens is one UTF-8 text or, if it is not valid, one replacement character a byte."""
+    """A run of byte tokens is UTF-8 or, if that is invalid, one replacement character per byte."""
 
     def __init__(self) -> None:
         self._run = bytearray()
 
-    def push(self, piece: str) -> list[str]:
-        if match := BYTE_TOKEN.fullmatch(piece):
+    def push(self, text: str) -> list[str]:
+        if match := BYTE_TOKEN.fullmatch(text):
             self._run.append(int(match[1], 16))
             return []
-        return [*self.finish(), piece]
+        return [*self.finish(), text]
 
     def finish(self) -> list[str]:
         run, self._run = bytes(self._run), bytearray()
@@ -157,16 +157,16 @@ class _ByteFallback:
 
 
 class _ByteLevel:
-    """Each character of a token stands for one byte (GPT-2's table); the bytes are UTF-8, possibly damaged."""
+    """Each character of a token encodes one byte (GPT-2's table); the bytes are UTF-8, possibly invalid."""
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def push(self, piece: str) -> list[str]:
+    def push(self, text: str) -> list[str]:
         try:
-            raw = bytes(BYTE_OF_CHARACTER[character] for character in piece)
-        except KeyError:  # an added token, written as it is
-            raw = piece.encode()
+            raw = bytes(BYTE_OF_CHARACTER[character] for character in text)
+        except KeyError:  # an added token is plain text
+            raw = text.encode()
         return [self._decoder.decode(raw)]
 
     def finish(self) -> list[str]:
@@ -177,7 +177,7 @@ def _stages(decoder: Mapping[str, Any] | None) -> list[Stage]:
     if decoder is None:
         return [_SpaceBetween()]
     stages: list[Stage] = []
-    fused = False  # whether the strings so far count as one
+    fused = False  # whether earlier steps joined all strings into one
     for step in decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]:
         if step["type"] != "Fuse":
             stages.append(_stage(step, fused))

@@ -1,6 +1,6 @@
-"""What a text must look like: JSON, a JSON schema, a regular expression or a grammar, as masks over tokens.
+"""Structured output: JSON schemas, regular expressions and grammars as masks over tokens.
 
-The masks come from llguidance (https://github.com/guidance-ai/llguidance), an extra of the package.
+The masks come from llguidance (https://github.com/guidance-ai/llguidance), which is an optional dependency.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ WHITE_SPACE = r"[ \n\r\t]{1,40}"
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
 
 
-class Constraint:
-    """The place a text has come to in a grammar; see `decode.sampling_params.Grammar`."""
+class GrammarMatcher:
+    """The state of a text in a grammar; see `decode.sampling_params.Grammar`."""
 
     def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int, stop_ids: frozenset[int]) -> None:
         self._matcher, self._vocab_size, self._stop_ids = matcher, vocab_size, stop_ids
@@ -32,8 +32,8 @@ class Constraint:
 
     def allowed(self) -> Bool:
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        mask = np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(np.bool_)  # beyond the bits: none
-        if self._matcher.is_error() or not mask.any():  # a limit of the matcher: nothing but an end is left
+        mask = np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(np.bool_)
+        if self._matcher.is_error() or not mask.any():  # the matcher has hit a limit: allow only the end
             self.failed = True
             mask[:] = False
             mask[list(self._stop_ids)] = True
@@ -46,17 +46,17 @@ class Constraint:
     def forced(self) -> tuple[int, ...]:
         return tuple(self._matcher.compute_ff_tokens())
 
-    def copy(self) -> Constraint:
-        """The same place, to go on from independently."""
-        return Constraint(self._matcher.deep_copy(), self._vocab_size, self._stop_ids)
+    def copy(self) -> GrammarMatcher:
+        """An independent copy."""
+        return GrammarMatcher(self._matcher.deep_copy(), self._vocab_size, self._stop_ids)
 
 
 class Grammars:
-    """Compiles constraints for one tokenizer.
+    """Compiles grammars for one tokenizer.
 
     Args:
         tokenizer: the content of a tokenizer.json.
-        vocab_size: of the model, which may be larger than the tokenizer's.
+        vocab_size: of the model; may be larger than the tokenizer's.
         stop_ids: tokens that end a text.
     """
 
@@ -68,23 +68,23 @@ class Grammars:
         self._matcher, self._vocab_size, self._stop_ids = llguidance.LLMatcher, vocab_size, frozenset(stop_ids)
         self._tokenizer = llguidance.LLTokenizer(tokenizer, n_vocab=vocab_size, eos_token=sorted(self._stop_ids))
 
-    def json_schema(self, schema: dict[str, Any]) -> Constraint:
-        """Text that is one JSON value of that schema.
+    def json_schema(self, schema: dict[str, Any]) -> GrammarMatcher:
+        """One JSON value that matches the schema.
 
         Raises:
-            SettingsError: not a valid schema, or one that cannot be followed.
+            SettingsError: not a valid schema, or not supported.
         """
         return self._compile(f"start: {json_rule(schema)}", "the JSON schema")
 
-    def regex(self, pattern: str) -> Constraint:
-        """Text that matches a regular expression as a whole.
+    def regex(self, pattern: str) -> GrammarMatcher:
+        """Text that fully matches a regular expression.
 
         Raises:
             SettingsError: not a valid one.
         """
         return self._compile(self._matcher.grammar_from_regex(pattern), "the regular expression")
 
-    def lark(self, grammar: str) -> Constraint:
+    def lark(self, grammar: str) -> GrammarMatcher:
         """Text of a grammar in llguidance's dialect of Lark.
 
         Raises:
@@ -92,22 +92,22 @@ class Grammars:
         """
         return self._compile(grammar, "the grammar")
 
-    def _compile(self, grammar: str, what: str) -> Constraint:
+    def _compile(self, grammar: str, what: str) -> GrammarMatcher:
         matcher = self._matcher(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():
             raise SettingsError(f"{what} cannot be used: {_reason(matcher.get_error())}")
-        constraint = Constraint(matcher, self._vocab_size, self._stop_ids)
-        constraint.allowed()
+        compiled = GrammarMatcher(matcher, self._vocab_size, self._stop_ids)
+        compiled.allowed()
         if matcher.is_error():
             raise SettingsError(f"{what} cannot be used: {_reason(matcher.get_error())}")
-        return constraint
+        return compiled
 
 
 def json_rule(schema: dict[str, Any]) -> str:
-    """A JSON schema as part of a grammar. White space is bounded: small models get lost in it.
+    """A JSON schema as part of a grammar. White space is bounded, since small models may not leave it.
 
     Raises:
-        SettingsError: it is too large to be compiled.
+        SettingsError: it is too large.
     """
     check_schema(schema)
     return f"%json {json.dumps({'x-guidance': {'whitespace_pattern': WHITE_SPACE}} | schema)}"
@@ -120,7 +120,7 @@ def regex_rule(pattern: str) -> str:
 
 
 def _reason(message: str) -> str:
-    """The compiler's complaint in a line: the one that is marked as the error, else the first."""
+    """One line of a compiler message: the first marked as an error, else the first."""
     lines = [line.strip() for line in message.splitlines() if line.strip()] or ["it is not valid"]
     marked = (line.removeprefix("error: ") for line in lines if line.startswith("error: "))
     return next(marked, lines[0])[:300]

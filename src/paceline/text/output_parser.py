@@ -1,16 +1,16 @@
-"""What a model writes in its turn, told apart as it comes: content, thoughts, and calls of functions.
+"""Streaming parser of a model's output: content, reasoning, and tool calls.
 
-Gemma 4 sets thoughts as `<|channel>thought\\n...<channel|>` and calls as
+Gemma 4 writes reasoning as `<|channel>thought\\n...<channel|>` and calls as
 `<|tool_call>call:NAME{key:value}<tool_call|>`, with `<|"|>` around strings. These are special tokens, which a
-detokenizer does not show; here each is written as one character that no text contains (one of Unicode's
-noncharacters), so nothing has to be searched for or held back.
+detokenizer does not show; here each is replaced by one of Unicode's noncharacters, which no text contains, so nothing
+has to be searched for or held back.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 CHANNEL, CHANNEL_END, CALL, CALL_END, QUOTE = (chr(code) for code in range(0xFDD0, 0xFDD5))
@@ -24,134 +24,139 @@ MARKS = {
 
 
 def marks_of(token_id: Callable[[str], int | None]) -> dict[int, str]:
-    """What a vocabulary's special tokens are written as; see `Tokenizer.token_id`."""
+    """The replacement character of each special token id of a vocabulary; see `Tokenizer.token_id`."""
     ids = {token_id(name): mark for name, mark in MARKS.items()}
     return {token: mark for token, mark in ids.items() if token is not None}
 
 
-def begins_in_thought(prompt: str) -> bool:
-    """Whether a rendered prompt ends inside of a thought, which the model then goes on with."""
+def ends_in_reasoning(prompt: str) -> bool:
+    """Whether a rendered prompt ends inside of reasoning, which the model then continues."""
     return prompt.rfind("<|channel>") > prompt.rfind("<channel|>")
 
 
 @dataclass(frozen=True)
-class Part:
-    """A piece of an answer. A call's name comes first, then its arguments in JSON, bit by bit."""
+class OutputDelta:
+    """A part of the output. A call starts with its name (`kind` "call"), followed by its arguments in JSON."""
 
-    kind: Literal["content", "thought", "call", "arguments"]
+    kind: Literal["content", "reasoning", "call", "arguments"]
     text: str
+    call: int = -1  # which call of the output, from 0; -1 for content and reasoning
 
 
-class AnswerReader:
-    """Tells an answer's parts apart as its text comes.
+class OutputParser:
+    """Parses the output text of a model.
 
     Args:
-        in_thought: the prompt has opened a thought already.
+        in_reasoning: the prompt ends inside of reasoning.
     """
 
-    def __init__(self, in_thought: bool = False) -> None:
-        self._state: Callable[[str], Part | None] = self._thought if in_thought else self._content
+    def __init__(self, in_reasoning: bool = False) -> None:
+        self._state: Callable[[str], OutputDelta | None] = self._reasoning if in_reasoning else self._content
         self._held = ""
-        self._arguments = ArgumentReader()
+        self._arguments = ArgumentConverter()
+        self._calls = 0
 
-    def push(self, text: str) -> list[Part]:
-        """The parts that became certain with this text; neighbours of a kind are joined."""
-        parts: list[Part] = []
+    def push(self, text: str) -> list[OutputDelta]:
+        """Add text; returns what it added to the output, adjacent deltas of a kind joined."""
+        deltas: list[OutputDelta] = []
         for character in text:
-            part = self._state(character)
-            if part is None or not (part.text or part.kind == "call"):
+            delta = self._state(character)
+            if delta is None or not (delta.text or delta.kind == "call"):
                 continue
-            if parts and parts[-1].kind == part.kind != "call":
-                part = Part(part.kind, parts.pop().text + part.text)
-            parts.append(part)
-            if part.kind == "call":
-                parts.append(Part("arguments", "{"))
-        return parts
+            if deltas and deltas[-1].kind == delta.kind != "call":
+                delta = replace(delta, text=deltas.pop().text + delta.text)
+            deltas.append(delta)
+            if delta.kind == "call":
+                deltas.append(OutputDelta("arguments", "{", delta.call))
+        return deltas
 
     @property
     def in_content(self) -> bool:
-        """Whether what comes now is content."""
+        """Whether the next text is content."""
         return self._state == self._content
 
     @property
-    def in_thought(self) -> bool:
-        """Whether what comes now is a thought, or its heading."""
-        return self._state in (self._thought, self._channel_name)
+    def in_reasoning(self) -> bool:
+        """Whether the next text is reasoning, or its heading."""
+        return self._state in (self._reasoning, self._channel_name)
 
-    def finish(self) -> list[Part]:
-        """The model has ended its turn: a call that it left open is closed."""
+    def finish(self) -> list[OutputDelta]:
+        """Close a call that is still open at the end of the model's turn."""
         if self._state == self._call_arguments and (rest := self._arguments.finish()):
-            return [Part("arguments", rest)]
+            return [self._arguments_delta(rest)]
         return []
 
-    def _content(self, character: str) -> Part | None:
+    def _content(self, character: str) -> OutputDelta | None:
         if character == CHANNEL:
             self._enter(self._channel_name)
         elif character == CALL:
             self._enter(self._call_name)
         elif character not in MARKS.values():
-            return Part("content", character)
+            return OutputDelta("content", character)
         return None
 
-    def _channel_name(self, character: str) -> Part | None:
+    def _channel_name(self, character: str) -> OutputDelta | None:
         if character == CHANNEL_END:
             self._enter(self._content)
         elif character == "\n":
-            self._enter(self._thought)
+            self._enter(self._reasoning)
         return None
 
-    def _thought(self, character: str) -> Part | None:
-        if character == CHANNEL_END:  # with what is held: line breaks in front of it are not part of the thought
+    def _reasoning(self, character: str) -> OutputDelta | None:
+        if character == CHANNEL_END:  # and drop trailing line breaks, which are held
             self._enter(self._content)
         elif character == "\n":
             self._held += character
         elif character not in MARKS.values():
             text, self._held = self._held + character, ""
-            return Part("thought", text)
+            return OutputDelta("reasoning", text)
         return None
 
-    def _call_name(self, character: str) -> Part | None:
-        if character == CALL_END:  # not a call after all
+    def _call_name(self, character: str) -> OutputDelta | None:
+        if character == CALL_END:  # it was not a call
             text = self._held
             self._enter(self._content)
-            return Part("content", text)
+            return OutputDelta("content", text)
         if character != "{":
             self._held += character if character not in MARKS.values() else ""
             return None
         name = self._held.strip().removeprefix("call:")
-        self._arguments = ArgumentReader()
+        self._arguments = ArgumentConverter()
         self._enter(self._call_arguments)
-        return Part("call", name)
+        self._calls += 1
+        return OutputDelta("call", name, self._calls - 1)
 
-    def _call_arguments(self, character: str) -> Part | None:
+    def _call_arguments(self, character: str) -> OutputDelta | None:
         if character == CALL_END:
             rest = self._arguments.finish()
             self._enter(self._content)
-            return Part("arguments", rest)
-        return Part("arguments", self._arguments.push(character))
+            return self._arguments_delta(rest)
+        return self._arguments_delta(self._arguments.push(character))
 
-    def _enter(self, state: Callable[[str], Part | None]) -> None:
+    def _arguments_delta(self, text: str) -> OutputDelta:
+        return OutputDelta("arguments", text, self._calls - 1)
+
+    def _enter(self, state: Callable[[str], OutputDelta | None]) -> None:
         self._state, self._held = state, ""
 
 
-class ArgumentReader:
-    """Turns Gemma's notation of arguments into JSON as it comes: keys get quotes, strings JSON's own.
+class ArgumentConverter:
+    """Converts Gemma's notation of arguments to JSON, character by character from after the opening brace.
 
-    It starts behind the opening brace and takes single characters. The result is valid JSON if the notation is valid;
-    what a model leaves open at its end is closed.
+    The result is valid JSON if the notation is valid; whatever is still open at the end gets closed.
     """
 
     def __init__(self) -> None:
-        self._open = ["}"]  # the brackets that will close what is open
+        self._open = ["}"]  # closing brackets of open objects and lists
         self._in_key = True  # in an object, before the colon
         self._in_string = False
         self._word = ""  # a key, or a value without quotes
-        self._quoted = False  # inside ordinary quotes, which models write now and then
-        self._comma = ""  # before what comes next, if anything does
-        self._whole = False  # the key or value at this place has come
+        self._quoted = False  # inside of ordinary quotes, which models sometimes write
+        self._comma = ""  # to be written before the next key or value
+        self._whole = False  # the key or value at this place is complete
 
     def push(self, character: str) -> str:
-        """JSON that became certain."""
+        """Add a character; returns the JSON it adds."""
         if not self._open:
             return ""
         if self._in_string:
@@ -171,7 +176,7 @@ class ArgumentReader:
         return ""
 
     def finish(self) -> str:
-        """The end of JSON that was left open; nothing if it is whole."""
+        """Close what is still open."""
         text = '"' if self._in_string else ""
         self._whole = self._whole or self._in_string
         while self._open:
@@ -180,7 +185,7 @@ class ArgumentReader:
 
     def _begin(self, character: str) -> str:
         self._word = ""
-        if self._whole:  # a second value at one place: the first stands
+        if self._whole:  # a second value at one place: keep the first
             return ""
         comma, self._comma = self._comma, ""
         if character == QUOTE:
@@ -206,7 +211,7 @@ class ArgumentReader:
         return text + character
 
     def _last(self, word: str) -> str:
-        """What stands at a place that ends: a key alone means null, as a key without a value does."""
+        """The value at a place that ends; a key without a value gets null."""
         if self._whole:
             return ":null" if self._in_key else ""
         if self._in_key:
@@ -225,7 +230,7 @@ def _key(word: str) -> str:
 
 
 def _value(word: str) -> str:
-    """A value without Gemma's quotes: a number or constant as it is, anything else as a string."""
+    """A value without Gemma's quotes: numbers and constants stay, anything else becomes a string."""
     word = word.strip()
     if not word:
         return ""
@@ -241,7 +246,7 @@ def _refuse(constant: str) -> None:
 
 
 def gemma_notation(value: object) -> str:
-    """A JSON value in Gemma's notation, special tokens written out: the inverse of `ArgumentReader`."""
+    """A JSON value in Gemma's notation, special tokens written out; the inverse of `ArgumentConverter`."""
     if isinstance(value, str):
         return f'<|"|>{value}<|"|>'
     if isinstance(value, Mapping):

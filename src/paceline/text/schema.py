@@ -1,4 +1,4 @@
-"""How large a JSON schema may be: grammars are compiled recursively, and a stack is finite."""
+"""Size limits of JSON schemas: grammars are compiled recursively, so large schemas overflow the stack."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 from paceline.errors import SettingsError
 
-MOST_NODES, MOST_PROPERTIES, MOST_REFERENCES, MOST_DEPTH = 5_000, 512, 256, 64
+MAX_NODES, MAX_PROPERTIES, MAX_REFERENCES, MAX_DEPTH = 5_000, 512, 256, 64
 
 
 def check_schema(schema: Any) -> None:
-    """Refuse a schema whose grammar would be chained too deeply for the compiler's stack.
+    """Reject a schema that would overflow the stack of the grammar compiler.
 
     Raises:
-        SettingsError: too large, too deep, or an object of too many properties.
+        SettingsError: too large or too deep, or an object with too many properties.
     """
     nodes = references = 0
     left = [(schema, 0)]
@@ -26,9 +26,9 @@ def check_schema(schema: Any) -> None:
             left += [(inner, depth + 1) for inner in value.values()]
         elif isinstance(value, list):
             left += [(inner, depth + 1) for inner in value]
-        broad = isinstance(value, Mapping | list) and len(value) > MOST_PROPERTIES
-        if broad or nodes > MOST_NODES or references > MOST_REFERENCES or depth > MOST_DEPTH:
+        broad = isinstance(value, Mapping | list) and len(value) > MAX_PROPERTIES
+        if broad or nodes > MAX_NODES or references > MAX_REFERENCES or depth > MAX_DEPTH:
             raise SettingsError(
-                f"a JSON schema may have {MOST_NODES} values, {MOST_PROPERTIES} in one object or list, "
-                f"{MOST_REFERENCES} references and {MOST_DEPTH} levels; make it smaller"
+                f"a JSON schema may have {MAX_NODES} values, {MAX_PROPERTIES} in one object or list, "
+                f"{MAX_REFERENCES} references and {MAX_DEPTH} levels; make it smaller"
             )

@@ -1,4 +1,4 @@
-"""Stop strings: text that ends a generation and is not part of it."""
+"""Stop strings: they end a generation, and are not part of its text."""
 
 from __future__ import annotations
 
@@ -9,30 +9,31 @@ from paceline.errors import SettingsError
 
 
 class TokenDecoder(Protocol):
-    """What turns tokens into text as they come, such as `text.detokenizer.Detokenizer`."""
+    """A streaming detokenizer, such as `text.detokenizer.Detokenizer`."""
 
     def push(self, token: int) -> str:
-        """The text that became certain with this token."""
+        """Add a token; returns the text that can no longer change."""
 
     def finish(self) -> str:
-        """What was held back."""
+        """Return the text that was held back."""
 
 
-def check_stops(stops: Sequence[str]) -> tuple[str, ...]:
-    """Return the stop strings as a tuple.
+def check_stops(stops: str | Sequence[str]) -> tuple[str, ...]:
+    """Return one or several stop strings as a tuple.
 
     Raises:
         SettingsError: one is empty.
     """
+    stops = (stops,) if isinstance(stops, str) else tuple(stops)
     if "" in stops:
         raise SettingsError("a stop string is empty; give the text to stop at, or none")
-    return tuple(stops)
+    return stops
 
 
-class StoppedText:
-    """Text of a growing sequence of tokens, up to the first stop string.
+class StopStringFilter:
+    """Detokenizes a stream up to the first stop string.
 
-    Text that may be the beginning of a stop string is held back until that is settled.
+    Text that may be the beginning of a stop string is held back until more text decides.
 
     Args:
         decoder: turns tokens into text.
@@ -45,14 +46,14 @@ class StoppedText:
         self.stopped = False
 
     def push(self, token: int) -> str:
-        """The text that became certain with this token; nothing once stopped."""
-        return self._take(self._decoder.push(token), last=False)
+        """Add a token; returns the text that can no longer change, and nothing after a stop string."""
+        return self._filter(self._decoder.push(token), last=False)
 
     def finish(self) -> str:
-        """What was held back: no more will come."""
-        return self._take(self._decoder.finish(), last=True)
+        """Return the text that was held back; no token may follow."""
+        return self._filter(self._decoder.finish(), last=True)
 
-    def _take(self, text: str, *, last: bool) -> str:
+    def _filter(self, text: str, *, last: bool) -> str:
         if self.stopped:
             return ""
         if not self._stops:
@@ -60,12 +61,12 @@ class StoppedText:
         text = self._held + text
         found = [at for at in map(text.find, self._stops) if at >= 0]
         self.stopped = bool(found)
-        end = min(found) if found else len(text) if last else len(text) - self._open(text)
+        end = min(found) if found else len(text) if last else len(text) - self._partial_match(text)
         self._held = "" if found else text[end:]
         return text[:end]
 
-    def _open(self, text: str) -> int:
-        """Length of the longest end of the text that begins a stop string."""
+    def _partial_match(self, text: str) -> int:
+        """Length of the longest suffix that is the beginning of a stop string."""
         longest = max(map(len, self._stops)) - 1
         ends = range(min(longest, len(text)), 0, -1)
         return next((n for n in ends if any(stop.startswith(text[-n:]) for stop in self._stops)), 0)

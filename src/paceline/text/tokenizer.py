@@ -1,4 +1,4 @@
-"""Text to tokens and back: a thin, typed layer over a checkpoint's `tokenizer.json`."""
+"""Tokenizer: a thin, typed wrapper of a checkpoint's `tokenizer.json`."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class Tokenizer:
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, bos_id: int | None = None) -> None:
-        # A stored truncation or padding is meant for training and would silently change prompts.
+        # Stored truncation or padding is meant for training, and would silently change prompts.
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
         self._decoder: dict[str, Any] | None = json.loads(backend.decoder.__getstate__()) if backend.decoder else None
         self.bos_id = bos_id
         self.special_ids = frozenset(i for i, t in backend.get_added_tokens_decoder().items() if t.special)
-        self.detokenizer()  # refuse an unknown decoder now, not in the middle of a text
+        self.detokenizer()  # raises here if the decoder is not supported
 
     @classmethod
     def open(cls, path: Path, settings: Mapping[str, Any], bos_id: int | None = None) -> Tokenizer:
@@ -41,7 +41,7 @@ class Tokenizer:
             bos_id: the bos token of the model's settings.
 
         Raises:
-            CheckpointError: the file is missing, damaged, or has a decoder that cannot be streamed.
+            CheckpointError: the file is missing, damaged, or has an unsupported decoder.
         """
         if not path.is_file():
             raise CheckpointError(f"{path}: is missing; download it")
@@ -82,7 +82,7 @@ class Tokenizer:
         return str(self._backend.decode(list(ids), skip_special_tokens=not special))
 
     def token_id(self, text: str) -> int | None:
-        """The id of a token by its string in the vocabulary."""
+        """The id of a string in the vocabulary."""
         return self._backend.token_to_id(text)
 
     def token_text(self, token: int) -> str | None:
@@ -90,7 +90,7 @@ class Tokenizer:
         return self._backend.id_to_token(token)
 
     def token_bytes(self, token: int) -> bytes:
-        """What a token adds to a text, special ones written out; part of a character's bytes for some."""
+        """The bytes of one token, special tokens written out; they may be part of a character."""
         text = self.token_text(token)
         if text is None:
             return b""
@@ -106,11 +106,11 @@ class Tokenizer:
         return str(self._backend.to_str())
 
     def detokenizer(self, *, special: bool = False, marks: Mapping[int, str] | None = None) -> Detokenizer:
-        """A fresh streaming decoder; the pieces it gives join to what `decode` gives.
+        """A new streaming detokenizer; its strings join to what `decode` gives.
 
         Args:
             special: write special tokens out.
-            marks: text for some special tokens, in place of their own.
+            marks: replacement texts of special tokens by id; the others give no text.
         """
         if marks:
             hidden = self.special_ids - marks.keys()

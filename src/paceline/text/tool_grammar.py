@@ -1,4 +1,4 @@
-"""Functions that a model may call: their declarations as a grammar of Gemma 4's calls, for when a call is demanded."""
+"""A grammar of Gemma 4's tool calls from function declarations, for requests that require a call."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ KEY = r"/[A-Za-z_][A-Za-z0-9_-]{0,63}/"
 
 
 def call_grammar(tools: Sequence[Mapping[str, Any]], token_id: Callable[[str], int | None], *, several: bool) -> str:
-    """A grammar, in llguidance's dialect of Lark, of calls of some functions and nothing else.
+    """A grammar, in llguidance's dialect of Lark, that allows only calls of these functions.
 
     Args:
-        tools: declarations, each with `name` and perhaps `parameters`, a JSON schema.
+        tools: declarations with `name` and, optionally, `parameters`, a JSON schema.
         token_id: of special tokens; see `Tokenizer.token_id`.
         several: whether more than one call may be made.
 
     Raises:
-        SettingsError: the model has no tokens for calls, or a schema is of a kind that cannot be followed.
+        SettingsError: the model has no tokens for calls, or a schema is not supported.
     """
     ids = [token_id(name) for name in ("<|tool_call>", "<tool_call|>", '<|"|>')]
     if None in ids:
-        raise SettingsError("this model has no tokens for calls of functions; leave tool_choice on auto or none")
+        raise SettingsError("this model does not support tool calls; set tool_choice to auto or none")
     check_schema([tool.get("parameters") for tool in tools])
     begin, end, quote = (f"<[{token}]>" for token in ids)
     rules = _Rules(quote)
@@ -54,12 +54,12 @@ class _Rules:
         self.lines: list[str] = []
 
     def value(self, schema: Any, root: Mapping[str, Any]) -> str:
-        """The name of the rule for a value; `root` is where its references point into."""
+        """The name of the rule for a value; `root` is the schema that its references resolve in."""
         text = json.dumps(schema)
-        key = f"{id(root) if '$ref' in text else ''} {text}"  # references mean what their root says
+        key = f"{id(root) if '$ref' in text else ''} {text}"  # a reference depends on its root
         if key not in self._names:
             self._names[key] = name = f"v{len(self._names)}"
-            body = self._body(schema, root)  # may come back to this name: schemas can be recursive
+            body = self._body(schema, root)  # may refer to this name: schemas can be recursive
             self.lines.append(f"{name}: {body}")
         return self._names[key]
 
@@ -103,7 +103,7 @@ class _Rules:
         raise SettingsError(f"a schema of function parameters has type {kind!r}, which JSON schema does not know")
 
     def _object(self, schema: Mapping[str, Any], root: Mapping[str, Any]) -> str:
-        """An object's properties in the order of the schema, those not required left out or not."""
+        """An object with its properties in the order of the schema; those not required are optional."""
         properties = schema.get("properties")
         if not isinstance(properties, Mapping) or (not properties and "properties" not in schema):
             anything = self.value(True, root)
@@ -112,7 +112,7 @@ class _Rules:
         number = len(self.lines)
         prefix = f"o{number}n{len(self._names)}"
         after = '"}"'
-        first = '"}"'  # what may follow while nothing stands in the object yet
+        first = '"}"'  # what may follow while the object is empty
         for i, (name, inner) in reversed(list(enumerate(properties.items()))):
             pair = f"{_literal(name + ':')} {self.value(inner, root)}"
             rest = f"{prefix}r{i}"
@@ -134,7 +134,7 @@ class _Rules:
 
 
 def _some(schema: Mapping[str, Any], word: str) -> list[Any]:
-    """A list that a schema must have something in."""
+    """A list in a schema that must not be empty."""
     value = schema[word]
     if not isinstance(value, list) or not value:
         raise SettingsError(f"{word} of a schema of function parameters is {json.dumps(value)}; give a list")
@@ -142,7 +142,7 @@ def _some(schema: Mapping[str, Any], word: str) -> list[Any]:
 
 
 def _resolve(reference: Any, root: Mapping[str, Any]) -> Any:
-    """What a JSON pointer within the schema, such as `#/$defs/place`, points to."""
+    """Resolve a JSON pointer within the schema, such as `#/$defs/place`."""
     found: Any = root
     if not isinstance(reference, str) or not reference.startswith("#"):
         raise SettingsError(f"a schema of function parameters points to {reference!r}; point into the schema itself")

@@ -8,20 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 from paceline.backends.cpu.packfile import VERSION
 from paceline.checkpoint import Checkpoint
+from paceline.files import cache_folder
 
 LEAST_BYTES = 64 << 20  # smaller models are packed in no time
-
-
-def cache_folder() -> Path:
-    """Where things are kept between starts: PACELINE_CACHE, or paceline's place in the user's cache folder."""
-    given = os.environ.get("PACELINE_CACHE")
-    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "paceline"
-    return Path(given) if given else user
 
 
 def pack_path(checkpoint: Checkpoint, quant: str) -> Path:

@@ -1,4 +1,4 @@
-"""How answers go over the wire: JSON, server-sent events, and OpenAI's errors."""
+"""HTTP responses: JSON, server-sent events, and errors in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from paceline.errors import BusyError, ContextError, PacelineError, StoppingError
-from paceline.server.runner import EngineFault, Job
+from paceline.server.runner import EngineFault, RunningRequest
 
 logger = logging.getLogger("paceline")
 
 KEEP_ALIVE_SECONDS = 15.0
-CLIENT_GONE = 499  # never sent: nobody is there
+CLIENT_DISCONNECTED = 499  # only in logs: the client has gone
 
 
-REFUSALS: tuple[tuple[type[PacelineError], int, str | None], ...] = (  # the first that fits
+STATUS_AND_CODE: tuple[tuple[type[PacelineError], int, str | None], ...] = (  # subclasses first
     (StoppingError, 503, "stopping"),
     (BusyError, 429, "queue_full"),
     (ContextError, 400, "context_length_exceeded"),
@@ -30,14 +30,14 @@ REFUSALS: tuple[tuple[type[PacelineError], int, str | None], ...] = (  # the fir
 
 
 class Json(JSONResponse):
-    """JSON in ASCII, so that any string can be sent: half a surrogate pair, too."""
+    """JSON in ASCII, so that lone surrogates can be sent too."""
 
     def render(self, content: Any) -> bytes:
         return json.dumps(content, separators=(",", ":")).encode()
 
 
 def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """An error as OpenAI's clients read it."""
+    """An error in OpenAI's format."""
     kinds = {401: "authentication_error", 404: "not_found_error", 408: "timeout_error", 429: "rate_limit_error"}
     kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
@@ -55,28 +55,30 @@ def error_response(
 
 
 def describe(error: BaseException) -> tuple[int, dict[str, Any]]:
-    """Status and body for what went wrong with a request."""
-    for kind, status, code in REFUSALS:
+    """Status and body for an error."""
+    for kind, status, code in STATUS_AND_CODE:
         if isinstance(error, kind):
             return status, error_body(status, str(error), code=code)
     if isinstance(error, TimeoutError):
         return 408, error_body(408, "the request took longer than the server allows; ask for less", code="timeout")
     if not isinstance(error, EngineFault):
         logger.error("a request failed", exc_info=error)
-    return 500, error_body(500, "the server failed at this request; its log says why")
+    return 500, error_body(500, "internal error; see the server's log")
 
 
 def failure(error: BaseException) -> Json:
-    """An error response for what went wrong before an answer began."""
+    """An error response, for errors before the first byte of an answer."""
     status, body = describe(error)
     return Json(body, status, headers={"retry-after": "1"} if status in (429, 503) else None)
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events of a job, which is closed when the client has gone or the answer is whole."""
+    """Server-sent events. The running request is closed at the end, and when the client disconnects."""
 
-    def __init__(self, job: Job, chunks: AsyncIterator[dict[str, Any] | str | None], headers: dict[str, str]) -> None:
-        self._job = job
+    def __init__(
+        self, running: RunningRequest, chunks: AsyncIterator[dict[str, Any] | str | None], headers: dict[str, str]
+    ) -> None:
+        self._running = running
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no", **headers}
         super().__init__(_lines(chunks), media_type="text/event-stream", headers=headers)
 
@@ -84,11 +86,11 @@ class EventStream(StreamingResponse):
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._job.close()
+            self._running.close()
 
 
 async def _lines(chunks: AsyncIterator[dict[str, Any] | str | None]) -> AsyncIterator[bytes]:
-    """Chunks as lines: an object as data (its `type`, if any, names the event), a word as it is, None a comment."""
+    """Chunks as lines: an object as JSON (its `type`, if any, is the event's name), a string as is, None a comment."""
     try:
         async for chunk in chunks:
             yield _line(chunk)
@@ -105,19 +107,19 @@ def _line(chunk: dict[str, Any] | str | None) -> bytes:
     return f"{name}data: {json.dumps(chunk, separators=(',', ':'))}\n\n".encode()
 
 
-async def answer_unless_gone(request: Request, job: Job, answer: Coroutine[Any, Any, Response]) -> Response:
-    """The answer, or nothing if the client has gone before; the job is closed either way."""
-    work, gone = asyncio.ensure_future(answer), asyncio.ensure_future(_disconnected(request))
+async def respond(request: Request, running: RunningRequest, answer: Coroutine[Any, Any, Response]) -> Response:
+    """Await the answer, or stop when the client disconnects. The running request is closed either way."""
+    work, disconnected = asyncio.ensure_future(answer), asyncio.ensure_future(_disconnected(request))
     try:
-        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({work, disconnected}, return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
-            return Response(status_code=CLIENT_GONE)
+            return Response(status_code=CLIENT_DISCONNECTED)
         return work.result()
     except Exception as error:
         return failure(error)
     finally:
-        job.close()
-        for task in (work, gone):
+        running.close()
+        for task in (work, disconnected):
             task.cancel()
 
 

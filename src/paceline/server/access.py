@@ -1,4 +1,4 @@
-"""Who may come in, and with how much: keys, names of this host, sizes of requests. Plain ASGI, before all else."""
+"""Access control: API keys, allowed Host headers, and the size of request bodies, as ASGI middleware."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from paceline.server.wire import error_response
+from paceline.server.http import error_response
 
-MOST_BODY_SECONDS = 60.0  # between two pieces of a body
-OPEN_PATHS = frozenset({"/", "/health"})  # the page holds nothing, and a balancer has no key
+MAX_BODY_WAIT = 60.0  # seconds between two chunks of a body
+OPEN_PATHS = frozenset({"/", "/health"})  # the page holds no data, and load balancers have no key
 
 
-class Guard:
-    """Lets requests through that have a key, a name of this host, and a body of bounded size.
+class AccessMiddleware:
+    """Rejects requests without a valid key, with another Host header, or with too large a body.
 
     Args:
-        app: what is guarded.
-        keys: accepted; none for no check.
-        hosts: names by which this server may be called; none for any. A page elsewhere that points a name of its own
-            at this machine is refused by this.
-        most_bytes: of a body.
+        app: the application behind it.
+        keys: accepted API keys; none disables the check.
+        hosts: allowed Host headers without the port; none allows any. This stops DNS rebinding, by which a web page
+            reaches a server on the loopback interface.
+        max_bytes: of a body.
     """
 
-    def __init__(self, app: ASGIApp, keys: Iterable[str], hosts: Iterable[str], most_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, keys: Iterable[str], hosts: Iterable[str], max_bytes: int) -> None:
         self._app = app
         self._keys = [_digest(key.encode()) for key in keys]
         self._hosts = frozenset(hosts)
-        self._most_bytes = most_bytes
+        self._max_bytes = max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -40,54 +40,54 @@ class Guard:
             return
         headers = Headers(scope=scope)
         if self._hosts and _host(headers) not in self._hosts:
-            message = "this server answers to its own names only; start it with --host to be called by others"
+            message = "Host header not allowed; call the server by its own address, or start it with another --host"
             await error_response(403, message)(scope, receive, send)
         elif self._keys and scope["path"] not in OPEN_PATHS and not self._has_key(headers):
             message = "a valid API key is missing; send it as Authorization: Bearer KEY"
             headers_out = {"www-authenticate": "Bearer"}
             await error_response(401, message, code="invalid_api_key", headers=headers_out)(scope, receive, send)
-        elif _length(headers) > self._most_bytes:
+        elif _length(headers) > self._max_bytes:
             await error_response(413, self._too_large)(scope, receive, send)
         else:
-            await self._app(scope, self._counted(receive), send)
+            await self._app(scope, self._limited(receive), send)
 
     def _has_key(self, headers: Headers) -> bool:
-        """Whether a key matches, in a time that depends neither on which one nor on how much of it is right."""
+        """Whether a key matches, compared in constant time."""
         kind, _, given = headers.get("authorization", "").partition(" ")
         if kind.lower() != "bearer":
             given = headers.get("x-api-key", "")
-        digest = _digest(given.strip().encode("latin-1"))  # as it came: headers are bytes
+        digest = _digest(given.strip().encode("latin-1"))  # the bytes as sent
         found = False
         for key in self._keys:
             found |= hmac.compare_digest(digest, key)
         return found
 
-    def _counted(self, receive: Receive) -> Receive:
-        """Count what comes: a body in chunks does not say its length."""
+    def _limited(self, receive: Receive) -> Receive:
+        """Count bytes as they arrive, since a chunked body has no content-length."""
         seen, whole = 0, False
 
-        async def counted() -> Message:
+        async def limited() -> Message:
             nonlocal seen, whole
             try:
-                async with asyncio.timeout(None if whole else MOST_BODY_SECONDS):
+                async with asyncio.timeout(None if whole else MAX_BODY_WAIT):
                     message = await receive()
             except TimeoutError:
-                raise HTTPException(408, "the request's body did not come; send it faster") from None
+                raise HTTPException(408, "timeout while receiving the request body; send it faster") from None
             seen += len(message.get("body", b""))
             whole = whole or not message.get("more_body")
-            if seen > self._most_bytes:
+            if seen > self._max_bytes:
                 raise HTTPException(413, self._too_large)
             return message
 
-        return counted
+        return limited
 
     @property
     def _too_large(self) -> str:
-        return f"the request is larger than {self._most_bytes} bytes; send less, or start the server with --max-body"
+        return f"the request is larger than {self._max_bytes} bytes; send less, or start the server with --max-body"
 
 
 def _digest(key: bytes) -> bytes:
-    """Of equal length for all keys, so that a comparison tells nothing of theirs."""
+    """Digests have equal length, so a comparison reveals nothing about the length of a key."""
     return hashlib.sha256(key).digest()
 
 
