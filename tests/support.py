@@ -13,12 +13,12 @@ import torch
 from paceline.backends.base import Backend
 from paceline.backends.cpu.backend import CpuBackend
 from paceline.backends.cpu.weights import pack_checkpoint
-from paceline.backends.formats import DRAFTER_FORMAT
 from paceline.checkpoint import Checkpoint, resolve
 from paceline.decode.draft_length import Costs
 from paceline.engine.proposers import DrafterProposer, GrammarProposer, Proposer
 from paceline.engine.sequence import Sequence
 from paceline.engine.step import step
+from paceline.quant.formats import FORMATS
 from paceline.types import GREEDY, MAX_DRAFT, Draft, Result, Statistics, Work
 
 
@@ -128,7 +128,7 @@ def cpu_backend(
 
     return CpuBackend(
         opened(target, quant, "target_config"),
-        opened(drafter, DRAFTER_FORMAT[quant], "drafter_config") if drafter else None,
+        opened(drafter, FORMATS[quant].drafter, "drafter_config") if drafter else None,
         threads=threads,
         context=other.pop("context", 128),
         max_rows=max_rows,
@@ -157,7 +157,7 @@ def torch_backend(
 
     return TorchBackend(
         opened(target, quant, "target_config"),
-        opened(drafter, DRAFTER_FORMAT[quant], "drafter_config") if drafter else None,
+        opened(drafter, FORMATS[quant].drafter, "drafter_config") if drafter else None,
         quant=quant,
         context=other.pop("context", 128),
         max_rows=max_rows,
