@@ -1,4 +1,4 @@
-"""A model pair on the CPU: slots over the native code, which runs a whole step in one call (`csrc/cpu/model/round.cpp`).
+"""A model pair on the CPU: slots over the native code, which runs a step in one call (`csrc/cpu/model/round.cpp`).
 
 The KV cache is bf16, or f32 with f32 weights, which makes that the format to compare with a reference.
 """
