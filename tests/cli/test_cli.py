@@ -375,7 +375,7 @@ def test_inspect(cli: Cli, model: Path) -> None:
 def test_inspect_foretells_the_memory(cli: Cli, quant: str) -> None:
     told = inspect_json(cli, Path("tiny-python"))["memory"][quant]
     # Vectors are told but not counted by the engine, and packing pads odd rows: little in a model of this size.
-    assert paceline.load("tiny-python", quant=quant).weight_bytes == pytest.approx(told, rel=0.02)
+    assert paceline.load("tiny-python", quant=quant).backend.info.weight_bytes == pytest.approx(told, rel=0.02)
 
 
 def test_inspect_reads_headers_only(cli: Cli, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
