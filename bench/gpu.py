@@ -29,7 +29,7 @@ SHARES = (0.8, 0.65, 0.5)
 FIRST = ("31b bf16", "31b q4")  # the bars are about these
 QUANTS = ("bf16", "q8", "q4")
 LEAST_SECONDS = 20.0  # a measurement is not begun with less left
-EXACTNESS = ("tests/property/test_exactness.py", "tests/parity/test_native.py")
+EXACTNESS = ("tests/property/test_exactness.py", "tests/parity/test_transformers.py")
 
 
 @dataclass(frozen=True)

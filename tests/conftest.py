@@ -23,7 +23,7 @@ def _cache_folder() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
     """Random checkpoints of a pair by shape, written once."""
-    from tests.parity.fixtures import write_pair  # transformers takes a while to import
+    from tests.fixtures.pairs import write_pair  # transformers takes a while to import
 
     root = tmp_path_factory.mktemp("folders")
 

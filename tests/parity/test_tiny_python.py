@@ -15,7 +15,7 @@ from paceline.models.gemma4 import Target
 from paceline.models.sequences import states
 from paceline.train.evaluate import acceptance, greedy, held_out_prompts
 from paceline.train.tokenizer import SPECIAL
-from tests.parity.test_models import logits_of, our_pair
+from tests.models.test_parity import logits_of, our_pair
 
 TARGET = Path(paceline.errors.__file__).parent / "assets" / "tiny-python"
 DRAFTER = TARGET.with_name("tiny-python-assistant")

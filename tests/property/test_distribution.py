@@ -16,8 +16,8 @@ import torch
 
 from paceline.backends.base import Backend
 from paceline.types import Draft, SamplingParams, Work
-from tests.parity import fixtures
-from tests.support import NATIVE, all_logits, any_backend, only_native
+from tests.fixtures import pairs
+from tests.fixtures.backends import NATIVE, all_logits, any_backend, only_native
 
 COUNT = 60_000 if NATIVE else 4_000
 LEAST_P = 1e-3
@@ -38,8 +38,8 @@ def toy(tmp_path_factory: pytest.TempPathFactory):
     @cache
     def get(vocabulary: int, head: str) -> Backend:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(fixtures, "VOCABULARY", vocabulary)
-            folders = fixtures.write_pair(root / f"{vocabulary}-{head}", "12b", 1, head)
+            patch.setattr(pairs, "VOCABULARY", vocabulary)
+            folders = pairs.write_pair(root / f"{vocabulary}-{head}", "12b", 1, head)
         return any_backend(*folders, slots=SLOTS)
 
     return get

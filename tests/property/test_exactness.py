@@ -20,8 +20,7 @@ from paceline.engine.sequence import Sequence
 from paceline.engine.step import step
 from paceline.errors import BackendError
 from paceline.quant.blocks import FORMATS
-from tests.parity.fixtures import SHAPES, VOCABULARY, WINDOW, write_pair
-from tests.support import (
+from tests.fixtures.backends import (
     NATIVE,
     KnowingProposer,
     Run,
@@ -32,6 +31,7 @@ from tests.support import (
     sequence,
     unplaced,
 )
+from tests.fixtures.pairs import SHAPES, VOCABULARY, WINDOW, write_pair
 
 TOKENS = 3 * WINDOW
 SEEDS = (0, 1)

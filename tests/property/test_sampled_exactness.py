@@ -25,8 +25,8 @@ from paceline.engine.step import step
 from paceline.quant.blocks import FORMATS
 from paceline.sampling_params import check_sampling_params
 from paceline.types import GREEDY, Draft, Logprobs, SamplingParams, Work
-from tests.parity.fixtures import SHAPES, VOCABULARY, WINDOW, write_pair
-from tests.support import NATIVE, KnowingProposer, Run, any_backend, examples, only_native, sequence
+from tests.fixtures.backends import NATIVE, KnowingProposer, Run, any_backend, examples, only_native, sequence
+from tests.fixtures.pairs import SHAPES, VOCABULARY, WINDOW, write_pair
 
 TOKENS = 14
 HEADS = ("centroid", "dense")

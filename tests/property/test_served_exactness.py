@@ -14,7 +14,7 @@ from paceline.checkpoint.hub import ASSETS
 from paceline.engine.engine import Engine, Request
 from paceline.engine.sequence import Sequence
 from paceline.types import Event, SamplingParams
-from tests.support import DEVICE, examples
+from tests.fixtures.backends import DEVICE, examples
 
 REQUESTS = examples(1000)
 SOURCE = (ASSETS.parent / "errors.py").read_text() + (ASSETS.parent / "types.py").read_text()

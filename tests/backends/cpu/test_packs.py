@@ -1,0 +1,223 @@
+"""Pack files: what is written is what was packed, and nothing damaged or stale is ever used."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import paceline
+from paceline import _cpu
+from paceline.backends.cpu import pack_cache
+from paceline.backends.cpu.pack_cache import fingerprint, pack_path
+from paceline.backends.cpu.packfile import StalePack, _checksum, open_pack, write_pack
+from paceline.backends.cpu.weights import Weights, pack_checkpoint
+from paceline.backends.formats import choose_quant
+from paceline.bench.shapes import official_target
+from paceline.checkpoint import Checkpoint, resolve
+from paceline.checkpoint.names import PLE_TABLE
+from paceline.errors import CheckpointError, SettingsError
+from paceline.quant.blocks import FORMATS
+from tests.fixtures.backends import cpu_backend, run, sequence
+from tests.fixtures.pairs import write_pair
+
+PROMPT = list(range(3, 30))
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return write_pair(tmp_path_factory.mktemp("pack"), "e2b", seed=4, head="centroid", text=True)
+
+
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A pack folder for the test alone, in which even tiny models are kept."""
+    monkeypatch.setenv("PACELINE_CACHE", str(tmp_path / "packs"))
+    monkeypatch.setattr("paceline.backends.cpu.sources.LEAST_BYTES", 0)
+    assert pack_cache.LEAST_BYTES > 0
+    return tmp_path / "packs"
+
+
+def packed(folder: Path, path: Path, quant: str) -> Weights:
+    checkpoint = Checkpoint.open(folder)
+    config = checkpoint.target_config()
+    weights = pack_checkpoint(resolve(checkpoint, config), config, quant)
+    write_pack(path, weights, "mark", 2, with_tables=False)
+    return weights
+
+
+@pytest.mark.parametrize("quant", FORMATS)
+def test_what_is_mapped_is_what_was_packed(pair: tuple[Path, Path], tmp_path: Path, quant: str) -> None:
+    weights = packed(pair[0], tmp_path / "x.pack", quant)
+    again = open_pack(tmp_path / "x.pack", 1, fingerprint="mark")
+    assert again.quant == quant
+    assert again.nbytes == weights.nbytes
+    copies = dict(again.matrices)
+    assert list(copies) == [name for name, _ in weights.matrices]
+    for name, matrix in weights.matrices:
+        assert (copies[name].format, copies[name].shape) == (matrix.format, matrix.shape)
+        np.testing.assert_array_equal(copies[name].packed(), matrix.packed())
+    assert again.tensors.keys() == weights.tensors.keys() - {PLE_TABLE}
+    for name, tensor in weights.tensors.items():
+        if isinstance(tensor, np.ndarray) and name != PLE_TABLE:
+            assert tensor.dtype == again.tensors[name].dtype
+            np.testing.assert_array_equal(again.tensors[name], tensor)
+    assert os.listdir(tmp_path) == ["x.pack"]
+
+
+def test_every_damaged_byte_is_noticed(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    path = tmp_path / "x.pack"
+    packed(pair[0], path, "q4")
+    good = path.read_bytes()
+    header = json.loads(good[20 : 20 + int.from_bytes(good[12:16], "little")])
+    start = len(good) - header["bytes"]
+    spans = [(start + item["offset"], item["bytes"]) for item in header["items"].values()]
+    generator = np.random.default_rng(0)
+    inside = [first + int(generator.integers(size)) for first, size in spans]
+    for at in [0, 8, 12, 16, 25, *inside]:
+        path.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+        with pytest.raises(StalePack):
+            open_pack(path, 1)
+    for cut in (0, 5, 19, 100, len(good) - 1):
+        path.write_bytes(good[:cut])
+        with pytest.raises(StalePack):
+            open_pack(path, 1)
+    path.write_bytes(good)
+    with pytest.raises(StalePack, match="other files"):
+        open_pack(path, 1, fingerprint="another")
+    open_pack(path, 1, fingerprint="mark")
+
+
+def test_a_failed_write_leaves_nothing(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        packed(pair[0], tmp_path / "x.pack", "q8")
+    assert os.listdir(tmp_path) == []
+
+
+def test_checksums_do_not_depend_on_threads_and_see_order() -> None:
+    data = np.random.default_rng(0).integers(0, 256, 5 << 20, np.uint8)
+    assert _cpu.checksum(data, 1) == _cpu.checksum(data, 3)
+    swapped = data.copy()
+    swapped[:4096], swapped[8192:12288] = data[8192:12288], data[:4096]
+    assert _cpu.checksum(swapped, 1) != _cpu.checksum(data, 1)
+    assert _checksum([data[:100]], 1) != _checksum([data[:99]], 1)
+
+
+def test_the_second_start_maps_and_writes_the_same(pair: tuple[Path, Path], kept: Path) -> None:
+    notices: list[str] = []
+    first = paceline.load(str(pair[0]), quant="q4", threads=1, context=128, notify=notices.append)
+    assert len(list(kept.glob("*.pack"))) == 2  # target and drafter
+    assert any("kept in" in notice for notice in notices)
+    times = {path: path.stat().st_mtime_ns for path in kept.iterdir()}
+    second = paceline.load(str(pair[0]), quant="q4", threads=1, context=128)
+    assert {path: path.stat().st_mtime_ns for path in kept.iterdir()} == times
+    assert (
+        first.generate(PROMPT, sampling=paceline.SamplingParams(), max_tokens=12).tokens
+        == second.generate(PROMPT, sampling=paceline.SamplingParams(), max_tokens=12).tokens
+    )
+
+
+def test_a_damaged_pack_is_made_again(pair: tuple[Path, Path], kept: Path) -> None:
+    text = (
+        paceline.load(str(pair[0]), quant="q8", context=128)
+        .generate(PROMPT, sampling=paceline.SamplingParams(), max_tokens=12)
+        .tokens
+    )
+    path = pack_path(Checkpoint.open(pair[0]), "q8")
+    data = bytearray(path.read_bytes())
+    data[-5000] ^= 255
+    path.write_bytes(data)
+    assert (
+        paceline.load(str(pair[0]), quant="q8", context=128)
+        .generate(PROMPT, sampling=paceline.SamplingParams(), max_tokens=12)
+        .tokens
+        == text
+    )
+    open_pack(path, 1, fingerprint=fingerprint(Checkpoint.open(pair[0]), "q8"))  # good again
+
+
+def test_a_changed_checkpoint_is_noticed(tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, _ = write_pair(tmp_path, "text", seed=0, text=True)
+    old = (
+        paceline.load(str(target), quant="q8", context=128)
+        .generate(PROMPT, sampling=paceline.SamplingParams(), max_tokens=12)
+        .tokens
+    )
+    other, _ = write_pair(tmp_path / "other", "text", seed=1)
+    os.replace(other / "model.safetensors", target / "model.safetensors")
+    new = (
+        paceline.load(str(target), quant="q8", context=128)
+        .generate(PROMPT, sampling=paceline.SamplingParams(), max_tokens=12)
+        .tokens
+    )
+    monkeypatch.setenv("PACELINE_CACHE", str(tmp_path / "empty"))
+    assert (
+        new
+        == paceline.load(str(target), quant="q8", context=128)
+        .generate(PROMPT, sampling=paceline.SamplingParams(), max_tokens=12)
+        .tokens
+    )
+    assert new != old
+
+
+@pytest.mark.parametrize("quant", FORMATS)
+def test_a_converted_folder_stands_alone(pair: tuple[Path, Path], tmp_path: Path, quant: str) -> None:
+    from paceline.backends.cpu.convert import convert
+
+    convert(*pair, tmp_path / "out", quant, threads=1)
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+    engine = paceline.load(str(tmp_path / "out"), context=128)
+    assert engine.backend.info.quant == quant
+    assert engine.drafter_config is not None
+    plain = cpu_backend(*pair, quant)
+    (expected,) = run(plain, [sequence(plain, PROMPT, max_tokens=12)])
+    assert list(engine.generate(PROMPT, sampling=paceline.SamplingParams(), max_tokens=12).tokens) == expected.tokens
+
+
+def test_converting_refuses_what_it_cannot_do(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    from paceline.backends.cpu.convert import convert
+
+    convert(pair[0], None, tmp_path / "out", "q4", threads=1)
+    with pytest.raises(SettingsError, match="exists already"):
+        convert(pair[0], None, tmp_path / "out", "q4", threads=1)
+    with pytest.raises(SettingsError, match="converted already"):
+        convert(tmp_path / "out", None, tmp_path / "again", "q4", threads=1)
+    with pytest.raises(SettingsError, match="holds q4 weights"):
+        paceline.load(str(tmp_path / "out"), quant="q8")
+    assert sorted(os.listdir(tmp_path)) == ["out"]
+    pack = tmp_path / "out" / "model.paceline"
+    pack.write_bytes(pack.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="convert the model again"):
+        paceline.load(str(tmp_path / "out"))
+
+
+def test_a_drafter_pack_holds_its_ordered_head(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(pair[1])
+    config = checkpoint.drafter_config()
+    weights = pack_checkpoint(resolve(checkpoint, config), config, "q8")
+    write_pack(tmp_path / "d.pack", weights, "", 1, with_tables=False)
+    tensors = open_pack(tmp_path / "d.pack", 1).tensors
+    matrix, tokens = tensors["ordered_head.weight"], tensors["ordered_head.tokens"].tolist()
+    assert sorted(token for token in tokens if token >= 0) == list(range(config.vocab_size))
+    table = cpu_table(pair[1])
+    row = next(i for i, token in enumerate(tokens) if token == 77)
+    np.testing.assert_allclose(matrix.row(row), table[77], atol=np.abs(table[77]).max() / 100)
+
+
+def cpu_table(folder: Path) -> np.ndarray:
+    checkpoint = Checkpoint.open(folder)
+    return resolve(checkpoint, checkpoint.drafter_config())["embed_tokens.weight"].read()
+
+
+@pytest.mark.parametrize(("gigabytes", "choice"), [(40, "bf16"), (5, "q8"), (3, "q4"), (0.1, "q4")])
+def test_auto_takes_the_most_precise_format_that_fits(gigabytes: float, choice: str) -> None:
+    assert choose_quant(official_target("e2b"), "BF16", int(gigabytes * 1e9)) == choice

@@ -1,0 +1,143 @@
+"""`paceline bench`: what it reports, and that simulated acceptance is what was asked for."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from paceline.bench.random_weights import random_weights
+from paceline.bench.runs import SimulatedAcceptance
+from paceline.bench.shapes import DRAFTERS, TARGETS, official_drafter, official_target, prompt_multiply_accumulates
+from paceline.checkpoint.sizes import count_parameters
+from paceline.cli.main import run
+from paceline.config import check_pair
+from paceline.engine.step import step
+from tests.fixtures.backends import sequence
+from tests.fixtures.scripted_backend import ScriptedBackend
+
+COMMON = {"read_bandwidth_gb_s", "weight_bytes", "peak_memory_bytes", "model", "quant", "threads", "isa", "context"}
+DECODE = {
+    *COMMON,
+    "forward_ms",
+    "bandwidth_fraction",
+    "draft_step_ms",
+    "draft_tokens",
+    "prompt_tokens_per_s",
+    "plain_tokens_per_s",
+    "mtp_tokens_per_s",
+    "speedup",
+    "auto_speedup",
+    "auto_useless_speedup",
+    "round_ms",
+    "simulated_acceptance",
+}
+
+
+@pytest.fixture(autouse=True)
+def small_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("paceline.bench.machine.BUFFER", 1 << 22)
+
+
+def report(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
+    assert run(["bench", *arguments]) == 0
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 1  # tables are on stderr
+    return json.loads(out) | {"table": err}
+
+
+def test_decode_reports_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--quant", "q8", "--context", "40", "--repeats", "1", "--tokens", "8", "--threads", "1")
+    found = report(capsys, "decode", "-m", "tiny-python", *options)
+    assert found.keys() >= DECODE
+    assert list(found["forward_ms"]) == [str(rows) for rows in range(1, 17)]
+    assert found["simulated_acceptance"] is None
+    assert "SIMULATED acceptance" not in found["table"]
+
+
+def test_simulated_figures_say_so(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--quant", "q8", "--context", "40", "--repeats", "1", "--tokens", "8", "--draft-tokens", "2")
+    found = report(capsys, "decode", "-m", "tiny-python", *options, "--acceptance", "0.9,0.4")
+    assert found["simulated_acceptance"] == [0.9, 0.4]
+    assert "SIMULATED acceptance 0.9, 0.4" in " ".join(found["table"].split())
+
+
+def test_prompt_reports_work(capsys: pytest.CaptureFixture[str]) -> None:
+    found = report(capsys, "prompt", "-m", "tiny-python", "--length", "32", "--repeats", "1")
+    assert found.keys() >= COMMON | {"prompt_tokens_per_s", "prompt_multiply_accumulates_per_s"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cause"),
+    [
+        (["decode"], "either --model or --shape"),
+        (["decode", "-m", "tiny-python", "--shape", "e2b"], "either --model or --shape"),
+        (["decode", "--shape", "e2b"], "simulate"),
+        (["decode", "--shape", "e3b", "--acceptance", "1,1,1"], "unknown shape 'e3b'"),
+        (["decode", "--shape", "e2b", "--quant", "q5", "--acceptance", "1,1,1"], "unknown quantisation 'q5'"),
+        (["decode", "-m", "tiny-python", "--acceptance", "0.5,0.8,0.1"], "from 1 down to 0"),
+        (["decode", "-m", "tiny-python", "--acceptance", "a"], "from 1 down to 0"),
+        (["decode", "-m", "tiny-python", "--acceptance", "0.5"], "1 rates for draft length 3"),
+        (["decode", "-m", "tiny-python", "--context", "100000"], "positions and the model has 4096"),
+    ],
+)
+def test_bad_settings_get_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], cause: str) -> None:
+    assert run(["bench", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert cause in err
+    assert len(err.splitlines()) == 1
+
+
+PLOT = ["bench", "decode", "-m", "tiny-python", "--context", "40", "--repeats", "1", "--tokens", "4", "--plot"]
+
+
+def test_plot(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "costs.png"
+    assert run([*PLOT, str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_without_matplotlib(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert run([*PLOT, str(tmp_path / "costs.png")]) == 2
+    assert "pip install 'paceline[plot]'" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+def test_simulated_shares_hold() -> None:
+    shares = (0.8, 0.65, 0.5)
+    backend = ScriptedBackend(context=4096)
+    proposer = SimulatedAcceptance(lambda: pytest.fail("no costs"), stops_early=False, shares=shares)
+    s = sequence(backend, [1, 2, 3], draft_tokens=3, max_tokens=3000)
+    while s.finish is None:
+        step(backend, [proposer], [s], 8)
+    assert s.statistics.acceptance_by_depth == pytest.approx(shares, abs=0.01)
+    assert s.statistics.acceptance_length == pytest.approx(1 + sum(shares), abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("shape", "billions", "drafter_millions"),
+    [("e2b", 5.12, 77.7), ("e4b", 8.0, 78.5), ("12b", 11.96, 422.9), ("26b", 25.8, 419.7), ("31b", 31.3, 469.5)],
+)
+def test_official_shapes_have_the_official_sizes(shape: str, billions: float, drafter_millions: float) -> None:
+    target, drafter = official_target(shape), official_drafter(shape)
+    check_pair(target, drafter)
+    # The published figures count vision and audio too; text alone is at most a few per cent less.
+    assert 0.9 * billions < count_parameters(target).total / 1e9 <= billions * 1.005
+    assert count_parameters(drafter).total / 1e6 == pytest.approx(drafter_millions, rel=0.01)
+    assert 0 < prompt_multiply_accumulates(target) < count_parameters(target).active
+    assert TARGETS.keys() == DRAFTERS.keys()
+
+
+def test_random_weights_are_the_same_each_time() -> None:
+    drafter = official_drafter("e2b")
+    one, two = (random_weights(drafter, "q8").tensors["pre_projection.weight"].packed() for _ in range(2))
+    assert one.any()
+    assert (one == two).all()

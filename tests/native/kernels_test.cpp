@@ -1,0 +1,499 @@
+// Every kernel of every instruction set this processor has, against plain loops in double. For machines without Python,
+// such as the emulated Arm of .ci/arm; where there is Python, tests/backends/cpu says more.
+//
+// Prints one line an instruction set, `neon: 1234 checks passed`, and exits with 1 if a check failed.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <random>
+
+#include "kernels/kernels.hpp"
+#include "runtime/threads.hpp"
+
+using namespace paceline;
+
+namespace {
+
+using Floats = std::vector<float>;
+
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+
+int checks = 0, failures = 0;
+
+void check(bool ok, const char* isa, const std::string& what) {
+  ++checks;
+  if (!ok && ++failures <= 20) std::fprintf(stderr, "%s: %s\n", isa, what.c_str());
+}
+
+bool same(const float* a, const float* b, size_t n) { return std::memcmp(a, b, n * sizeof(float)) == 0; }
+
+bool near(double a, double b, double tolerance) { return std::fabs(a - b) <= tolerance; }  // false for NaN
+
+class Random {
+ public:
+  explicit Random(unsigned seed) : state_(seed) {}
+  int integer(int low, int high) { return low + int(state_() % unsigned(high - low + 1)); }
+  float uniform() { return float(integer(-32768, 32767)) / 32768; }
+  Floats floats(int64_t n, float size = 1) {
+    Floats x(static_cast<size_t>(n));
+    for (float& v : x) v = uniform() * size;
+    return x;
+  }
+
+ private:
+  std::mt19937 state_;  // its numbers, unlike the distributions', are the same everywhere
+};
+
+// Memory aligned as the kernels expect weights, filled with a byte that makes floats NaN.
+class Memory {
+ public:
+  explicit Memory(int64_t bytes)
+      : p_(static_cast<uint8_t*>(std::aligned_alloc(64, size_t(round_up(std::max<int64_t>(bytes, 64), 64))))) {
+    std::memset(p_.get(), 0xff, size_t(bytes));
+  }
+  uint8_t* get() const { return p_.get(); }
+
+ private:
+  struct Free {
+    void operator()(uint8_t* p) const { std::free(p); }
+  };
+  std::unique_ptr<uint8_t[], Free> p_;
+};
+
+struct Packed {
+  MatrixView view;
+  Memory memory;
+
+  Packed(Format format, int64_t rows, int64_t cols) : view(format, rows, cols), memory(view.bytes()) {
+    std::memset(memory.get(), 0, size_t(view.bytes()));
+    view.data = memory.get();
+  }
+};
+
+// Columns of very different size, so that a scale taken from the wrong group shows.
+Floats columns_of_all_sizes(Random& random, int64_t rows, int64_t cols) {
+  Floats x = random.floats(rows * cols), size(static_cast<size_t>(cols));
+  for (float& s : size) s = std::pow(10.0f, float(random.integer(-3, 2)));
+  for (size_t i = 0; i < x.size(); ++i) x[i] *= size[i % size_t(cols)];
+  return x;
+}
+
+Packed random_matrix(Random& random, Format format, int64_t rows, int64_t cols) {
+  Packed matrix(format, rows, cols);
+  pack_rows(matrix.view, matrix.memory.get(), Element::f32, columns_of_all_sizes(random, rows, cols).data(), 0, rows);
+  return matrix;
+}
+
+// Quantised weights of all bytes, the extreme ones above all, with the scale one: products are integers.
+Packed integer_matrix(Random& random, Format format, int64_t rows, int64_t cols) {
+  Packed matrix(format, rows, cols);
+  for (int64_t i = 0; i < matrix.view.bytes(); ++i) {
+    const int byte = random.integer(0, 767);
+    matrix.memory.get()[i] = uint8_t(byte < 256 ? byte : byte < 512 ? 0 : 255);
+  }
+  for (int64_t i = 0; i < matrix.view.bytes(); i += traits(format).block_bytes)
+    for (int64_t j = 0; j < kScaleBytes; j += 2) matrix.memory.get()[i + j] = 0, matrix.memory.get()[i + j + 1] = 0x3c;
+  return matrix;
+}
+
+// Integers of which every group of 32 has one of magnitude 127: they are quantised to themselves.
+Floats integer_rows(Random& random, int64_t rows, int64_t cols) {
+  Floats x(static_cast<size_t>(rows * cols));
+  for (int64_t i = 0; i < rows * cols; ++i)
+    x[size_t(i)] = i % cols % kGroup == 0 || random.integer(0, 1) ? (random.integer(0, 1) ? 127.0f : -127.0f)
+                                                                  : float(random.integer(-127, 127));
+  return x;
+}
+
+// Rows of activations in the layout of the kernels, and their memory.
+struct Activations {
+  ActView view;
+  Memory data, scale, start;
+
+  // For products with the matrix.
+  Activations(const MatrixView& matrix, int64_t rows)
+      : view{traits(matrix.format).act, lanes_for(rows), matrix.padded_cols, nullptr, nullptr, nullptr},
+        data(tiles(rows) * view.tile_bytes()), scale(tiles(rows) * view.tile_groups() * 4),
+        start(tiles(rows) * view.tile_groups() * 4) {
+    view.data = data.get();
+    view.scale = reinterpret_cast<float*>(scale.get());
+    view.start = reinterpret_cast<int32_t*>(start.get());
+  }
+  int64_t tiles(int64_t rows) const { return round_up(rows, view.lanes) / view.lanes; }
+};
+
+Floats times(const Kernels& kernels, const MatrixView& matrix, const float* x, int64_t rows) {
+  const Activations act(matrix, rows);
+  for (int64_t r = 0; r < rows; ++r)
+    kernels.pack_activations(act.view, r, x + r * matrix.cols, matrix.cols, 0, act.view.groups());
+  Floats out(size_t(rows * matrix.padded_rows()), kNaN);
+  for (int64_t unit = 0; unit < matrix.units(); ++unit)
+    kernels.matmul(matrix, act.view, rows, unit, unit + 1, out.data(), matrix.padded_rows());
+  return out;
+}
+
+bool quantised(Format format) { return traits(format).act.kind == ActFormat::Kind::int8; }
+
+// What the kernels make of a row of activations, as values: what they see is rounded to the format's grid.
+std::vector<double> on_grid(Format format, const float* x, int64_t n) {
+  std::vector<double> out(x, x + n);
+  if (format == Format::bf16)
+    for (int64_t i = 0; i < n; ++i) out[size_t(i)] = bf16_to_float(float_to_bf16(x[i]));
+  for (int64_t first = 0; quantised(format) && first < n; first += kGroup) {
+    const int64_t last = std::min<int64_t>(first + kGroup, n);
+    float top = 0;
+    for (int64_t i = first; i < last; ++i) top = std::max(top, std::fabs(x[i]));
+    const float inverse = top > 1e-30f ? 127.0f / top : 0.0f, scale = top / 127.0f;
+    for (int64_t i = first; i < last; ++i) out[size_t(i)] = double(std::nearbyint(x[i] * inverse)) * double(scale);
+  }
+  return out;
+}
+
+// out [rows][ld] against sums in double; `tolerance` is relative to the sum of the terms' magnitudes.
+bool is_product(const MatrixView& matrix, const float* x, int64_t rows, const Floats& out, double tolerance) {
+  Floats w(static_cast<size_t>(matrix.cols));
+  bool ok = true;
+  std::vector<std::vector<double>> a;
+  for (int64_t r = 0; r < rows; ++r) a.push_back(on_grid(matrix.format, x + r * matrix.cols, matrix.cols));
+  for (int64_t i = 0; i < matrix.rows; ++i) {
+    unpack_row(matrix, i, w.data());
+    for (int64_t r = 0; r < rows; ++r) {
+      double sum = 0, size = 0;
+      for (size_t k = 0; k < w.size(); ++k) sum += a[size_t(r)][k] * w[k], size += std::fabs(a[size_t(r)][k] * w[k]);
+      ok = ok && near(out[size_t(r * matrix.padded_rows() + i)], sum, tolerance * size);
+    }
+  }
+  return ok;
+}
+
+// Every number of rows from 1 to 17: against the reference, and each row the same, bit for bit, whatever the batch.
+void test_products(const Kernels& kernels, Format format, int64_t rows, int64_t cols) {
+  const std::string what = std::string(traits(format).name) + " " + std::to_string(rows) + " x " + std::to_string(cols);
+  constexpr int64_t most = 17;
+  Random random(unsigned(rows * 1000 + cols));
+  const Packed matrix = random_matrix(random, format, rows, cols);
+  const Floats x = columns_of_all_sizes(random, most, cols);
+  const Floats all = times(kernels, matrix.view, x.data(), most);
+  check(is_product(matrix.view, x.data(), most, all, 2e-6), kernels.name, what + ": product");
+  for (int64_t m = 1; m < most; ++m) {
+    const int64_t first = most - m;  // other lanes of other tiles
+    const Floats begin = times(kernels, matrix.view, x.data(), m);
+    const Floats end = times(kernels, matrix.view, &x[size_t(first * cols)], m);
+    check(same(begin.data(), all.data(), begin.size()), kernels.name, what + ": first rows alone");
+    check(same(end.data(), &all[size_t(first * matrix.view.padded_rows())], end.size()), kernels.name,
+          what + ": last rows alone");
+  }
+  if (!quantised(format)) return;
+  const Packed integers = integer_matrix(random, format, rows, cols);
+  const Floats q = integer_rows(random, most, cols);
+  check(is_product(integers.view, q.data(), most, times(kernels, integers.view, q.data(), most), 0), kernels.name,
+        what + ": integer sums");
+}
+
+// Activations packed for another format or width are refused, by the gate and by what it multiplies.
+void test_misfits(const Kernels& kernels, Format format, Format other, int64_t cols) {
+  constexpr int64_t rows = 2, inner = 32;
+  const Packed matrix(format, inner, 64);
+  const Activations act(matrix.view, rows), given(MatrixView(other, 16, cols), rows);
+  const Activations out(MatrixView(Format::f32, 16, inner), rows);
+  const Floats zeros(128, 0.0f);
+  for (const ActView& a : {act.view, given.view})
+    for (int64_t r = 0; r < rows; ++r) kernels.pack_activations(a, r, zeros.data(), a.padded_cols, 0, a.groups());
+  Floats y(size_t(rows * inner), 0.0f);
+  const bool fits = traits(format).act == traits(other).act && cols == 64;
+  const auto check_call = [&](const auto& call) {
+    bool refused = false;
+    try {
+      call();
+    } catch (const std::invalid_argument&) {
+      refused = true;
+    }
+    const std::string what = std::string(traits(format).name) + " with activations for " + traits(other).name;
+    check(refused == !fits, kernels.name, what);
+  };
+  check_call([&] { kernels.matmul(matrix.view, given.view, rows, 0, 1, y.data(), inner); });
+  check_call([&] { kernels.gated(matrix.view, given.view, {nullptr, {}, y.data(), inner}, rows, 0, 1, out.view); });
+  check_call([&] { kernels.gated(matrix.view, act.view, {&matrix.view, given.view}, rows, 0, 1, out.view); });
+}
+
+double gelu(double x) { return x / 2 * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x))); }
+
+// Whether row `r` of two sets of activations is packed the same.
+bool same_row(const Activations& a, const Activations& b, int64_t r) {
+  const int lanes = a.view.lanes;
+  const ActView x = a.view.tile(r / lanes), y = b.view.tile(r / lanes);
+  bool ok = true;
+  for (int64_t i = r % lanes; i < x.padded_cols / x.format.lane_columns() * lanes; i += lanes)
+    ok = ok && std::memcmp(x.data + i * 4, y.data + i * 4, 4) == 0;
+  for (int64_t i = r % lanes; x.format.kind == ActFormat::Kind::int8 && i < x.tile_groups(); i += lanes)
+    ok = ok && x.scale[i] == y.scale[i] && x.start[i] == y.start[i];
+  return ok;
+}
+
+void test_gated(const Kernels& kernels, Format format, int64_t inner, int64_t cols) {
+  const std::string what = std::string(traits(format).name) + " gelu times up";
+  constexpr int64_t rows = 11;
+  Random random(unsigned(inner + cols));
+  const Packed gate = random_matrix(random, Format::f32, inner, cols);
+  const Packed up = random_matrix(random, Format::bf16, inner, cols);
+  const Floats x = random.floats(rows * cols, 0.1f);
+  const Floats a = times(kernels, gate.view, x.data(), rows), b = times(kernels, up.view, x.data(), rows);
+  const Activations act(gate.view, rows);
+  for (int64_t r = 0; r < rows; ++r)
+    kernels.pack_activations(act.view, r, &x[size_t(r * cols)], cols, 0, act.view.groups());
+  const Activations up_act(up.view, rows);
+  for (int64_t r = 0; r < rows; ++r)
+    kernels.pack_activations(up_act.view, r, &x[size_t(r * cols)], cols, 0, up_act.view.groups());
+  const int64_t ld = gate.view.padded_rows(), units = gate.view.units();
+  const MatrixView next(format, 16, inner), floats(Format::f32, 16, inner);
+  const Activations plain(floats, rows), want(next, rows), two(next, rows), one(next, rows);
+  const GateFactor product{&up.view, up_act.view}, given{nullptr, {}, b.data(), ld};
+  kernels.gated(gate.view, act.view, product, rows, 0, units, plain.view);
+  kernels.gated(gate.view, act.view, product, rows, 0, units, two.view);
+  kernels.gated(gate.view, act.view, given, rows, 0, units, one.view);
+  bool exact = true;
+  for (int64_t r = 0; r < rows; ++r) {
+    Floats row(static_cast<size_t>(inner));
+    for (int64_t i = 0; i < inner; ++i) {
+      const double product = gelu(a[size_t(r * ld + i)]) * b[size_t(r * ld + i)];
+      std::memcpy(&row[size_t(i)], plain.view.tile(r / kTile).data + (i * kTile + r % kTile) * 4, 4);
+      exact = exact && near(row[size_t(i)], product, 2e-6 * (std::fabs(product) + 1e-6));
+    }
+    kernels.pack_activations(want.view, r, row.data(), inner, 0, want.view.groups());
+    check(same_row(two, want, r), kernels.name, what + ", packed");
+    check(same_row(one, want, r), kernels.name, what + " of before, packed");
+  }
+  check(exact, kernels.name, what);
+}
+
+// A cache of one layer in which positions 0 .. length - 1 were written in order.
+struct Cache {
+  CacheView view;
+  Memory keys, values;
+
+  Cache(const Kernels& kernels, bool bf16, int64_t ring, int64_t dim, const Floats& k, const Floats& v, int64_t length)
+      : view{bf16, ring, dim, nullptr, nullptr}, keys(kHeads * ring * dim * 4), values(kHeads * ring * dim * 4) {
+    view.keys = keys.get();
+    view.values = values.get();
+    for (int64_t p = 0; p < length; ++p)
+      for (int64_t h = 0; h < kHeads; ++h)
+        kernels.append(view, h, p, &k[size_t((p * kHeads + h) * dim)], &v[size_t((p * kHeads + h) * dim)]);
+  }
+  static constexpr int64_t kHeads = 2;  // of keys and values
+};
+
+// Softmax over rows first..last of one head, in double. k, v [position][head][dim].
+std::vector<double> attended(const Floats& k, const Floats& v, const float* q, int64_t head, int64_t dim, int64_t first,
+                             int64_t last, bool bf16) {
+  const auto stored = [&](const Floats& x, int64_t p, int64_t d) {
+    const float value = x[size_t((p * Cache::kHeads + head) * dim + d)];
+    return double(bf16 ? bf16_to_float(float_to_bf16(value)) : value);
+  };
+  std::vector<double> weight(size_t(last - first + 1), 0.0), out(size_t(dim), 0.0);
+  for (int64_t p = first; p <= last; ++p)
+    for (int64_t d = 0; d < dim; ++d) weight[size_t(p - first)] += stored(k, p, d) * q[d];
+  const double top = *std::max_element(weight.begin(), weight.end());
+  double total = 0;
+  for (double& w : weight) total += w = std::exp(w - top);
+  for (int64_t p = first; p <= last; ++p)
+    for (int64_t d = 0; d < dim; ++d) out[size_t(d)] += weight[size_t(p - first)] / total * stored(v, p, d);
+  return out;
+}
+
+void test_attention(const Kernels& kernels, bool bf16, int64_t dim) {
+  const std::string what = (bf16 ? "bf16 attention of " : "f32 attention of ") + std::to_string(dim);
+  constexpr int64_t length = 101, ring = 64, head = 1;
+  Random random{unsigned(dim)};
+  const Floats k = random.floats(length * Cache::kHeads * dim), v = random.floats(length * Cache::kHeads * dim);
+  const Floats q = random.floats(kQueryHeads * dim);
+  const Cache wrapped(kernels, bf16, ring, dim, k, v, length), whole(kernels, bf16, 112, dim, k, v, length);
+  for (const auto& [first, last] : {std::pair<int64_t, int64_t>{53, 100}, {100, 100}, {64, 95}, {63, 80}, {70, 79}}) {
+    const int64_t width = round_up(last - first + 32, 16);
+    Floats scratch(size_t(kQueryHeads * width), kNaN), all(size_t(kQueryHeads * dim), kNaN);
+    kernels.attend(wrapped.view, head, q.data(), kQueryHeads, first, last, scratch.data(), all.data());
+    bool ok = true;
+    for (int64_t h = 0; h < kQueryHeads; ++h) {
+      const std::vector<double> want = attended(k, v, &q[size_t(h * dim)], head, dim, first, last, bf16);
+      for (int64_t d = 0; d < dim; ++d) ok = ok && near(all[size_t(h * dim + d)], want[size_t(d)], 2e-6);
+    }
+    check(ok, kernels.name, what);
+    Floats other(size_t(kQueryHeads * dim), kNaN);
+    kernels.attend(whole.view, head, q.data(), kQueryHeads, first, last, scratch.data(), other.data());
+    check(same(all.data(), other.data(), all.size()), kernels.name, what + ": ring");
+    for (int heads = 1; heads < kQueryHeads; ++heads) {
+      kernels.attend(wrapped.view, head, q.data(), heads, first, last, scratch.data(), other.data());
+      check(same(all.data(), other.data(), size_t(heads * dim)), kernels.name, what + ": fewer heads");
+    }
+  }
+}
+
+void test_rows(const Kernels& kernels, int64_t n) {
+  Random random{unsigned(n)};
+  const int64_t padded = round_up(n, 16);
+  const Floats weight = random.floats(padded), y = random.floats(padded), logits = random.floats(padded, 100);
+  Floats x = random.floats(padded, 3), out(size_t(padded), kNaN);
+  std::fill(x.begin() + n, x.end(), 0.0f);
+  double squares = 0;
+  for (float v : x) squares += double(v) * v;
+  const double inverse = 1 / std::sqrt(squares / double(n) + 1e-6);
+  const auto each = [&](const std::function<double(size_t)>& exact, const Floats& got, const char* what) {
+    bool ok = true;
+    for (size_t i = 0; i < size_t(n); ++i) ok = ok && near(got[i], exact(i), 1e-6 * (1 + std::fabs(exact(i))));
+    check(ok, kernels.name, std::string(what) + " of " + std::to_string(n));
+  };
+  kernels.rms_norm(x.data(), weight.data(), n, 1e-6f, out.data());
+  each([&](size_t i) { return x[i] * inverse * weight[i]; }, out, "norm");
+  kernels.rms_norm(x.data(), nullptr, n, 1e-6f, out.data());
+  each([&](size_t i) { return x[i] * inverse; }, out, "norm without weight");
+  out = x;
+  kernels.add_scaled(out.data(), y.data(), n, 0.7f);
+  each([&](size_t i) { return (double(x[i]) + y[i]) * 0.7f; }, out, "scaled sum");
+  out = x;
+  kernels.axpy(out.data(), y.data(), n, -0.3f);
+  each([&](size_t i) { return x[i] + double(-0.3f) * y[i]; }, out, "axpy");
+  out = logits;
+  kernels.softcap(out.data(), padded, 30);
+  bool ok = true;
+  for (size_t i = 0; i < size_t(padded); ++i) ok = ok && near(out[i], 30 * std::tanh(logits[i] / 30.0), 1e-5);
+  check(ok, kernels.name, "soft cap of " + std::to_string(n));
+}
+
+void test_rope(const Kernels& kernels, int64_t n, int64_t pairs) {
+  Random random{unsigned(n + pairs)};
+  const Floats x = random.floats(n), angle = random.floats(pairs, 3);
+  Floats cos, sin, out = x;
+  for (float a : angle) cos.push_back(std::cos(a)), sin.push_back(std::sin(a));
+  kernels.rope(out.data(), n, cos.data(), sin.data(), pairs);
+  bool ok = true;
+  for (int64_t i = 0; i < n / 2; ++i) {
+    const double c = i < pairs ? cos[size_t(i)] : 1, s = i < pairs ? sin[size_t(i)] : 0;
+    const double a = x[size_t(i)], b = x[size_t(i + n / 2)];
+    ok = ok && near(out[size_t(i)], a * c - b * s, 1e-6) && near(out[size_t(i + n / 2)], b * c + a * s, 1e-6);
+  }
+  check(ok, kernels.name, "rotation of " + std::to_string(n));
+}
+
+void test_arg_max(const Kernels& kernels, int64_t n) {
+  Random random{unsigned(n)};
+  Floats x = random.floats(n, 8.9f);
+  for (int64_t again : {n - 1, n / 2, n / 3}) {  // the same largest value at lower and lower places
+    x[size_t(again)] = 9;
+    double total = 0;
+    for (float v : x) total += std::exp(double(v) - 9);
+    float probability = kNaN;
+    const int64_t index = kernels.arg_max(x.data(), n, &probability);
+    check(index == again && near(probability, 1 / total, 1e-6), kernels.name, "arg max of " + std::to_string(n));
+  }
+}
+
+void test_checksum(const Kernels& kernels, int64_t n) {
+  Memory memory(n);
+  Random random{unsigned(n)};
+  for (int64_t i = 0; i < n; ++i) memory.get()[i] = uint8_t(random.integer(0, 255));
+  std::vector<uint32_t> hash(128, 0x811c9dc5u);
+  for (int64_t i = 0; i < n; i += 4) {
+    uint32_t word;
+    std::memcpy(&word, memory.get() + i, 4);
+    uint32_t& h = hash[size_t(i / 4 % 128)];
+    h = (h + word) * 0x9e3779b1u;
+  }
+  uint32_t total = uint32_t(n);
+  for (uint32_t h : hash) total = (total ^ h) * 0x01000193u;
+  check(kernels.checksum(memory.get(), n) == total, kernels.name, "checksum");
+  memory.get()[random.integer(0, int(n) - 1)] ^= 1;
+  check(kernels.checksum(memory.get(), n) != total, kernels.name, "checksum of damaged bytes");
+}
+
+// Samples from logits that integers give exactly: the tokens of decode/sampler.py, folded into one number.
+void test_sampler(const Kernels& kernels) {
+  Floats x(1000);
+  for (uint32_t i = 0; i < 1000; ++i) x[i] = float(int32_t(i * 2654435761u >> 8) - (1 << 23)) / float(1 << 21);
+  struct Case {
+    SamplingParams params;
+    uint32_t tokens;
+  };
+  constexpr float off = std::numeric_limits<float>::infinity();
+  const Case cases[] = {{{1.0f, 0, 1.0, off, 1}, 0xc6aae000u},
+                        {{0.7f, 64, 0.95, off, 2}, 0xea72ff18u},
+                        {{1.5f, 0, 0.9, off, 3}, 0xc428757au},
+                        {{1.0f, 0, 1.0, 2.3025851249694824f, 0x500000007u}, 0x6fd148bau},
+                        {{2.0f, 20, 0.5, 1.2039728164672852f, 4}, 0xc850caf7u}};
+  for (const Case& c : cases) {
+    uint32_t tokens = 0;
+    for (uint32_t position = 0; position < 50; ++position) {
+      tokens = tokens * 31 + uint32_t(kernels.sample({x.data(), nullptr, 1000}, c.params, position, false).token);
+    }
+    check(tokens == c.tokens, kernels.name, "sampled tokens");
+  }
+}
+
+void test_isa(const Kernels& kernels) {
+  for (int f = 0; f < kFormatCount; ++f) {
+    const Format format = Format(f);
+    for (int64_t rows : {1, 16, 17, 33, 70})
+      for (int64_t cols : {1, 31, 32, 33, 64, 95, 200, 513, 1100}) test_products(kernels, format, rows, cols);
+    for (int other = 0; other < kFormatCount; ++other)
+      for (int64_t cols : {64, 128}) test_misfits(kernels, format, Format(other), cols);
+    test_gated(kernels, format, 72, 50);
+    test_gated(kernels, format, 128, 64);
+  }
+  for (bool bf16 : {true, false})
+    for (int64_t dim : {32, 80, 256}) test_attention(kernels, bf16, dim);
+  for (int64_t n : {16, 40, 256, 1000}) test_rows(kernels, n);
+  for (int64_t pairs : {1, 7, 16, 32}) test_rope(kernels, 64, pairs);
+  for (int64_t n : {3, 15, 16, 17, 33, 1000}) test_arg_max(kernels, n);
+  for (int64_t n : {512, 1024, 5120}) test_checksum(kernels, n);
+  test_sampler(kernels);
+}
+
+}  // namespace
+
+// More workers than processors, and runs that end with some of them left out: every item taken once, in every run.
+void test_thread_pool() {
+  constexpr int64_t n = 997;
+  for (int size : {1, 2, 3, 5}) {
+    ThreadPool pool(size);
+    for (int run = 0; run < 300; ++run) {
+      std::vector<int64_t> first(n, 0), second(n, 0);
+      pool.run([&](const Worker& w) {
+        w.parallel_for(n, 1 + run % 3 * 200, [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i) first[size_t(i)] += i + run;
+        });
+        w.barrier();
+        w.parallel_for(n, 1 + run % 5 * 7, [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i) second[size_t(i)] += first[size_t(i * 7 % n)];
+        });
+        w.barrier();
+        int64_t begin, end;
+        w.share(n, begin, end);
+        for (int64_t i = begin; i < end; ++i) first[size_t(i)] = second[size_t(i * 3 % n)];
+      });
+      bool right = true;
+      for (int64_t i = 0; i < n; ++i)
+        right = right && second[size_t(i)] == i * 7 % n + run && first[size_t(i)] == i * 3 % n * 7 % n + run;
+      check(right, "thread pool", std::to_string(size) + " workers lost or repeated work");
+    }
+  }
+}
+
+void report(const char* name, int& failed) {
+  if (failures) std::printf("%s: %d of %d checks FAILED\n", name, failures, checks);
+  else std::printf("%s: %d checks passed\n", name, checks);
+  failed += failures;
+  checks = failures = 0;
+}
+
+int main() {
+  int failed = 0;
+  for (const std::string& isa : usable_isas()) {
+    test_isa(select_kernels(isa));
+    report(isa.c_str(), failed);
+  }
+  test_thread_pool();
+  report("thread pool", failed);
+  return failed ? 1 : 0;
+}

@@ -1,0 +1,201 @@
+"""Training sees exactly what decoding sees, and its parts do what they say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from paceline.checkpoint import Checkpoint, resolve
+from paceline.models.gemma4 import embed
+from paceline.models.sequences import Cache, DraftRows, states
+from paceline.train import drafter as drafters
+from paceline.train import target as targets
+from paceline.train.checkpoint import Progress, trained
+from paceline.train.data import CHAT_SHARE, Corpus, standard_library
+from paceline.train.drafter import balanced_clusters, distillation_loss, new_drafter
+from paceline.train.export import write_drafter, write_target
+from paceline.train.optimizer import Optimizer, Parameters, orthogonal
+from paceline.train.run import Run, replica, schedule
+from paceline.train.target import new_target, next_token_loss, target_of
+from paceline.train.tokenizer import BOS, EOS, MODEL_HEADER, SPECIAL
+from paceline.train.workers import Workers
+from tests.fixtures.pairs import VOCABULARY, WINDOW, tiny_tokenizer, write_pair
+from tests.models.test_parity import our_pair
+
+
+@torch.no_grad()
+def test_all_positions_at_once_draft_as_one_does_while_decoding(tmp_path: Path) -> None:
+    """Three unrolled steps, given the same tokens, at positions before and beyond the window."""
+    target, drafter = our_pair(*write_pair(tmp_path, "text", seed=2))
+    tokens = torch.randint(4, VOCABULARY, (2, 3 * WINDOW))
+    count, steps = 3 * WINDOW - 3, 3
+    cache = Cache()
+    hidden = states(target, tokens, cache)
+    embeddings = embed(target, tokens.flatten()).view(*tokens.shape, -1)
+    rows = DraftRows(drafter, cache, torch.arange(1, count + 1), 2)
+    feedback, together = hidden[:, :count], []
+    for step in range(steps):
+        state, feedback = rows.step(embeddings[:, 1 + step : 1 + step + count], feedback)
+        together.append(state)
+    for row in range(2):
+        cache = Cache()
+        hidden = states(target, tokens[row : row + 1], cache)
+        for position in (1, WINDOW, WINDOW + 1, 2 * WINDOW + 3):
+            one, feedback = DraftRows(drafter, cache, torch.tensor([position])), hidden[:, position - 1 : position]
+            for step in range(steps):
+                newest = embeddings[row : row + 1, position + step : position + step + 1]
+                state, feedback = one.step(newest, feedback)
+                torch.testing.assert_close(together[step][row, position - 1], state[0, 0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def first_pair() -> tuple[Parameters, Parameters]:
+    target = new_target(0)
+    return target, new_drafter(target, 0)
+
+
+def test_every_weight_is_trained(first_pair: tuple[Parameters, Parameters]) -> None:
+    """Losses compile as one graph, a gradient reaches all leaves, and a step against it lowers the loss."""
+    target, drafter = map(replica, first_pair)
+    tokens = torch.randint(0, targets.VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
+    fixed = target_of({name: weights.detach() for name, weights in target.items()})
+    for weights, loss_of in ((target, next_token_loss), (drafter, lambda w, t: distillation_loss(fixed, w, t))):
+        loss = torch.compile(loss_of, backend="eager", fullgraph=True, dynamic=False)(weights, tokens)
+        loss.backward()
+        for name, leaf in weights.items():
+            assert not leaf.requires_grad or leaf.grad.abs().sum() > 0, name
+        with torch.no_grad():
+            for leaf in weights.values():
+                if leaf.requires_grad:
+                    leaf -= 0.01 * leaf.grad
+            assert loss_of(weights, tokens) < loss
+
+
+def test_what_is_written_is_read(first_pair: tuple[Parameters, Parameters], tmp_path: Path) -> None:
+    """Under the official names, bit for bit."""
+    write_target(first_pair[0], tiny_tokenizer(), tmp_path / "target", "a card")
+    write_drafter(first_pair[1], tmp_path / "drafter")
+    for weights, folder, config in zip(first_pair, ("target", "drafter"), (targets, drafters), strict=True):
+        read = resolve(Checkpoint.open(tmp_path / folder), config.CONFIG)
+        assert not read.skipped
+        assert read.refs.keys() == weights.keys()
+        assert all(np.array_equal(read[name].read(), tensor.numpy()) for name, tensor in weights.items())
+
+
+def test_a_run_is_resumed_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda loss, **_: loss)  # takes minutes
+    steps, lines = [], []
+
+    def batch(share: float, step: int) -> torch.Tensor:
+        assert 0 <= share < 1
+        steps.append(step)
+        return torch.full((2, 16), step)
+
+    for minutes in (0.004, 0.008):
+        run = Run(tmp_path / "state.pt", minutes, Workers(2), report=lines.append)
+        weights = run.train({"w": torch.full((4,), 0.01)}, lambda w, tokens: w["w"].float().square().sum(), batch)
+    assert len(steps) > 20
+    assert steps == list(range(len(steps)))  # the second run continued the first
+    assert lines[0].startswith("step 20 share 0.")
+    assert weights["w"].dtype == torch.bfloat16
+    assert (weights["w"] < 0.01).all()
+
+
+def test_balanced_clusters() -> None:
+    """Every row once, equal sizes, and well separated groups are found."""
+    generator = np.random.default_rng(0)
+    groups = np.repeat(np.eye(4, dtype=np.float32), 8, axis=0) + 0.01 * generator.random((32, 4), dtype=np.float32)
+    order = generator.permutation(32)
+    found = balanced_clusters(groups[order], 4, seed=1)
+    assert sorted(found.flatten().tolist()) == list(range(32))
+    assert found.shape == (4, 8)
+    uneven = balanced_clusters(generator.random((32, 4), dtype=np.float32), 4, seed=0)
+    assert sorted(uneven.flatten().tolist()) == list(range(32))
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (16, 48), (48, 16)])
+def test_orthogonal(shape: tuple[int, int]) -> None:
+    """Singular values come near one, singular vectors stay."""
+    matrix = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(orthogonal(matrix).float())
+    assert values.min() > 0.3
+    assert values.max() < 1.5
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    assert ((u @ v) * orthogonal(matrix).float()).sum((1, 2)).min() > 0.7 * 16
+
+
+def test_optimizer_resumes_exactly(tmp_path: Path) -> None:
+    """Two replicas, stopped and resumed half way, end where an uninterrupted run ends."""
+
+    def run(stops: bool) -> torch.Tensor:
+        workers, path = Workers(2), tmp_path / f"{stops}.pt"
+        replicas = _replicas()
+        optimizer = Optimizer(replicas, workers, 0.1)
+        progress = Progress.resume(path, optimizer)
+        for step in range(6):
+            if stops and step == 3:
+                progress.save(optimizer)
+                replicas = _replicas()
+                optimizer = Optimizer(replicas, workers, 0.1)
+                progress = Progress.resume(path, optimizer)
+            for number, weights in enumerate(replicas):
+                x = torch.randn(4, 8, generator=torch.Generator().manual_seed(10 * step + number))
+                (x @ weights["layers.0.weight"] @ weights["layers.1.weight"]).square().sum().backward()
+            optimizer.step(schedule(step / 6, step))
+            progress.advance(1.0, 32, optimizer)
+        progress.save(optimizer)
+        assert trained(path) == (6.0, 192)
+        assert torch.equal(replicas[0]["layers.0.weight"], replicas[1]["layers.0.weight"])
+        return replicas[0]["layers.0.weight"].detach()
+
+    first, second = run(False), run(True)
+    assert torch.equal(first, second)
+    assert not torch.equal(first, _replicas()[0]["layers.0.weight"])
+
+
+def _replicas() -> list[Parameters]:
+    def one() -> Parameters:
+        generator = torch.Generator().manual_seed(0)
+        shapes = {"layers.0.weight": (8, 8), "layers.1.weight": (8, 4)}
+        return {name: torch.randn(shape, generator=generator).requires_grad_() for name, shape in shapes.items()}
+
+    return [one(), one()]
+
+
+def test_schedule() -> None:
+    assert schedule(0.0, 0) < schedule(0.0, 10) < schedule(0.1, 100) == 1.0 == schedule(0.5, 100)
+    assert schedule(0.75, 100) == 0.5
+    assert schedule(1.0, 100) == 0.0
+
+
+def test_corpus() -> None:
+    """Sequences begin with `<bos>`, are stretches of the files, and about the stated share is in the chat format."""
+    tokenizer = tiny_tokenizer()
+    files = {f"{n}.py": "".join(f"x{i} = {i * n}\n" for i in range(60)) for n in range(5)}
+    corpus = Corpus.encode(files, tokenizer)
+    assert np.count_nonzero(corpus.tokens == EOS) == len(files)
+    rows = corpus.batch(np.random.default_rng(0), 200, 63)
+    assert rows.shape == (200, 64)
+    assert torch.all(rows[:, 0] == BOS)
+    texts = [tokenizer.decode(row.tolist(), skip_special_tokens=False) for row in rows]
+    chats = [text for text in texts if text.startswith("<bos><|turn>user\n")]
+    assert abs(len(chats) / len(texts) - CHAT_SHARE) < 0.1
+    assert all(text.count(MODEL_HEADER) == 1 for text in chats)
+    stream = tokenizer.decode(corpus.tokens.tolist(), skip_special_tokens=False)
+    for text in chats:
+        user, model = text.removeprefix("<bos><|turn>user\n").split(MODEL_HEADER)
+        assert user + model in stream
+    assert all(text.removeprefix("<bos>") in stream for text in texts if text not in chats)
+
+
+def test_split_of_the_standard_library() -> None:
+    sources = standard_library()
+    names = [*sources.training, *sources.held_out]
+    assert len(names) == len(set(names))
+    assert 0.02 < len(sources.held_out) / len(names) < 0.1
+    assert not any("test" in Path(name).parts or "tests" in Path(name).parts for name in names)
+    assert sources == standard_library()
+    assert len(SPECIAL) == len(set(SPECIAL))
