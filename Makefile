@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc/cpu -type f)
 CPP := $(shell git ls-files '*.cpp' '*.hpp')
-SOURCES := src tests bench
+SOURCES := src tests bench tools
 
 .PHONY: demo check test format clean
 

@@ -12,7 +12,7 @@ import pytest
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in the background of a shell; child processes would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-SLOW = ("bench", "cli", "models", "parity", "property", "server", "train", "backends/torch")  # whole folders
+SLOW = ("bench", "cli", "models", "parity", "property", "server", "tools", "backends/torch")  # whole folders
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
