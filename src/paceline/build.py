@@ -11,7 +11,7 @@ from types import ModuleType
 
 from paceline.backends.base import Backend
 from paceline.backends.cpu.backend import CpuBackend, default_threads
-from paceline.backends.cpu.sources import Source, open_source
+from paceline.backends.cpu.sources import WeightSource, open_source
 from paceline.backends.formats import check_quant
 from paceline.checkpoint import Checkpoint, locate, locate_drafter
 from paceline.config import DrafterConfig, TargetConfig, check_pair, token_ids
@@ -156,7 +156,7 @@ def _drafter_proposer(backend: Backend, parts: Parts, sampling: SamplingParams) 
 def _on_cpu(parts: Parts) -> Backend:
     threads = parts.threads or min(default_threads(), MAX_THREADS)
 
-    def opened(one: tuple[Checkpoint, TargetConfig | DrafterConfig], quant: str) -> Source:
+    def opened(one: tuple[Checkpoint, TargetConfig | DrafterConfig], quant: str) -> WeightSource:
         return open_source(*one, quant, threads, notify=parts.notify, progress=parts.progress)
 
     sources = [opened(parts.target, parts.quant)]

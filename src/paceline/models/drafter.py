@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from paceline.config import DrafterConfig, TargetConfig
-from paceline.models.gemma4 import Angles, Decoder, KeysValues, Source, load_block, load_decoder, run_decoder
+from paceline.models.gemma4 import Angles, Decoder, KeysValues, TensorSource, load_block, load_decoder, run_decoder
 from paceline.models.matrix import Matrix
 
 
@@ -64,7 +64,7 @@ def logits(drafter: Drafter, ops: ModuleType, state: Tensor, positions: Tensor) 
     return ops.centroid_scores(state, chosen, drafter.head.values, drafter.tokens, positions)  # type: ignore[no-any-return]
 
 
-def load_drafter(config: DrafterConfig, target: TargetConfig, w: Source) -> Drafter:
+def load_drafter(config: DrafterConfig, target: TargetConfig, w: TensorSource) -> Drafter:
     """Collect a drafter's weights. Of a head with centroids only few rows are used: it keeps its precision."""
     blocks = []
     for index, layer in enumerate(config.layers):

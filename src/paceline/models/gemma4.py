@@ -24,7 +24,7 @@ WHOLE = 1 << 30  # the window of full-attention layers
 Angles = dict[bool, tuple[Tensor, Tensor]]  # cos and sin [M, head_dim / 2] by `sliding`
 
 
-class Source(Protocol):
+class TensorSource(Protocol):
     """A model's weights by canonical name; see `checkpoint.names`."""
 
     def matrix(self, *names: str, precise: bool = False) -> Matrix:
@@ -224,7 +224,7 @@ def _scaled_rows(table: Matrix, tokens: Tensor, columns: int, dtype: torch.dtype
     return (table.rows(tokens, columns) * torch.tensor((width or columns) ** 0.5, dtype=dtype)).to(dtype)
 
 
-def load_target(config: TargetConfig, w: Source) -> Target:
+def load_target(config: TargetConfig, w: TensorSource) -> Target:
     """Collect a target's weights; the router and the per-layer table keep their precision."""
     blocks = tuple(load_block(config, index, layer.kv_source, w) for index, layer in enumerate(config.layers))
     ple = bool(config.ple_size)
@@ -238,7 +238,7 @@ def load_target(config: TargetConfig, w: Source) -> Target:
     )
 
 
-def load_decoder(config: Stack, blocks: tuple[Block, ...], w: Source) -> Decoder:
+def load_decoder(config: Stack, blocks: tuple[Block, ...], w: TensorSource) -> Decoder:
     """Decoder layers with the final norm and the inverse frequencies of RoPE: theta^(-2 i / head_dim), or 0."""
     norm, frequencies = w.vector("norm.weight"), {}
     for layer in {layer.sliding: layer for layer in config.layers}.values():
@@ -250,7 +250,7 @@ def load_decoder(config: Stack, blocks: tuple[Block, ...], w: Source) -> Decoder
     return Decoder(config, blocks, norm, frequencies)
 
 
-def load_block(config: Stack, index: int, kv_source: int, w: Source) -> Block:
+def load_block(config: Stack, index: int, kv_source: int, w: TensorSource) -> Block:
     """Collect the weights of one layer."""
     layer, at = config.layers[index], f"layers.{index}."
     owns_kv = layer.kv_source == index
@@ -280,7 +280,7 @@ def load_block(config: Stack, index: int, kv_source: int, w: Source) -> Block:
     )
 
 
-def _load_moe(config: TargetConfig, at: str, w: Source) -> MoE:
+def _load_moe(config: TargetConfig, at: str, w: TensorSource) -> MoE:
     assert config.experts is not None
     return MoE(
         router_norm=w.vector(at + "router.scale").float() * config.hidden_size**-0.5,

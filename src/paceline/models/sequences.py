@@ -23,7 +23,7 @@ FORMAT_OF = {dtype: name for name, dtype in PLAIN.items()}
 
 @dataclass(frozen=True)
 class PlainWeights:
-    """Weights as tensors by canonical name, perhaps the leaves of a gradient; see `gemma4.Source`."""
+    """Weights as tensors by canonical name, perhaps the leaves of a gradient; see `gemma4.TensorSource`."""
 
     tensors: Mapping[str, Tensor]
 

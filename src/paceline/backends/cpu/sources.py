@@ -16,7 +16,7 @@ from paceline.errors import CheckpointError, SettingsError
 
 
 @dataclass(frozen=True)
-class Source:
+class WeightSource:
     """Weights of one checkpoint, and what is needed to keep them for the next start."""
 
     weights: Weights
@@ -45,7 +45,7 @@ def open_source(
     *,
     notify: Callable[[str], None],
     progress: Callable[[int], None] = lambda _: None,
-) -> Source:
+) -> WeightSource:
     """Find a checkpoint's weights in a format.
 
     Args:
@@ -61,7 +61,7 @@ def open_source(
         SettingsError: not the format the folder was converted to.
     """
     if checkpoint.packed:
-        return Source(_open_converted(checkpoint.packed, quant, threads), checkpoint, threads)
+        return WeightSource(_open_converted(checkpoint.packed, quant, threads), checkpoint, threads)
     tensors = resolve(checkpoint, config)
     if quant == "auto":
         quant = choose_quant(config, tensors["embed_tokens.weight"].dtype, available_memory())
@@ -69,9 +69,9 @@ def open_source(
     try:
         about = fingerprint(checkpoint, quant)
         weights = open_pack(pack_path(checkpoint, quant), threads, fingerprint=about, tensors=tensors)
-        return Source(weights, checkpoint, threads)
+        return WeightSource(weights, checkpoint, threads)
     except StalePack:
-        return Source(pack_checkpoint(tensors, config, quant, progress), checkpoint, threads, packed_now=True)
+        return WeightSource(pack_checkpoint(tensors, config, quant, progress), checkpoint, threads, packed_now=True)
 
 
 def _open_converted(path: Path, quant: str, threads: int) -> Weights:

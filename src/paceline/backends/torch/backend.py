@@ -28,7 +28,7 @@ from paceline.decode.acceptance import accept
 from paceline.errors import BackendError
 from paceline.models import drafter as drafters
 from paceline.models import gemma4
-from paceline.models.gemma4 import Source
+from paceline.models.gemma4 import TensorSource
 from paceline.models.matrix import Matrix
 from paceline.types import GREEDY, MAX_DRAFT, BackendInfo, Float32, Int32, Result, Work
 
@@ -53,8 +53,8 @@ class TorchBackend:
 
     def __init__(
         self,
-        target: tuple[TargetConfig, Source],
-        drafter: tuple[DrafterConfig, Source] | None = None,
+        target: tuple[TargetConfig, TensorSource],
+        drafter: tuple[DrafterConfig, TensorSource] | None = None,
         *,
         quant: str,
         context: int,

@@ -18,7 +18,7 @@ from paceline.models.matrix import PLAIN, Matrix, pack, plain_format, random, st
 
 @dataclass(frozen=True)
 class CheckpointSource:
-    """Reads a checkpoint's tensors one at a time; see `models.gemma4.Source`.
+    """Reads a checkpoint's tensors one at a time; see `models.gemma4.TensorSource`.
 
     Args:
         tensors: of one model.
@@ -49,7 +49,7 @@ class CheckpointSource:
 
 
 class RandomSource:
-    """Random matrices in an official shape, and constant norms; see `models.gemma4.Source`.
+    """Random matrices in an official shape, and constant norms; see `models.gemma4.TensorSource`.
 
     Speed does not depend on the values. The norms after each block are small, so that rows stay as different as their
     tokens: a mixture of experts then sends them to experts that have little in common, the expensive case.
