@@ -190,7 +190,7 @@ def measure_speeds(
     max_tokens: int = 64,
     progress: Progress = lambda *_: None,
 ) -> Speeds | None:
-    """Time the draft lengths, each prompt with all of them in turn; None without a drafter or without text to time.
+    """Time the draft lengths, interleaved for each prompt; None without a drafter or without text to time.
 
     Args:
         engine: a loaded model; needs a free slot.

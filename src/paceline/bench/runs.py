@@ -49,7 +49,7 @@ class Bench:
         self._prefill(self.context)
 
     def forward_ms(self, repeats: int) -> dict[int, float]:
-        """Median milliseconds of a pass of 1 to 16 rows with a token sampled from each, the heights taken in turn."""
+        """Median milliseconds of a pass of 1 to 16 rows with a token sampled from each, batch sizes interleaved."""
         times: dict[int, list[float]] = {rows: [] for rows in PASS_ROWS}
         for _ in range(repeats):
             self.bandwidth.measure()
@@ -187,7 +187,7 @@ def tokens_to_undo(backend: Backend) -> int:
 def kernel_gb_per_s(
     quant: str, threads: int, isa: str, repeats: int, bandwidth: ReadBandwidth, rows: Iterable[int] = KERNEL_ROWS
 ) -> dict[int, float]:
-    """Weight bytes a second of the matrix kernel, by batch rows: medians, the heights taken in turn."""
+    """Weight bytes a second of the matrix kernel, by batch rows: medians, batch sizes interleaved."""
     outputs, columns = KERNEL_SHAPE
     matrix = _cpu.Matrix(quant, outputs, columns)
     matrix.fill_random(0)

@@ -181,7 +181,7 @@ def observe_shared(drift: Drift, costs: Costs, depths: Sequence[int], accepted: 
 def _extras(costs: Costs, count: int) -> list[list[float]]:
     """Milliseconds that drafting adds to a plain round of `count` sequences: by depth, and by how many draft.
 
-    Some of them draft as long as they would by themselves; but their rows are at least as dear as among all.
+    Some of them draft as long as they would alone, but their rows cost at least as much as in the full batch.
     """
 
     def extra(drafting: int, depth: int) -> float:
@@ -224,7 +224,7 @@ def stop_floors(prices: list[float], chance: Floats, rate: float) -> Floats:
 
 
 def confidence_chances(state: State) -> Floats:
-    """Chance of a draft by the drafter's confidence: at first a guess that it means what it says, roughly."""
+    """Chance of a draft by the drafter's confidence: initially taken to be roughly calibrated."""
     return tuple(
         (kept + PRIOR_ROUNDS * (0.2 + 0.8 * (i + 0.5) / CONFIDENCE_BINS)) / (tried + PRIOR_ROUNDS)
         for i, (tried, kept) in enumerate(zip(state.sure_tried, state.sure_kept, strict=True))
