@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from paceline.bench.shapes import TARGETS
 from paceline.checkpoint.names import PLE_TABLE, expected_tensors
 from paceline.config import target_config
-from paceline.quant.blocks import to_bf16
+from paceline.quant.bf16 import to_bf16
 
 SLICE_WEIGHTS = 1 << 24  # drawn at a time
 LARGEST_DRAWN_TABLE = 1 << 26  # weights; beyond it a table of per-layer embeddings is a hole

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from paceline.checkpoint import Checkpoint
-from paceline.quant.blocks import from_bf16, round_trip
+from paceline.quant.bf16 import from_bf16
+from tests.fixtures.reference_formats import round_trip
 
 BENCH = Path(__file__).parents[2] / "bench"
 LLAMA_PYTHON = os.environ.get("LLAMA_PYTHON", sys.executable)  # an interpreter with llama-cpp-python and gguf

@@ -1,4 +1,4 @@
-"""Weights on a device lie on the grids of `quant.blocks`, bit for bit."""
+"""Weights on a device lie on the grids of `tests.fixtures.reference_formats`, bit for bit."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from paceline.backends.torch import ops
 from paceline.backends.torch.device_sampler import on_device, pack_settings, unpack_settings
 from paceline.models import matrix
 from paceline.models.matrix import pack, stack
-from paceline.quant.blocks import round_trip
 from paceline.quant.formats import FORMATS
 from paceline.types import SamplingParams
+from tests.fixtures.reference_formats import round_trip
 
 
 @settings(max_examples=50, deadline=None)

@@ -19,7 +19,7 @@ from paceline.engine.scheduler import Scheduler
 from paceline.engine.sequence import Sequence
 from paceline.engine.step import step
 from paceline.errors import BackendError
-from paceline.quant.blocks import FORMATS
+from paceline.quant.formats import FORMATS
 from tests.fixtures.backends import (
     NATIVE,
     KnowingProposer,

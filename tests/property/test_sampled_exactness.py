@@ -22,7 +22,7 @@ from paceline.decode.draft_length import MAX_DEPTH, Costs, State
 from paceline.engine.proposers import DrafterProposer, Proposer
 from paceline.engine.sequence import Sequence
 from paceline.engine.step import step
-from paceline.quant.blocks import FORMATS
+from paceline.quant.formats import FORMATS
 from paceline.sampling_params import check_sampling_params
 from paceline.types import GREEDY, Draft, Logprobs, SamplingParams, Work
 from tests.fixtures.backends import NATIVE, KnowingProposer, Run, any_backend, examples, only_native, sequence

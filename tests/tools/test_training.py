@@ -15,13 +15,13 @@ from tools.tiny_python.drafter import balanced_clusters, distillation_loss, new_
 from tools.tiny_python.export import write_drafter, write_target
 from tools.tiny_python.optimizer import Optimizer, Parameters, orthogonal
 from tools.tiny_python.run import Run, replica, schedule
+from tools.tiny_python.sequences import Cache, DraftRows, states
 from tools.tiny_python.target import new_target, next_token_loss, target_of
 from tools.tiny_python.tokenizer import BOS, EOS, MODEL_HEADER, SPECIAL
 from tools.tiny_python.workers import Workers
 
 from paceline.checkpoint import Checkpoint, resolve
 from paceline.models.gemma4 import embed
-from paceline.models.sequences import Cache, DraftRows, states
 from tests.fixtures.pairs import VOCABULARY, WINDOW, tiny_tokenizer, write_pair
 from tests.models.test_parity import our_pair
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from tools.tiny_python.data import Corpus
 from tools.tiny_python.optimizer import Parameters
 from tools.tiny_python.run import Run
+from tools.tiny_python.sequences import Cache, DraftRows, PlainWeights, states
 from tools.tiny_python.target import CONFIG as TARGET_CONFIG
 from tools.tiny_python.target import WINDOW, first_weights, rope_json, target_of
 from tools.tiny_python.tokenizer import BOS, EOS, PAD, VOCABULARY
@@ -29,7 +30,6 @@ from paceline.config import drafter_config
 from paceline.models import ops
 from paceline.models.drafter import Drafter, load_drafter
 from paceline.models.gemma4 import Target, embed, logits
-from paceline.models.sequences import Cache, DraftRows, PlainWeights, states
 
 DEPTH = 4  # draft steps unrolled in training
 CENTROIDS = 128

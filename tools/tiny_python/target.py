@@ -13,6 +13,7 @@ import torch
 from tools.tiny_python.data import Corpus
 from tools.tiny_python.optimizer import Parameters
 from tools.tiny_python.run import Run
+from tools.tiny_python.sequences import PlainWeights, states
 from tools.tiny_python.tokenizer import BOS, EOS, PAD, TURN_END, VOCABULARY
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,7 +22,6 @@ from paceline.checkpoint.names import PLE_TABLE, Shapes, target_tensors
 from paceline.config import target_config
 from paceline.models import ops
 from paceline.models.gemma4 import Target, load_target, logits
-from paceline.models.sequences import PlainWeights, states
 
 WINDOW = 128
 # (share of the training time from which it holds, sequences per step, tokens per sequence): mostly short sequences,

@@ -1,4 +1,4 @@
-// Packing checkpoint rows into panels, and back. Runs once per load; the NumPy reference is paceline/quant/blocks.py.
+// Packing checkpoint rows into panels, and back. Runs once per load; the NumPy reference is tests/fixtures/reference_formats.py.
 #include "formats/formats.hpp"
 
 #include <algorithm>

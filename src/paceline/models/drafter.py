@@ -2,8 +2,8 @@
 
 A few layers of queries over the target's KV cache. A draft step takes the newest token (as the target embeds it) and a
 hidden state, and gives logits for the next token and the hidden state of the next step. Weights, operations and KV
-cache are arguments, as in `models.gemma4`. M is the number of rows: sequences that draft, or all positions of whole
-sequences in training. H is the drafter's and `backbone` the target's hidden size.
+cache are arguments, as in `models.gemma4`. M rows belong to any sequences. H is the
+drafter's and `backbone` the target's hidden size.
 
 Source: transformers 5.17.0, `gemma4_assistant`, with one difference: a row at position P sees exactly the target's rows
 below P (full layers 0..P-1, sliding layers the last `sliding_window` of them), in every step of a round.

@@ -97,7 +97,7 @@ def dequantise(values: Tensor, scales: Tensor, fmt: str) -> Tensor:
 
 
 def _quantise(weights: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
-    """The grid of `quant.blocks.quantise`, bit for bit: stored values and scales of weights [n, K]."""
+    """The grid of the NumPy reference in the tests, bit for bit: stored values and scales of weights [n, K]."""
     offset, divisor = FORMATS[fmt].offset, FORMATS[fmt].divisor
     x = F.pad(weights.float(), (0, -weights.shape[1] % BLOCK)).view(len(weights), -1, GROUP)  # [n, groups, 32]
     extreme = x.gather(-1, x.abs().argmax(-1, keepdim=True))[..., 0]

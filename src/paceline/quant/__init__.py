@@ -1,1 +1,1 @@
-"""Weight formats: their table, and the NumPy reference of the native packer and matrix kernels."""
+"""Weight formats: their table, and bfloat16."""

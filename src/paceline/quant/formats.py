@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 GROUP = 32  # columns that share a scale
 SCALE_BYTES = 2
+PANEL = 16  # output rows that are packed together
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paceline import _cpu
-from paceline.quant import blocks
+from tests.fixtures import reference_formats
 
 ISAS = _cpu.usable_isas()
 SHAPES = st.tuples(st.integers(1, 70), st.integers(1, 200))
@@ -31,39 +31,39 @@ def times(matrix: _cpu.Matrix, x: np.ndarray, isa: str = "", threads: int = 1) -
     return out[:, : matrix.shape[0]]
 
 
-@pytest.mark.parametrize("fmt", blocks.FORMATS)
+@pytest.mark.parametrize("fmt", reference_formats.FORMATS)
 @settings(max_examples=30, deadline=None)
 @given(shape=SHAPES, seed=st.integers(0, 99))
 def test_packed_bytes_are_the_oracles(fmt: str, shape: tuple[int, int], seed: int) -> None:
     weights = random_matrix(*shape, seed)
-    assert packed(weights, fmt).packed().tobytes() == blocks.pack(weights, fmt)
+    assert packed(weights, fmt).packed().tobytes() == reference_formats.pack(weights, fmt)
 
 
-@pytest.mark.parametrize("fmt", blocks.FORMATS)
+@pytest.mark.parametrize("fmt", reference_formats.FORMATS)
 @settings(max_examples=30, deadline=None)
 @given(shape=SHAPES, seed=st.integers(0, 99))
 def test_rows_come_back_as_stored(fmt: str, shape: tuple[int, int], seed: int) -> None:
     weights = random_matrix(*shape, seed)
     matrix = packed(weights, fmt)
     rows = np.stack([matrix.row(i) for i in range(shape[0])])
-    np.testing.assert_array_equal(rows, blocks.round_trip(weights, fmt))
+    np.testing.assert_array_equal(rows, reference_formats.round_trip(weights, fmt))
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("fmt", blocks.FORMATS)
+@pytest.mark.parametrize("fmt", reference_formats.FORMATS)
 @settings(max_examples=25, deadline=None)
 @given(shape=SHAPES, rows=st.integers(1, 20), seed=st.integers(0, 99))
 def test_product_agrees_with_the_oracle(fmt: str, isa: str, shape: tuple[int, int], rows: int, seed: int) -> None:
     weights, x = random_matrix(*shape, seed), random_matrix(rows, shape[1], seed + 1)
-    exact = blocks.matmul(weights, x, fmt)
+    exact = reference_formats.matmul(weights, x, fmt)
     # Rounding grows with the sum of magnitudes, not with the result, in which terms may cancel.
-    scale = np.abs(x).astype(np.float64) @ np.abs(blocks.round_trip(weights, fmt)).T.astype(np.float64)
+    scale = np.abs(x).astype(np.float64) @ np.abs(reference_formats.round_trip(weights, fmt)).T.astype(np.float64)
     error = np.abs(times(packed(weights, fmt), x, isa) - exact)
     assert np.all(error <= 1e-5 * scale + 1e-30)
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("fmt", blocks.FORMATS)
+@pytest.mark.parametrize("fmt", reference_formats.FORMATS)
 @settings(max_examples=25, deadline=None)
 @given(shape=SHAPES, rows=st.integers(2, 20), seed=st.integers(0, 99), threads=st.integers(1, 3))
 def test_a_row_does_not_depend_on_its_company(
@@ -90,13 +90,13 @@ def test_empty_and_extreme_groups(fmt: str) -> None:
 def test_checkpoint_types_pack_like_their_values(dtype: str) -> None:
     values = random_matrix(20, 40, 0)
     if dtype == "bf16":
-        raw, exact = blocks.to_bf16(values), blocks.from_bf16(blocks.to_bf16(values))
+        raw, exact = reference_formats.to_bf16(values), reference_formats.from_bf16(reference_formats.to_bf16(values))
     else:
         raw = values.astype(np.float16)
         exact = raw.astype(np.float32)
     matrix = _cpu.Matrix("q8", 20, 40)
     matrix.pack(raw)
-    assert matrix.packed().tobytes() == blocks.pack(exact, "q8")
+    assert matrix.packed().tobytes() == reference_formats.pack(exact, "q8")
 
 
 def test_bad_arguments_are_refused() -> None:

@@ -38,7 +38,7 @@ from paceline import _cpu  # what is there before any weight is read
 from paceline.backends.cpu.backend import CpuBackend
 from paceline.backends.cpu.weights import pack_checkpoint
 from paceline.checkpoint import Checkpoint, resolve
-from paceline.quant.blocks import to_bf16
+from paceline.quant.bf16 import to_bf16
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -13,8 +13,8 @@ from paceline.backends.cpu.backend import CpuBackend
 from paceline.backends.cpu.weights import native_shapes, pack_checkpoint
 from paceline.checkpoint import Checkpoint, resolve
 from paceline.errors import BackendError
-from paceline.quant import blocks
 from paceline.types import GREEDY, Work
+from tests.fixtures import reference_formats
 from tests.fixtures.checkpoints import TARGET, target_weights, write
 
 PROMPT, ROWS = 12, 24
@@ -48,7 +48,7 @@ def test_each_matrix_gets_activations_of_its_format(tmp_path: Path, mix: Mix) ->
     weights = target_weights()
     write(tmp_path / "plain", TARGET, weights)
     stored = {
-        name: blocks.round_trip(values, fmt) if (fmt := format_of(name, mix)) else values
+        name: reference_formats.round_trip(values, fmt) if (fmt := format_of(name, mix)) else values
         for name, values in weights.items()
     }
     write(tmp_path / "stored", TARGET, stored)

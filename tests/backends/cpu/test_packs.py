@@ -20,7 +20,7 @@ from paceline.bench.shapes import official_target
 from paceline.checkpoint import Checkpoint, resolve
 from paceline.checkpoint.names import PLE_TABLE
 from paceline.errors import CheckpointError, SettingsError
-from paceline.quant.blocks import FORMATS
+from paceline.quant.formats import FORMATS
 from tests.fixtures.backends import cpu_backend, run, sequence
 from tests.fixtures.pairs import write_pair
 

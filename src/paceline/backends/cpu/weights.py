@@ -22,7 +22,8 @@ from paceline.checkpoint import Tensors
 from paceline.checkpoint.names import PLE_TABLE, TOKEN_ORDERING, expected_tensors
 from paceline.config import DrafterConfig, TargetConfig
 from paceline.errors import CheckpointError
-from paceline.quant.blocks import PANEL, from_bf16, to_bf16
+from paceline.quant.bf16 import from_bf16, to_bf16
+from paceline.quant.formats import PANEL
 
 EMBEDDING = "embed_tokens.weight"
 CENTROIDS = "masked_embedding.centroids.weight"
