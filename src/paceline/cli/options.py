@@ -45,8 +45,7 @@ QuantOption = Annotated[
 DeviceOption = Annotated[
     str,
     typer.Option(
-        help="cpu for paceline's own kernels; cuda or another device through PyTorch.",
-        metavar="cpu|cuda|torch:DEVICE",
+        help="cpu for paceline's own kernels; cuda or another device through PyTorch.", metavar="cpu|cuda|torch:DEVICE"
     ),
 ]
 ThreadsOption = Annotated[

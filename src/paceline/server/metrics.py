@@ -45,10 +45,7 @@ class Metrics:
             registry=self._registry,
         )
         self._finished = Counter(
-            "paceline:request_success",
-            "Finished requests.",
-            ["model_name", "finished_reason"],
-            registry=self._registry,
+            "paceline:request_success", "Finished requests.", ["model_name", "finished_reason"], registry=self._registry
         )
         self._first = self._histogram("time_to_first_token_seconds", "Time to first token.")
         self._between = self._histogram(
@@ -124,10 +121,7 @@ class _EngineState(Collector):
                 "Memory of the prefix cache.",
                 scheduler.prefix_cache.nbytes if scheduler.prefix_cache else 0,
             ),
-            "acceptance_recent": (
-                "Recent acceptance rate of the first draft token.",
-                engine.recent_acceptance,
-            ),
+            "acceptance_recent": ("Recent acceptance rate of the first draft token.", engine.recent_acceptance),
         }
         metrics: list[Metric] = []
         for name, (text, value) in gauges.items():
