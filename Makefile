@@ -1,23 +1,37 @@
-# Everything a newcomer needs: `make demo` shows the engine at work, `make test` proves it.
+# `make demo` shows the engine at work, `make check` is what to run while working, `make test` proves everything.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc/cpu -type f)
+CPP := $(shell git ls-files '*.cpp' '*.hpp')
+SOURCES := src tests bench tools
 
-.PHONY: demo test lint clean
+.PHONY: demo check test format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/paceline demo
 
+# Format, lint, types, import layers, and the fast tests.
+check: $(VENV)/.installed-test
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -m "not slow"
+
+# All tests: on the CPU backend, in Triton's interpreter (where Triton runs), and on the torch backend.
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
+ifeq ($(shell uname -sm),Linux x86_64)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/backends/torch/interpreted
+endif
 	OMP_NUM_THREADS=1 PACELINE_TEST_DEVICE=torch:cpu $(BIN)/python -m pytest tests/property tests/parity/test_transformers.py
 
-lint: $(VENV)/.installed-test
-	$(BIN)/ruff format --check src tests
-	$(BIN)/ruff check src tests
-	$(BIN)/mypy
+format: $(VENV)/.installed-test
+	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/clang-format -i $(CPP)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +41,7 @@ $(VENV)/.installed: $(BIN)/python $(NATIVE)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
 	touch $@
 
+# The native module's stub is generated, for mypy and for editors.
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	$(BIN)/python -m nanobind.stubgen -q -m paceline._cpu -o src/paceline/_cpu.pyi

@@ -12,6 +12,16 @@ import pytest
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in the background of a shell; child processes would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+SLOW = ("bench", "cli", "models", "parity", "property", "server", "tools", "backends/torch")  # whole folders
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is not in the fast lane (`make check`); single tests are marked where they are."""
+    root = Path(__file__).parent
+    for item in items:
+        if item.path.relative_to(root).as_posix().startswith(SLOW):
+            item.add_marker(pytest.mark.slow)
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _cache_folder() -> Iterator[None]:

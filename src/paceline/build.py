@@ -12,7 +12,7 @@ from types import ModuleType
 from paceline.backends.base import Backend
 from paceline.backends.cpu.backend import CpuBackend, default_threads
 from paceline.backends.cpu.sources import Source, open_source
-from paceline.backends.formats import DRAFTER_FORMAT, check_quant
+from paceline.backends.formats import check_quant
 from paceline.checkpoint import Checkpoint, locate, locate_drafter
 from paceline.config import DrafterConfig, TargetConfig, check_pair, token_ids
 from paceline.engine.cost_model import load_costs
@@ -22,6 +22,7 @@ from paceline.engine.proposers import DrafterProposer, GrammarProposer, Proposer
 from paceline.engine.scheduler import Scheduler
 from paceline.errors import BackendError, CheckpointError, SettingsError
 from paceline.files import cache_folder
+from paceline.quant.formats import FORMATS
 from paceline.sampling_params import check_sampling_params
 from paceline.text.chat import ChatTemplate
 from paceline.text.tokenizer import Tokenizer
@@ -161,7 +162,7 @@ def _on_cpu(parts: Parts) -> Backend:
     sources = [opened(parts.target, parts.quant)]
     weights, pair = sources[0].weights, None
     if parts.drafter:
-        sources.append(opened(parts.drafter, DRAFTER_FORMAT[weights.quant]))
+        sources.append(opened(parts.drafter, FORMATS[weights.quant].drafter))
         pair = (parts.drafter[1], sources[1].weights)
     isa = os.environ.get("PACELINE_ISA", "")
     backend = CpuBackend((parts.target[1], weights), pair, threads=threads, isa=isa, **parts.sizes)

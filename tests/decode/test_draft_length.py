@@ -94,6 +94,7 @@ def speed(costs: str, profile: str, depth: int | None, sure: bool = False) -> fl
     return sum(runs) / 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sure", [False, True], ids=["even confidence", "telling confidence"])
 @pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize("costs", COSTS)
@@ -102,6 +103,7 @@ def test_within_three_percent_of_the_best_fixed_depth(costs: str, profile: str, 
     assert speed(costs, profile, None, sure) > 0.97 * best
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize("costs", COSTS)
 def test_never_slower_than_plain_decoding(costs: str, profile: str) -> None:
@@ -111,6 +113,7 @@ def test_never_slower_than_plain_decoding(costs: str, profile: str) -> None:
         assert simulate(COSTS[costs], PROFILES[profile], 500, None, seed).speed > 0.98 * plain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("costs", COSTS)
 def test_a_useless_drafter_costs_nothing_and_is_noticed(costs: str) -> None:
     outcome = simulate(COSTS[costs], PROFILES["zero"], 60000, None, 0)

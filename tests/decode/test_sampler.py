@@ -63,6 +63,7 @@ def truncations(draw: st.DrawFn) -> SamplingParams:
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=2500, deadline=None)
 @given(logits=rows(), params=truncations(), positions=st.lists(POSITIONS, min_size=1, max_size=4))
 def test_native_sampler_matches_reference(logits: np.ndarray, params: SamplingParams, positions: list[int]) -> None:
@@ -74,6 +75,7 @@ def test_native_sampler_matches_reference(logits: np.ndarray, params: SamplingPa
         assert {isa: _cpu.sample(logits, params, position, isa) for isa in ISAS} == dict.fromkeys(ISAS, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("size", [65_537, 131_072, 262_144])
 def test_vocabularies_of_official_size(isa: str, size: int) -> None:

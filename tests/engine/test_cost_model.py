@@ -59,6 +59,7 @@ def test_costs_are_kept(tmp_path: Path, damage: str | None) -> None:
     assert [p.suffix for p in path.parent.iterdir()] == [".json"]
 
 
+@pytest.mark.slow
 def test_other_settings_have_other_costs(tmp_path: Path) -> None:
     for about, sampling in (("a", GREEDY), ("b", GREEDY), ("a", SamplingParams(temperature=1.0))):
         load_costs(ScriptedBackend(), sampling, about, tmp_path, print)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
+from tools.tiny_python.evaluate import greedy
 from torch import Tensor
 
 from paceline.backends.torch.weights import CheckpointSource
@@ -18,7 +19,6 @@ from paceline.models import ops
 from paceline.models.drafter import Drafter, load_drafter
 from paceline.models.gemma4 import Target, embed, load_target, logits
 from paceline.models.sequences import Cache, DraftRows, draft, states
-from paceline.train.evaluate import greedy
 from tests.fixtures.pairs import SHAPES, VOCABULARY, WINDOW, Head, write_pair
 
 ROWS = 5 * WINDOW

@@ -109,7 +109,7 @@ Floats integer_rows(Random& random, int64_t rows, int64_t cols) {
   return x;
 }
 
-// Rows of activations in the layout of the kernels, with the memory behind it.
+// Rows of activations in the layout of the kernels, and their memory.
 struct Activations {
   ActView view;
   Memory data, scale, start;
@@ -170,7 +170,7 @@ bool is_product(const MatrixView& matrix, const float* x, int64_t rows, const Fl
   return ok;
 }
 
-// Every number of rows from 1 to 17: against the reference, and each row the same, bit for bit, whatever its company.
+// Every number of rows from 1 to 17: against the reference, and each row the same, bit for bit, whatever the batch.
 void test_products(const Kernels& kernels, Format format, int64_t rows, int64_t cols) {
   const std::string what = std::string(traits(format).name) + " " + std::to_string(rows) + " x " + std::to_string(cols);
   constexpr int64_t most = 17;
@@ -222,7 +222,7 @@ void test_misfits(const Kernels& kernels, Format format, Format other, int64_t c
 
 double gelu(double x) { return x / 2 * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x))); }
 
-// Whether row `r` of two sets of activations is packed alike.
+// Whether row `r` of two sets of activations is packed the same.
 bool same_row(const Activations& a, const Activations& b, int64_t r) {
   const int lanes = a.view.lanes;
   const ActView x = a.view.tile(r / lanes), y = b.view.tile(r / lanes);

@@ -41,8 +41,8 @@ struct ActFormat {
   int32_t offset = 0;  // int8: what was added to the weights to make them unsigned, which start values cancel
 
   bool operator==(const ActFormat&) const = default;
-  // Columns held by the four bytes of one activation lane: one float, two bfloat16 or four int8.
-  constexpr int lane_columns() const { return kind == Kind::f32 ? 1 : kind == Kind::bf16 ? 2 : 4; }
+  constexpr int bytes() const { return kind == Kind::f32 ? 4 : kind == Kind::bf16 ? 2 : 1; }  // of one column
+  constexpr int lane_columns() const { return 4 / bytes(); }  // columns in the four bytes of one activation lane
 };
 
 // How the columns of one block are stored for one of a panel's rows (`lane`).
@@ -118,7 +118,7 @@ struct ActView {
   int32_t* start = nullptr;  // [tile][group][lanes]
 
   int64_t groups() const { return padded_cols / kGroup; }
-  int64_t tile_bytes() const { return padded_cols / format.lane_columns() * lanes * 4; }
+  int64_t tile_bytes() const { return padded_cols * format.bytes() * lanes; }
   int64_t tile_groups() const { return groups() * lanes; }
   ActView tile(int64_t i) const {
     ActView t = *this;

@@ -1,4 +1,4 @@
-// What is done to one row at a time: norms, rotary embedding, residuals, soft cap, arg max.
+// Operations on one row: norms, rotary embedding, residuals, soft cap, arg max.
 // Included by kernels.cpp.
 #pragma once
 

@@ -9,7 +9,7 @@
 
 namespace PACELINE_NAMESPACE {
 
-// A stretch of a panel's columns and the rows of a tile that meet it.
+// A stretch of a panel's columns, and the activations of a tile's rows for it.
 struct Stretch {
   const uint8_t* weights;
   const uint8_t* a;
@@ -52,7 +52,7 @@ inline void stretch_floats(const Stretch& s, RowSums* sums) {
 // Each group of columns as integers, then scaled: even += (W_q a_q) * (weight scale * activation scale).
 template <Format F, int M>
 inline void stretch_integers(const Stretch& s, RowSums* sums) {
-  constexpr Operand kind = Operands<F>::kKind;
+  constexpr OperandKind kind = Operands<F>::kKind;
   constexpr int loads = kGroup / 4 / Operands<F>::kCount;  // of a group
   const int step = s.lanes * 4;
   const uint8_t *w = s.weights, *a = s.a;
@@ -70,7 +70,8 @@ inline void stretch_integers(const Stretch& s, RowSums* sums) {
       const u8x64 bytes = load<u8x64>(w);
       for (int j = 0; j < Operands<F>::kCount; ++j, a += step) {
         u8x64 operand = Operands<F>::get(bytes, j);
-        if constexpr (kind == Operand::bytes) operand = operand ^ 128;  // signed: no offset for start values to cancel
+        if constexpr (kind == OperandKind::bytes)
+          operand = operand ^ 128;  // signed: no offset for start values to cancel
         for (int m = 0; m < M; ++m) acc[m] = dot4<kind>(acc[m], operand, broadcast<u8x64>(a + 4 * m));
       }
     }
@@ -78,7 +79,7 @@ inline void stretch_integers(const Stretch& s, RowSums* sums) {
     for (int m = 0; m < M; ++m) {
       const int64_t at = group * s.lanes + m;
       i32x16 sum = total(acc[m]);
-      if constexpr (kind == Operand::nibbles) sum = sum + splat(s.start[at]);
+      if constexpr (kind == OperandKind::nibbles) sum = sum + splat(s.start[at]);
       sums[m].even = fma(convert<f32x16>(sum), ws * splat(s.scale[at]), sums[m].even);
     }
   }

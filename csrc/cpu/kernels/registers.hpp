@@ -49,7 +49,7 @@ struct RegisterOf<V> {
   using type = typename V::Part;
 };
 template <class V> using Register = typename RegisterOf<V>::type;
-template <class V> using Element = std::remove_cvref_t<decltype(Register<V>{}[0])>;
+template <class V> using Scalar = std::remove_cvref_t<decltype(Register<V>{}[0])>;
 
 // f for the registers of the vectors, the first ones, the second ones and so on.
 template <class F, class... V>
@@ -70,7 +70,7 @@ inline auto map(F f, V... v) {
     return map([](V x, V y) { return x op y; }, a, b);           \
   }                                                              \
   template <class V, int N>                                      \
-  inline Parts<V, N> operator op(Parts<V, N> a, Element<V> b) {  \
+  inline Parts<V, N> operator op(Parts<V, N> a, Scalar<V> b) {   \
     return map([b](V x) { return x op b; }, a);                  \
   }
 PACELINE_OPERATOR(+)
@@ -92,7 +92,7 @@ inline V repeat(Register<V> r) {
 }
 
 template <class V>
-inline V fill(Element<V> x) {
+inline V fill(Scalar<V> x) {
   return repeat<V>(x - Register<V>{});
 }
 inline f32x16 splat(float x) { return fill<f32x16>(x); }
@@ -170,6 +170,6 @@ inline V broadcast(const uint8_t* a) {
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 
 // What a 64-byte load of quantised weights holds for dot products: signed bytes, or numbers 0..15.
-enum class Operand { bytes, nibbles };
+enum class OperandKind { bytes, nibbles };
 
 }  // namespace PACELINE_NAMESPACE

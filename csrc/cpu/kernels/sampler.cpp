@@ -1,9 +1,10 @@
 // Sampling by the Gumbel-max trick: the largest of logit / temperature + noise among the tokens that top-k, top-p and
 // min-p allow.
 //
-// Compiled once for each instruction set, in a namespace of its own and without contraction. Only single additions,
+// Compiled once for each instruction set, in a separate namespace and without contraction. Only single additions,
 // multiplications, divisions and comparisons of floats are used, and probabilities are summed as integers, so that every
-// instruction set samples the same token from the same logits, and so does the NumPy reference, decode/sampler.py. Tokens rank by logit, of equals the lowest id first; the allowed ones are a prefix of that ranking.
+// instruction set samples the same token from the same logits, and so does the NumPy reference, decode/sampler.py.
+// Tokens rank by logit, of equals the lowest id first; the allowed ones are a prefix of that ranking.
 #include "kernels/sampler.hpp"
 
 #include <algorithm>
@@ -21,9 +22,9 @@ using paceline::Logits;
 using paceline::Sampled;
 using paceline::SamplingParams;
 
-constexpr float kLowest = -3e38f;    // stands for NaN and minus infinity too; -kLowest stands for infinity
-constexpr float kUnit = 1073741824;  // 2^30, weight of the most likely token
-constexpr float kDeepest = 21.0f;    // e^-21 is less than one unit
+constexpr float kLowest = -3e38f;         // stands for NaN and minus infinity too; -kLowest stands for infinity
+constexpr float kTopWeight = 1073741824;  // 2^30, weight of the most likely token
+constexpr float kDeepest = 21.0f;         // e^-21 is less than one unit
 
 // Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): sixteen counters
 // (counter, position, 0, 0) under the key `seed`, to four words each.
@@ -65,7 +66,7 @@ inline void split(f32x16 x, f32x16& t, f32x16& e) {
   e = where_greater(root, m, e - splat(1.0f), e);
 }
 
-// In (0, 1) from 31 random bits, dense near 0: there lies the noise that wins.
+// In (0, 1) from 31 random bits, dense near 0, which gives the largest noise.
 inline f32x16 uniform(u32x16 random) {
   const f32x16 u = (convert<f32x16>(convert<i32x16>(random >> 1)) + splat(0.5f)) * splat(4.656612873077393e-10f);
   const f32x16 most = splat(0.99999994f);
@@ -109,10 +110,10 @@ struct Entry {
 
 inline bool ahead(const Entry& a, const Entry& b) { return a.x != b.x ? a.x > b.x : a.id < b.id; }
 
-// The row of logits.
-class Row {
+// A row of logits with the maxima of its stretches.
+class LogitsRow {
  public:
-  Row(const Logits& logits, const SamplingParams& params)
+  LogitsRow(const Logits& logits, const SamplingParams& params)
       : stretch_(logits.n > 65536 ? 128 : 16), logits_(logits), params_(params) {
     for (int64_t i = 0; i < logits.n; i += stretch_) {
       f32x16 best = values(logits, i);
@@ -125,7 +126,7 @@ class Row {
   // How far below the best, in nats.
   f32x16 depth(f32x16 x) const { return (x - splat(top_)) / splat(params_.temperature); }
   float depth(float x) const { return (x - top_) / params_.temperature; }
-  i32x16 weight(f32x16 x) const { return convert<i32x16>(exp(depth(x)) * splat(kUnit)); }
+  i32x16 weight(f32x16 x) const { return convert<i32x16>(exp(depth(x)) * splat(kTopWeight)); }
 
   // Call f(i, logits i..i+15) for stretches whose maximum reaches `least`.
   template <class F>
@@ -238,21 +239,21 @@ class Row {
     return e;
   }
 
-  const int64_t stretch_;  // logits with a common maximum, so that most need not be looked at again
+  const int64_t stretch_;  // logits with a common maximum, so that most can be skipped
   const Logits& logits_;
   const SamplingParams& params_;
-  std::vector<float> maxima_;  // a stretch
+  std::vector<float> maxima_;  // [stretch]
   float top_ = kLowest;
 };
 
-// The allowed tokens: a list where one is at hand, else those of the row that rank no lower than `last`.
+// The allowed tokens: a list if there is one, else those of the row that rank no lower than `last`.
 struct Choice {
   bool listed = false;
   std::vector<Entry> list;
   Entry last{kLowest, std::numeric_limits<int32_t>::max()};
 };
 
-Choice choose(const Row& row, const Logits& logits, const SamplingParams& params) {
+Choice choose(const LogitsRow& row, const Logits& logits, const SamplingParams& params) {
   Choice choice;
   if (params.top_k > 0 && params.top_k < logits.n) {
     choice.listed = true;
@@ -280,7 +281,8 @@ struct Best {
   }
 };
 
-Entry sample_list(const Row& row, const std::vector<Entry>& list, const SamplingParams& params, uint32_t position) {
+Entry sample_list(const LogitsRow& row, const std::vector<Entry>& list, const SamplingParams& params,
+                  uint32_t position) {
   Best best;
   float x_of_best = row.top();
   for (size_t at = 0; at < list.size(); at += 16) {
@@ -305,7 +307,7 @@ Entry sample_list(const Row& row, const std::vector<Entry>& list, const Sampling
 
 // The same over a whole row. Most stretches cannot hold the best, or would need more noise than is there: of noise
 // g <= -log(u), one that lifts a logit from `depth` above `best` has u <= e^(depth - best).
-Entry sample_row(const Row& row, const Logits& logits, const Entry& last, const SamplingParams& params,
+Entry sample_row(const LogitsRow& row, const Logits& logits, const Entry& last, const SamplingParams& params,
                  uint32_t position) {
   Best best;
   const f32x16 none = splat(kNothing);
@@ -342,7 +344,7 @@ Entry sample_row(const Row& row, const Logits& logits, const Entry& last, const 
 }
 
 // The weight of all tokens that can be sampled, without a list of them where there is none.
-int64_t weight_of_all(const Row& row, const Logits& logits, const Choice& choice) {
+int64_t weight_of_all(const LogitsRow& row, const Logits& logits, const Choice& choice) {
   int64_t total = 0;
   for (const Entry& e : choice.list) total += row.weight_of(e.x);
   if (choice.listed) return total;
@@ -361,7 +363,7 @@ int64_t weight_of_all(const Row& row, const Logits& logits, const Choice& choice
 }  // namespace
 
 Sampled sample(const Logits& logits, const SamplingParams& params, uint32_t position, bool probability) {
-  const Row row(logits, params);
+  const LogitsRow row(logits, params);
   const Choice choice = choose(row, logits, params);
   const Entry best = choice.listed ? sample_list(row, choice.list, params, position)
                                    : sample_row(row, logits, choice.last, params, position);

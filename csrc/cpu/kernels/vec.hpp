@@ -8,8 +8,8 @@ namespace PACELINE_NAMESPACE {
 
 // f over the lanes in pairs: lanes i and i + 8, then i and i + 4, and so on.
 template <class V, class F>
-inline Element<V> fold(V v, F f) {
-  Element<V> t[16];
+inline Scalar<V> fold(V v, F f) {
+  Scalar<V> t[16];
   store(t, v);
 #pragma GCC unroll 4
   for (int width = 8; width; width /= 2)
@@ -18,8 +18,8 @@ inline Element<V> fold(V v, F f) {
   return t[0];
 }
 template <class V>
-inline Element<V> sum(V v) {
-  return fold(v, [](Element<V> a, Element<V> b) { return a + b; });
+inline Scalar<V> sum(V v) {
+  return fold(v, [](Scalar<V> a, Scalar<V> b) { return a + b; });
 }
 inline float max_lane(f32x16 v) {
   return fold(v, [](float a, float b) { return b > a ? b : a; });

@@ -73,7 +73,8 @@ std::vector<DraftResult> Drafter::draft(const std::vector<DraftRequest>& request
   }
   std::vector<DraftResult> results(requests.size());
   target_->pool().run([&](const Worker& w) {
-    std::vector<float> chance(requests.size(), 1.0f);  // of each draft so far, -1 once it has stopped; alike on all
+    std::vector<float> chance(requests.size(),
+                              1.0f);  // of each draft so far, -1 once it has stopped; equal on all workers
     for (int64_t step = 0, going = count; going > 0; ++step) {
       enter(w, sampled, count);
       for (size_t i = 0; i < weights_.layers.size(); ++i) {
@@ -160,7 +161,7 @@ void Drafter::centroid_head(const Worker& w, int64_t rows) {
   const MatrixView& centroids = weights_.centroids->view();
   const int64_t ld = head.padded_rows(), top_k = weights_.config.centroid_top_k;
   const int64_t panels = head.panels() / centroids.rows, width = panels * kPanel;  // a centroid
-  const ActView single = rows_.view(*weights_.head, 1);  // each row meets other rows of the head: tiles of one
+  const ActView single = rows_.view(*weights_.head, 1);  // each row has its own rows of the head: tiles of one
   w.for_share(rows, [&](int64_t r) {
     float* score = logits_.floats() + r * ld;
     for (int64_t i = 0; i < centroids.rows; ++i)

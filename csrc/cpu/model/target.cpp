@@ -8,8 +8,8 @@
 namespace paceline {
 namespace {
 
-std::vector<KvCache::Layer> cache_layers(const TargetWeights& weights) {
-  std::vector<KvCache::Layer> layers;
+std::vector<KvCache::LayerShape> cache_layers(const TargetWeights& weights) {
+  std::vector<KvCache::LayerShape> layers;
   for (const Layer& layer : weights.layers)
     layers.push_back({layer.sliding, bool(layer.k), layer.kv_heads, layer.head_dim});
   return layers;

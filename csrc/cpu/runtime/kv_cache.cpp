@@ -8,13 +8,13 @@
 
 namespace paceline {
 
-KvCache::KvCache(const std::vector<Layer>& layers, int64_t slots, int64_t context, int64_t window, int64_t max_rows,
-                 bool bf16)
+KvCache::KvCache(const std::vector<LayerShape>& layers, int64_t slots, int64_t context, int64_t window,
+                 int64_t max_rows, bool bf16)
     : context_(context), window_(window), max_rows_(max_rows), bf16_(bf16), length_(size_t(slots), 0),
       high_(size_t(slots), 0) {
   const int64_t whole = round_up(context, 16);
   ring_ = std::min(whole, round_up(window + max_rows, 16));
-  for (const Layer& layer : layers) {
+  for (const LayerShape& layer : layers) {
     const int64_t ring = layer.sliding ? ring_ : whole;
     const int64_t half = layer.own ? layer.kv_heads * ring * layer.head_dim * (bf16 ? 2 : 4) : 0;
     places_.push_back({ring, layer.head_dim, half, slot_bytes_});

@@ -16,11 +16,11 @@ namespace paceline {
 // of a rejected draft never overwrite rows that are still visible.
 class KvCache {
  public:
-  struct Layer {
+  struct LayerShape {
     bool sliding, own;
     int64_t kv_heads, head_dim;
   };
-  KvCache(const std::vector<Layer>& layers, int64_t slots, int64_t context, int64_t window, int64_t max_rows,
+  KvCache(const std::vector<LayerShape>& layers, int64_t slots, int64_t context, int64_t window, int64_t max_rows,
           bool bf16);
 
   CacheView view(int64_t layer, int64_t slot) const;
@@ -57,8 +57,8 @@ class KvCache {
   int64_t context_, window_, max_rows_, ring_;
   bool bf16_;
   size_t slot_bytes_ = 0;
-  std::vector<Place> places_;           // a layer
-  std::vector<int64_t> length_, high_;  // a slot; high: one past the highest position ever written
+  std::vector<Place> places_;           // [layer]
+  std::vector<int64_t> length_, high_;  // [slot]; high: one past the highest position ever written
   Buffer memory_;
 };
 

@@ -12,8 +12,6 @@ from paceline.quant.formats import FORMATS
 
 AUTO_SHARE = 0.7  # of the memory at hand that `auto` lets the weights take
 
-DRAFTER_FORMAT = {name: f.drafter for name, f in FORMATS.items()}
-
 
 def check_quant(quant: str) -> None:
     """Raise `SettingsError` unless this is a weight format or auto."""

@@ -10,7 +10,6 @@ from typing import Any
 from paceline import build
 from paceline.backends.base import Backend
 from paceline.backends.cpu.backend import CpuBackend, default_threads
-from paceline.backends.formats import DRAFTER_FORMAT
 from paceline.bench import machine
 from paceline.bench.machine import Bandwidth, ReadBandwidth
 from paceline.bench.random_weights import random_weights
@@ -19,6 +18,7 @@ from paceline.bench.shapes import TARGETS, official_drafter, official_target, pr
 from paceline.checkpoint.sizes import count_parameters
 from paceline.config import TargetConfig
 from paceline.errors import SettingsError
+from paceline.quant.formats import FORMATS
 
 CHUNK = 256  # prompt rows in one pass
 
@@ -79,8 +79,8 @@ def open_pair(
     """
     if shape is not None and shape not in TARGETS:
         raise SettingsError(f"unknown shape {shape!r}; use one of {', '.join(TARGETS)}")
-    if quant not in DRAFTER_FORMAT and (shape is not None or quant != "auto"):
-        raise SettingsError(f"unknown quantisation {quant!r}; use one of {', '.join(DRAFTER_FORMAT)}")
+    if quant not in FORMATS and (shape is not None or quant != "auto"):
+        raise SettingsError(f"unknown quantisation {quant!r}; use one of {', '.join(FORMATS)}")
     if shape is not None:
         config = official_target(shape)
         backend = _random_pair(shape, quant, threads, device, room)
@@ -108,7 +108,7 @@ def _random_pair(shape: str, quant: str, threads: int | None, device: str, room:
         return made
     return CpuBackend(
         (target, random_weights(target, quant)),
-        (drafter, random_weights(drafter, DRAFTER_FORMAT[quant])),
+        (drafter, random_weights(drafter, FORMATS[quant].drafter)),
         threads=threads or default_threads(),
         context=room,
         max_rows=CHUNK,

@@ -72,7 +72,7 @@ def kernel_table(report: Mapping[str, Any]) -> Table:
 
 
 def plot_costs(report: Mapping[str, Any], path: Path) -> None:
-    """Draw the cost curve: milliseconds of a pass against its rows, with the time that memory alone would take.
+    """Draw the cost curve: milliseconds of a pass against its rows, with the time that reading the weights would take.
 
     Raises:
         SettingsError: matplotlib is not installed, or the file cannot be written.

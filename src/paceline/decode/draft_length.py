@@ -59,7 +59,7 @@ class Costs:
 class State:
     """What a sequence's rounds have shown. Counts fade as new rounds come."""
 
-    tried: Floats = (0.0,) * MAX_DEPTH  # drafts judged at depth 1, 2, ...: those before them were accepted
+    tried: Floats = (0.0,) * MAX_DEPTH  # drafted tokens verified at depth 1, 2, ...: those before them were accepted
     kept: Floats = (0.0,) * MAX_DEPTH  # of these, accepted
     tried_long: float = 0.0  # first drafts over a longer time
     kept_long: float = 0.0

@@ -140,7 +140,7 @@ class DrafterProposer(Proposer):
                 self._states[sequence], self.costs, result, milliseconds if alone else None
             )
         lengths = [len(result.drafted) for _, result in adaptive]
-        telling = any(lengths) or self._rounds_left % REPLAN == 0  # plain rounds are all alike
+        telling = any(lengths) or self._rounds_left % REPLAN == 0  # plain rounds are all the same
         if milliseconds and telling and not alone and len(adaptive) == len(rounds) and self.costs.shared:
             accepted = sum(result.accepted for _, result in adaptive)
             self._drift = observe_shared(self._drift, self.costs, lengths, accepted, milliseconds)

@@ -53,6 +53,8 @@ print(json.dumps({"taken": peak() - before, "packed": weights.nbytes,
                   "largest": max(ref.bytes for ref in tensors.refs.values())}))
 """
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -11,6 +11,8 @@ from paceline import _cpu
 ROOT = Path(__file__).parents[3]
 BUILD = ROOT / "build" / "tests"  # kept, so that only the first run takes its half minute
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def program() -> Path:

@@ -30,24 +30,24 @@ inline f32x16 from_half(const uint16_t* p) {
 }
 
 // Sums of two products fit 16 bits: 2 * 128 * 127 for bytes, and for nibbles even those of a whole group, 16 * 15 * 127.
-template <Operand O> using GroupSum = std::conditional_t<O == Operand::nibbles, i16x32, i32x16>;
+template <OperandKind O> using GroupSum = std::conditional_t<O == OperandKind::nibbles, i16x32, i32x16>;
 
 inline i32x16 total(i32x16 sum) { return sum; }
 inline i32x16 total(i16x32 sum) {
   return map([](i16 s) { return (i32)_mm256_madd_epi16((__m256i)s, _mm256_set1_epi16(1)); }, sum);
 }
 
-template <Operand O>
+template <OperandKind O>
 inline GroupSum<O> dot4(GroupSum<O> sum, u8x64 w, u8x64 a) {
   // maddubs takes unsigned by signed bytes: of signed weights the magnitudes, their signs given to the activations.
   const i16x32 pairs = map(
       [](u8 x, u8 y) {
         const __m256i u = (__m256i)x, v = (__m256i)y;
-        if constexpr (O == Operand::nibbles) return (i16)_mm256_maddubs_epi16(u, v);
+        if constexpr (O == OperandKind::nibbles) return (i16)_mm256_maddubs_epi16(u, v);
         else return (i16)_mm256_maddubs_epi16(_mm256_abs_epi8(u), _mm256_sign_epi8(v, u));
       },
       w, a);
-  if constexpr (O == Operand::nibbles) return sum + pairs;
+  if constexpr (O == OperandKind::nibbles) return sum + pairs;
   else return sum + total(pairs);
 }
 

@@ -36,14 +36,14 @@ inline f32x16 from_half(const uint16_t* p) {
 }
 
 // Sums of two products fit 16 bits: 2 * 128 * 127 for bytes, and for nibbles even those of a whole group, 16 * 15 * 127.
-template <Operand O> using GroupSum = std::conditional_t<O == Operand::nibbles, i16x32, i32x16>;
+template <OperandKind O> using GroupSum = std::conditional_t<O == OperandKind::nibbles, i16x32, i32x16>;
 
 inline i32x16 total(i32x16 sum) { return sum; }
 inline i32x16 total(i16x32 sum) {
   return map([](i16 s) { return (((i32)s << 16) >> 16) + ((i32)s >> 16); }, sum);
 }
 
-template <Operand O>
+template <OperandKind O>
 inline GroupSum<O> dot4(GroupSum<O> sum, u8x64 w, u8x64 a) {
   const i16x32 pairs = map(
       [](u8 u, u8 v) {
@@ -51,7 +51,7 @@ inline GroupSum<O> dot4(GroupSum<O> sum, u8x64 w, u8x64 a) {
         return ((x << 8) >> 8) * ((y << 8) >> 8) + (x >> 8) * (y >> 8);
       },
       w, a);
-  if constexpr (O == Operand::nibbles) return sum + pairs;
+  if constexpr (O == OperandKind::nibbles) return sum + pairs;
   else return sum + total(pairs);
 }
 

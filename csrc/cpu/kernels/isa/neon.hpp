@@ -29,11 +29,11 @@ inline f32x16 from_half(const uint16_t* p) {
   return map([](u16 h) { return (f32)vcvt_f32_f16((float16x4_t)h); }, load<u16x16>(p));
 }
 
-template <Operand> using GroupSum = i32x16;
+template <OperandKind> using GroupSum = i32x16;
 
 inline i32x16 total(i32x16 sum) { return sum; }
 
-template <Operand>
+template <OperandKind>
 inline i32x16 dot4(i32x16 sum, u8x64 w, u8x64 a) {
   return map([](i32 s, u8 x, u8 y) { return (i32)vdotq_s32((int32x4_t)s, (int8x16_t)x, (int8x16_t)y); }, sum, w, a);
 }

@@ -7,7 +7,7 @@
 //   store_bytes   lanes of integers as bytes; they fit
 //   multiply      low and high halves of the products of lanes with a number
 //   dot2          acc[i] += w[2 i] * a[0] + w[2 i + 1] * a[1] over the two bfloat16 at `a`
-//   dot4          the same of four 8-bit integers; with panels_narrow.hpp over a group of columns: `GroupSum<Operand>`
+//   dot4          the same of four 8-bit integers; with panels_narrow.hpp over a group of columns: `GroupSum<OperandKind>`
 //                 collects eight times four weights by four activations, exactly, and `total` gives the sixteen sums
 #pragma once
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from paceline.backends.formats import DRAFTER_FORMAT, available_memory, choose_quant
+from paceline.backends.formats import available_memory, choose_quant
 from paceline.backends.torch.backend import TorchBackend
 from paceline.backends.torch.measure import device_name
 from paceline.backends.torch.weights import CheckpointSource, RandomSource
@@ -15,6 +15,7 @@ from paceline.checkpoint import Checkpoint, resolve
 from paceline.checkpoint.names import PLE_TABLE
 from paceline.config import DrafterConfig, TargetConfig
 from paceline.errors import BackendError
+from paceline.quant.formats import FORMATS
 
 __all__ = ["device_name", "load_backend", "open_device", "random_backend"]
 
@@ -58,7 +59,7 @@ def load_backend(
     pair = None
     if drafter:
         draft_tensors = resolve(*drafter)
-        pair = drafter[1], CheckpointSource(draft_tensors, DRAFTER_FORMAT[quant], where, progress)
+        pair = drafter[1], CheckpointSource(draft_tensors, FORMATS[quant].drafter, where, progress)
     source = CheckpointSource(tensors, quant, where, progress)
     with enough_memory(device, quant, slots * context):
         return TorchBackend((target[1], source), pair, quant=quant, context=context, slots=slots, max_rows=max_rows)
@@ -73,7 +74,7 @@ def random_backend(
         BackendError: no such device here, or it has too little memory.
     """
     where = open_device(device)
-    pair = drafter, RandomSource(drafter, DRAFTER_FORMAT[quant], where)
+    pair = drafter, RandomSource(drafter, FORMATS[quant].drafter, where)
     source = RandomSource(target, quant, where)
     with enough_memory(device, quant, context):
         return TorchBackend((target, source), pair, quant=quant, context=context, max_rows=max_rows)

@@ -1,4 +1,4 @@
-"""Everything here runs Triton's interpreter, on the processor: `TRITON_INTERPRET=1 pytest tests/backends/torch/interpreted`."""
+"""Kernels in Triton's interpreter: `TRITON_INTERPRET=1 pytest tests/backends/torch/interpreted`."""
 
 import os
 from importlib.util import find_spec

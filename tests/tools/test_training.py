@@ -7,21 +7,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tools.tiny_python import drafter as drafters
+from tools.tiny_python import target as targets
+from tools.tiny_python.checkpoint import Progress, trained
+from tools.tiny_python.data import CHAT_SHARE, Corpus, standard_library
+from tools.tiny_python.drafter import balanced_clusters, distillation_loss, new_drafter
+from tools.tiny_python.export import write_drafter, write_target
+from tools.tiny_python.optimizer import Optimizer, Parameters, orthogonal
+from tools.tiny_python.run import Run, replica, schedule
+from tools.tiny_python.target import new_target, next_token_loss, target_of
+from tools.tiny_python.tokenizer import BOS, EOS, MODEL_HEADER, SPECIAL
+from tools.tiny_python.workers import Workers
 
 from paceline.checkpoint import Checkpoint, resolve
 from paceline.models.gemma4 import embed
 from paceline.models.sequences import Cache, DraftRows, states
-from paceline.train import drafter as drafters
-from paceline.train import target as targets
-from paceline.train.checkpoint import Progress, trained
-from paceline.train.data import CHAT_SHARE, Corpus, standard_library
-from paceline.train.drafter import balanced_clusters, distillation_loss, new_drafter
-from paceline.train.export import write_drafter, write_target
-from paceline.train.optimizer import Optimizer, Parameters, orthogonal
-from paceline.train.run import Run, replica, schedule
-from paceline.train.target import new_target, next_token_loss, target_of
-from paceline.train.tokenizer import BOS, EOS, MODEL_HEADER, SPECIAL
-from paceline.train.workers import Workers
 from tests.fixtures.pairs import VOCABULARY, WINDOW, tiny_tokenizer, write_pair
 from tests.models.test_parity import our_pair
 

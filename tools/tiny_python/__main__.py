@@ -1,6 +1,6 @@
 """Train `tiny-python` and `tiny-python-assistant` from the standard library's source: one command, no downloads.
 
-    python -m paceline.train.tiny_python --out DIR --minutes 50 --drafter-minutes 15
+    python -m tools.tiny_python --out DIR --minutes 50 --drafter-minutes 15
 
 Writes `DIR/tiny-python` and `DIR/tiny-python-assistant`. Everything in between (tokenizer, training state, the
 target's own text) is kept in `DIR/state`, from which an interrupted run is resumed; delete it to start again.
@@ -12,18 +12,17 @@ import argparse
 from pathlib import Path
 
 from tokenizers import Tokenizer
-
-from paceline.train.card import Figures, card
-from paceline.train.checkpoint import trained
-from paceline.train.data import Corpus, Sources, standard_library
-from paceline.train.drafter import Distillation, drafter_of
-from paceline.train.evaluate import acceptance, held_out_loss, held_out_prompts
-from paceline.train.export import write_drafter, write_target
-from paceline.train.optimizer import Parameters
-from paceline.train.run import Run
-from paceline.train.target import target_of, train_target
-from paceline.train.tokenizer import train_tokenizer
-from paceline.train.workers import Workers
+from tools.tiny_python.card import Figures, card
+from tools.tiny_python.checkpoint import trained
+from tools.tiny_python.data import Corpus, Sources, standard_library
+from tools.tiny_python.drafter import Distillation, drafter_of
+from tools.tiny_python.evaluate import acceptance, held_out_loss, held_out_prompts
+from tools.tiny_python.export import write_drafter, write_target
+from tools.tiny_python.optimizer import Parameters
+from tools.tiny_python.run import Run
+from tools.tiny_python.target import target_of, train_target
+from tools.tiny_python.tokenizer import train_tokenizer
+from tools.tiny_python.workers import Workers
 
 
 def train(out: Path, minutes: float, drafter_minutes: float, threads: int | None, seed: int) -> None:

@@ -10,6 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from tools.tiny_python.data import Corpus
+from tools.tiny_python.optimizer import Parameters
+from tools.tiny_python.run import Run
+from tools.tiny_python.tokenizer import BOS, EOS, PAD, TURN_END, VOCABULARY
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -18,10 +22,6 @@ from paceline.config import target_config
 from paceline.models import ops
 from paceline.models.gemma4 import Target, load_target, logits
 from paceline.models.sequences import PlainWeights, states
-from paceline.train.data import Corpus
-from paceline.train.optimizer import Parameters
-from paceline.train.run import Run
-from paceline.train.tokenizer import BOS, EOS, PAD, TURN_END, VOCABULARY
 
 WINDOW = 128
 # (share of the training time from which it holds, sequences per step, tokens per sequence): mostly short sequences,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import platform
 from dataclasses import dataclass
 
-from paceline.train.evaluate import Acceptance, Loss
-from paceline.train.optimizer import Parameters
+from tools.tiny_python.evaluate import Acceptance, Loss
+from tools.tiny_python.optimizer import Parameters
 
 TEMPLATE = """\
 ---
@@ -59,7 +59,7 @@ The training text is under the Python Software Foundation License Version 2, cop
 so are passages that the model reproduces from it. The weights are published under the same licence.
 
 ## Training it again
-    python -m paceline.train.tiny_python --out DIR --minutes {f.target_minutes:.0f} \\
+    python -m tools.tiny_python --out DIR --minutes {f.target_minutes:.0f} \\
         --drafter-minutes {f.drafter_minutes:.0f}
 
 The schedule is boxed in time, so the figures depend on the machine.

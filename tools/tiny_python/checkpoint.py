@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-
-from paceline.train.optimizer import Optimizer
+from tools.tiny_python.optimizer import Optimizer
 
 SAVE_EVERY = 120.0  # seconds of training
 

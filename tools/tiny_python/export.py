@@ -11,11 +11,10 @@ from typing import Any
 
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-
-from paceline.train.drafter import drafter_json
-from paceline.train.optimizer import Parameters
-from paceline.train.target import target_json
-from paceline.train.tokenizer import write_tokenizer
+from tools.tiny_python.drafter import drafter_json
+from tools.tiny_python.optimizer import Parameters
+from tools.tiny_python.target import target_json
+from tools.tiny_python.tokenizer import write_tokenizer
 
 OUTSIDE = ("pre_projection.", "post_projection.", "masked_embedding.")  # of a drafter's decoder
 

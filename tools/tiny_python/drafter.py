@@ -15,6 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tools.tiny_python.data import Corpus
+from tools.tiny_python.optimizer import Parameters
+from tools.tiny_python.run import Run
+from tools.tiny_python.target import CONFIG as TARGET_CONFIG
+from tools.tiny_python.target import WINDOW, first_weights, rope_json, target_of
+from tools.tiny_python.tokenizer import BOS, EOS, PAD, VOCABULARY
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -24,12 +30,6 @@ from paceline.models import ops
 from paceline.models.drafter import Drafter, load_drafter
 from paceline.models.gemma4 import Target, embed, logits
 from paceline.models.sequences import Cache, DraftRows, PlainWeights, states
-from paceline.train.data import Corpus
-from paceline.train.optimizer import Parameters
-from paceline.train.run import Run
-from paceline.train.target import CONFIG as TARGET_CONFIG
-from paceline.train.target import WINDOW, first_weights, rope_json, target_of
-from paceline.train.tokenizer import BOS, EOS, PAD, VOCABULARY
 
 DEPTH = 4  # draft steps unrolled in training
 CENTROIDS = 128

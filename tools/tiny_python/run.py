@@ -11,11 +11,10 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
+from tools.tiny_python.checkpoint import Progress
+from tools.tiny_python.optimizer import Optimizer, Parameters
+from tools.tiny_python.workers import Workers
 from torch import Tensor
-
-from paceline.train.checkpoint import Progress
-from paceline.train.optimizer import Optimizer, Parameters
-from paceline.train.workers import Workers
 
 
 @dataclass(frozen=True)

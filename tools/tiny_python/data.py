@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
+from tools.tiny_python.tokenizer import BOS, EOS, MODEL_HEADER, USER_HEADER
 
 from paceline.errors import PacelineError
-from paceline.train.tokenizer import BOS, EOS, MODEL_HEADER, USER_HEADER
 
 TEST_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib-dynload"}
 TABLES = ("encodings/cp", "encodings/iso", "encodings/mac_", "encodings/koi8", "pydoc_data/topics")

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from tools.tiny_python.workers import Workers
 from torch import Tensor
-
-from paceline.train.workers import Workers
 
 Parameters = dict[str, Tensor]
 """A model's weights by canonical name; those that are trained are leaves of the gradient."""
