@@ -1,4 +1,4 @@
-"""Streamed pieces join to what decoding everything at once gives, whatever the tokens."""
+"""Streamed deltas join to what decoding everything at once gives, whatever the tokens."""
 
 import pytest
 from hypothesis import given
@@ -94,9 +94,9 @@ def test_every_supported_decoder(name: str, ids: list[int]) -> None:
 def test_text_comes_as_soon_as_it_is_certain() -> None:
     tokenizer = Tokenizer(byte_level())
     ids = tokenizer.encode("ab é")
-    pieces = streamed(tokenizer, ids)
-    assert pieces[-1] == ""
-    assert pieces[:-1] == [tokenizer.decode([token]) for token in ids[:-2]] + ["", "é"]
+    deltas = streamed(tokenizer, ids)
+    assert deltas[-1] == ""
+    assert deltas[:-1] == [tokenizer.decode([token]) for token in ids[:-2]] + ["", "é"]
 
 
 def test_a_byte_run_waits_for_its_end() -> None:

@@ -28,7 +28,7 @@ def marked(text: str) -> str:
 
 
 def read(text: str, cuts: list[int] | None = None, in_reasoning: bool = False) -> list[OutputDelta]:
-    """The parts of an answer, pieces of a kind joined."""
+    """The parts of an answer, deltas of a kind joined."""
     reader = OutputParser(in_reasoning)
     text = marked(text)
     edges = [0, *sorted(cut % (len(text) + 1) for cut in cuts or ()), len(text)]

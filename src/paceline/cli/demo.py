@@ -138,8 +138,8 @@ def _show(console: Console, engine: Engine, draft_tokens: DraftTokens, max_token
     tokens: list[int] = []
     for event in engine.stream(PROMPT, raw=True, sampling=GREEDY, max_tokens=max_tokens, draft_tokens=draft_tokens):
         written += event.text
-        tokens += (piece.token for piece in event.pieces)
-        text = Text.assemble(*((piece.text, _colour(piece.depth)) for piece in event.pieces), event.rest)
+        tokens += (delta.token for delta in event.deltas)
+        text = Text.assemble(*((delta.text, _colour(delta.depth)) for delta in event.deltas), event.rest)
         console.print(text, end="", soft_wrap=True)
     console.print()
     return written, tuple(tokens)

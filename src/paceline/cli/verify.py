@@ -93,7 +93,7 @@ def _read_prompts(path: Path) -> tuple[str, ...]:
 
 @contextmanager
 def _progress() -> Iterator[Progress]:
-    """A progress bar on stderr if that is a terminal, drawn between runs: a thread would disturb timings."""
+    """A progress bar on stderr if that is a terminal, refreshed between runs: a thread would disturb timings."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar

@@ -21,7 +21,7 @@ class AccessMiddleware:
     """Rejects requests without a valid key, with another Host header, or with too large a body.
 
     Args:
-        app: the application behind it.
+        app: the application to protect.
         keys: accepted API keys; none disables the check.
         hosts: allowed Host headers without the port; none allows any. This stops DNS rebinding, by which a web page
             reaches a server on the loopback interface.

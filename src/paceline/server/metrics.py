@@ -64,8 +64,8 @@ class Metrics:
         """Count an event."""
         now = time.monotonic()
         if last := self._last.get(id(sequence)):
-            for _ in event.pieces:
-                self._between.observe((now - last) / len(event.pieces))
+            for _ in event.deltas:
+                self._between.observe((now - last) / len(event.deltas))
         else:
             statistics = sequence.statistics
             self._prompt.inc(statistics.prompt_tokens)
@@ -74,7 +74,7 @@ class Metrics:
             self._first.observe(statistics.prompt_seconds)
             self._queue.observe(statistics.queue_seconds)
         self._last[id(sequence)] = now
-        self._generated.inc(len(event.pieces))
+        self._generated.inc(len(event.deltas))
         if event.drafted:
             self._rounds.inc()
             self._drafted.inc(event.drafted)

@@ -33,7 +33,7 @@ def check_stops(stops: str | Sequence[str]) -> tuple[str, ...]:
 class StopStringFilter:
     """Detokenizes a stream up to the first stop string.
 
-    Text that may be the beginning of a stop string is held back until more text decides.
+    Text that may be a prefix of a stop string is held back until more text decides.
 
     Args:
         decoder: turns tokens into text.
@@ -66,7 +66,7 @@ class StopStringFilter:
         return text[:end]
 
     def _partial_match(self, text: str) -> int:
-        """Length of the longest suffix that is the beginning of a stop string."""
+        """Length of the longest suffix that is a prefix of a stop string."""
         longest = max(map(len, self._stops)) - 1
         ends = range(min(longest, len(text)), 0, -1)
         return next((n for n in ends if any(stop.startswith(text[-n:]) for stop in self._stops)), 0)
