@@ -16,7 +16,6 @@ from paceline.text.output_parser import (
     OutputDelta,
     OutputParser,
     ends_in_reasoning,
-    gemma_notation,
     marks_of,
 )
 
@@ -146,3 +145,14 @@ def test_no_answer_breaks_it(text: str, cuts: list[int]) -> None:
 
 def test_marks_are_those_the_vocabulary_has() -> None:
     assert marks_of({"<|tool_call>": 48}.get) == {48: CALL}
+
+
+def gemma_notation(value: object) -> str:
+    """A JSON value in Gemma's notation, special tokens written out; the inverse of `ArgumentConverter`."""
+    if isinstance(value, str):
+        return f'<|"|>{value}<|"|>'
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{gemma_notation(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(gemma_notation, value)) + "]"
+    return json.dumps(value)

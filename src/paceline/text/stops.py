@@ -3,19 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 from paceline.errors import SettingsError
-
-
-class TokenDecoder(Protocol):
-    """A streaming detokenizer, such as `text.detokenizer.Detokenizer`."""
-
-    def push(self, token: int) -> str:
-        """Add a token; returns the text that can no longer change."""
-
-    def finish(self) -> str:
-        """Return the text that was held back."""
+from paceline.text.detokenizer import Detokenizer
 
 
 def check_stops(stops: str | Sequence[str]) -> tuple[str, ...]:
@@ -40,7 +30,7 @@ class StopStringFilter:
         stops: the stop strings.
     """
 
-    def __init__(self, decoder: TokenDecoder, stops: tuple[str, ...]) -> None:
+    def __init__(self, decoder: Detokenizer, stops: tuple[str, ...]) -> None:
         self._decoder, self._stops = decoder, stops
         self._held = ""
         self.stopped = False
