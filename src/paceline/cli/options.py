@@ -51,6 +51,12 @@ DeviceOption = Annotated[
 ThreadsOption = Annotated[
     int | None, typer.Option(help="Processor threads; default: one per physical core.", min=1, show_default=False)
 ]
+ContextOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Maximum tokens of a sequence; default: the model's limit, at most 32768.", min=2, show_default=False
+    ),
+]
 
 
 def draft_tokens_of(text: str) -> DraftTokens:
