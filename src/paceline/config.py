@@ -308,13 +308,10 @@ def _override(text: Mapping[str, Any], index: int) -> Mapping[str, Any]:
 def _head_dim(text: Mapping[str, Any], index: int, full: bool) -> int:
     dim = _int(text, "head_dim")
     if full:
-        dim = _override(text, index).get("head_dim") or text.get("global_head_dim") or _default_full_head_dim(text, dim)
+        # a file with per_layer_config says everything there; one with neither spelling means the official 512
+        default = 512 if text.get("per_layer_config") is None else dim
+        dim = _override(text, index).get("head_dim") or text.get("global_head_dim") or default
     return int(dim)
-
-
-def _default_full_head_dim(text: Mapping[str, Any], head_dim: int) -> int:
-    # A file with per_layer_config says everything there; one with neither spelling means the official 512.
-    return head_dim if text.get("per_layer_config") is not None else 512
 
 
 def _kv_heads(text: Mapping[str, Any], index: int, full: bool) -> int:

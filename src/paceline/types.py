@@ -118,7 +118,7 @@ class TokenDelta:
 class Event:
     """What one round added to one sequence."""
 
-    pieces: tuple[TokenDelta, ...]
+    deltas: tuple[TokenDelta, ...]
     drafted: int
     accepted: int
     finish: FinishReason | None = None
@@ -126,7 +126,7 @@ class Event:
 
     @property
     def text(self) -> str:
-        return "".join(piece.text for piece in self.pieces) + self.rest
+        return "".join(delta.text for delta in self.deltas) + self.rest
 
 
 @dataclass(frozen=True)

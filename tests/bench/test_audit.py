@@ -127,7 +127,7 @@ def test_one_bit_of_one_logit_is_a_difference() -> None:
     assert len(where.expected_top) == len(where.found_top) == 5
     plain = e.stream(PROMPTS[0], raw=True, draft_tokens=0, sampling=SamplingParams(), logprobs=0)
     next(plain)
-    assert where.expected_top[0][0] == next(plain).pieces[0].token
+    assert where.expected_top[0][0] == next(plain).deltas[0].token
 
 
 def test_a_broken_prompt_chunk_is_a_difference() -> None:

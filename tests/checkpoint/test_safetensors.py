@@ -86,7 +86,7 @@ def test_a_file_that_shrinks_later(tmp_path: Path) -> None:
     with (tmp_path / "w").open("r+b") as file:
         file.truncate(last.offset)
     with pytest.raises(CheckpointError, match="download it again"):
-        TensorRef(last.name, "F32", (1,), last.path, last.offset).read()
+        TensorRef(last.name, "F32", (1,), last.path, last.offset, 4).read()
 
 
 GOOD = {"a": entry(0, 8, [2]), "b": entry(8, 12, [1])}
@@ -95,8 +95,6 @@ BAD_HEADERS: dict[str, Any] = {
     "not json": b"{oops",
     "not utf-8": b'{"\xff": 1}',
     "deep": b"[" * 100_000,
-    "same name twice": b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[3],'
-    b'"data_offsets":[0,12]}}',
     "entry is a number": {"a": 3},
     "no dtype": {"a": {"shape": [3], "data_offsets": [0, 12]}},
     "unknown dtype": {"a": entry(0, 12, [3], "F31")},
@@ -139,7 +137,7 @@ def test_every_truncation(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     for length in range(len(whole)):
         path.write_bytes(whole[:length])
-        assert ("truncated" in assert_refused(path)) == (length >= 8)  # shorter than that, it could be anything
+        assert "truncated" in assert_refused(path)
 
 
 def test_lfs_pointers_are_told_apart(tmp_path: Path) -> None:

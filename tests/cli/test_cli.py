@@ -251,7 +251,7 @@ DAMAGE: dict[Callable[[Path], object], tuple[str, ...]] = {
     of_another_kind: ("config.json", "not a Gemma 4 model", "llama"),
     lambda folder: (folder / "model.safetensors").unlink(): ("copy", "no model.safetensors"),
     truncate: ("model.safetensors", "truncated", "download it again"),
-    corrupt: ("model.safetensors", "corrupt header", "download it again"),
+    corrupt: ("model.safetensors", "damaged", "download it again"),
     without_a_tensor: ("copy", "layers.1.self_attn.q_proj.weight", "missing"),
     with_a_leftover: ("model.safetensors", "layers.1.surprise", "unknown"),
     misshapen: ("model.safetensors", "layers.1.self_attn.q_proj.weight", "[32, 32]", "[64, 32]"),

@@ -1,4 +1,4 @@
-"""The demo: on a tiny random pair, and its pieces with made-up figures."""
+"""The demo: on a tiny random pair, and its parts with made-up figures."""
 
 import io
 import shutil

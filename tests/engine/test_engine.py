@@ -104,7 +104,7 @@ def test_generate_and_stream_agree() -> None:
     whole = e.generate([1, 2, 3], max_tokens=20)
     events = list(e.stream([1, 2, 3], max_tokens=20, draft_tokens=0))
     assert "".join(event.text for event in events) == whole.text
-    assert tuple(piece.token for event in events for piece in event.pieces) == whole.tokens
+    assert tuple(delta.token for event in events for delta in event.deltas) == whole.tokens
     assert whole.finish == events[-1].finish == "length"
     assert whole.statistics.drafted > 0
 
@@ -116,7 +116,7 @@ def test_streams_wait_for_a_slot() -> None:
     written = [event.text for event in second]
     assert "".join(written) == e.generate([4], max_tokens=3).text
     assert first.sequence.finish == "length"
-    assert len([piece for event in first for piece in event.pieces]) > 0
+    assert len([delta for event in first for delta in event.deltas]) > 0
     assert e.backend.open_slot() == 0
 
 

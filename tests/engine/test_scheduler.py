@@ -80,7 +80,7 @@ def test_text_does_not_depend_on_load(requests: list[tuple], slots: int, chunk: 
     drain(scheduler)
     for (prompt, most, _, temperature, noise), sequence, events in zip(requests, sequences, heard, strict=True):
         text = alone(prompt, max_tokens=most, params=SamplingParams(temperature=temperature, seed=noise))
-        assert [piece.token for event in events for piece in event.pieces] == sequence.generated
+        assert [delta.token for event in events for delta in event.deltas] == sequence.generated
         assert sequence.generated == text[: len(sequence.generated)]
         assert sequence.finish == "cancelled" or sequence.generated == text
     assert sorted(backend.open_slot() for _ in range(slots)) == list(range(slots))  # all are free

@@ -155,7 +155,7 @@ def finish(
         while running := [s for s in sequences if s.finish is None]:
             for s, event in zip(running, step(backend, proposers, running, chunk), strict=True):
                 if event:
-                    told[s.slot] += [piece.logprobs for piece in event.pieces]
+                    told[s.slot] += [delta.logprobs for delta in event.deltas]
                     rounds[s.slot][event.drafted, event.accepted] += 1
     finally:
         for s in sequences:

@@ -252,8 +252,8 @@ def test_a_long_answer_is_stopped(visit: Visit, way: str) -> None:
 
 
 def test_reasoning_is_separate_and_text_is_escaped(visit: Visit) -> None:
-    pieces = [["\ufdd0", 0], ["thought", 1], ["\nHm <b>", 2], ["\ufdd1", 0], ["<img src=x onerror=alert(1)>", 1]]
-    round_ = {"drafted": 3, "accepted": 3, "pieces": pieces}
+    deltas = [["\ufdd0", 0], ["thought", 1], ["\nHm <b>", 2], ["\ufdd1", 0], ["<img src=x onerror=alert(1)>", 1]]
+    round_ = {"drafted": 3, "accepted": 3, "deltas": deltas}
     delta = {"reasoning_content": "Hm <b>", "content": "<img src=x onerror=alert(1)>"}
     body = stream({"delta": delta, "round": round_}, {"delta": {}, "finish_reason": "stop"})
     visit.page.route("**/v1/chat/completions", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
@@ -319,7 +319,7 @@ def test_compare_as_a_chat(visit: Visit) -> None:
 def test_compare_tells_when_texts_differ(visit: Visit) -> None:
     def answer(route: Route) -> None:
         word = "one" if json.loads(route.request.post_data or "")["draft_tokens"] == 0 else "on"
-        round_ = {"drafted": 0, "accepted": 0, "pieces": [[word, 0]]}
+        round_ = {"drafted": 0, "accepted": 0, "deltas": [[word, 0]]}
         route.fulfill(body=stream({"text": word, "round": round_}), content_type="text/event-stream")
 
     page = visit.open("compare")
@@ -432,7 +432,7 @@ def test_a_refusal_is_one_line_and_loses_nothing(visit: Visit) -> None:
 
 def test_an_answer_that_breaks_keeps_what_came(visit: Visit) -> None:
     page = visit.open("chat")
-    round_ = {"drafted": 0, "accepted": 0, "pieces": [["begun", 0]]}
+    round_ = {"drafted": 0, "accepted": 0, "deltas": [["begun", 0]]}
     error = f"data: {json.dumps({'error': {'message': 'the engine is tired'}})}\n\n"
     body = stream({"delta": {"content": "begun"}, "round": round_}, end=error)
     page.route("**/v1/chat/completions", lambda route: route.fulfill(body=body, content_type="text/event-stream"))

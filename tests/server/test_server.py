@@ -94,8 +94,8 @@ def test_a_stream_told_by_rounds(client: openai.OpenAI) -> None:
     for chunk in stream:
         text += chunk.choices[0].delta.content or ""
         rounds += [chunk.choices[0].round] if hasattr(chunk.choices[0], "round") else []
-    assert "".join(piece for one in rounds for piece, _ in one["pieces"]) == text
-    assert sum(one["accepted"] for one in rounds) == sum(depth > 0 for one in rounds for _, depth in one["pieces"]) > 0
+    assert "".join(delta for one in rounds for delta, _ in one["deltas"]) == text
+    assert sum(one["accepted"] for one in rounds) == sum(depth > 0 for one in rounds for _, depth in one["deltas"]) > 0
 
 
 def test_choices_with_seeds_one_after_another(client: openai.OpenAI, server: SimpleNamespace) -> None:

@@ -16,7 +16,6 @@ from paceline.text.output_parser import (
     OutputDelta,
     OutputParser,
     ends_in_reasoning,
-    gemma_notation,
     marks_of,
 )
 
@@ -28,7 +27,7 @@ def marked(text: str) -> str:
 
 
 def read(text: str, cuts: list[int] | None = None, in_reasoning: bool = False) -> list[OutputDelta]:
-    """The parts of an answer, pieces of a kind joined."""
+    """The parts of an answer, deltas of a kind joined."""
     reader = OutputParser(in_reasoning)
     text = marked(text)
     edges = [0, *sorted(cut % (len(text) + 1) for cut in cuts or ()), len(text)]
@@ -146,3 +145,14 @@ def test_no_answer_breaks_it(text: str, cuts: list[int]) -> None:
 
 def test_marks_are_those_the_vocabulary_has() -> None:
     assert marks_of({"<|tool_call>": 48}.get) == {48: CALL}
+
+
+def gemma_notation(value: object) -> str:
+    """A JSON value in Gemma's notation, special tokens written out; the inverse of `ArgumentConverter`."""
+    if isinstance(value, str):
+        return f'<|"|>{value}<|"|>'
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{gemma_notation(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(gemma_notation, value)) + "]"
+    return json.dumps(value)

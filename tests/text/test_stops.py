@@ -10,23 +10,23 @@ from paceline.errors import SettingsError
 from paceline.text.stops import StopStringFilter, check_stops
 
 
-class Pieces:
+class Deltas:
     """A decoder whose tokens are indices into a list of texts; the last is held back until the end."""
 
-    def __init__(self, pieces: list[str], rest: str = "") -> None:
-        self.pieces, self.rest = pieces, rest
+    def __init__(self, deltas: list[str], rest: str = "") -> None:
+        self.deltas, self.rest = deltas, rest
 
     def push(self, token: int) -> str:
-        return self.pieces[token]
+        return self.deltas[token]
 
     def finish(self) -> str:
         return self.rest
 
 
-def read(pieces: list[str], stops: tuple[str, ...], rest: str = "") -> tuple[list[str], bool]:
-    text = StopStringFilter(Pieces(pieces, rest), stops)
+def read(deltas: list[str], stops: tuple[str, ...], rest: str = "") -> tuple[list[str], bool]:
+    text = StopStringFilter(Deltas(deltas, rest), stops)
     seen = []
-    for token in range(len(pieces)):
+    for token in range(len(deltas)):
         seen.append(text.push(token))
         if text.stopped:
             return seen, True
@@ -37,11 +37,11 @@ texts = st.text("ab\n", max_size=6)
 
 
 @given(
-    pieces=st.lists(texts, max_size=8), stops=st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3), rest=texts
+    deltas=st.lists(texts, max_size=8), stops=st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3), rest=texts
 )
-def test_the_text_ends_before_the_first_stop_string(pieces: list[str], stops: list[str], rest: str) -> None:
-    seen, stopped = read(pieces, tuple(stops), rest)
-    whole = "".join(pieces) + rest
+def test_the_text_ends_before_the_first_stop_string(deltas: list[str], stops: list[str], rest: str) -> None:
+    seen, stopped = read(deltas, tuple(stops), rest)
+    whole = "".join(deltas) + rest
     found = [whole.find(stop) for stop in stops if stop in whole]
     assert stopped == bool(found)
     text = "".join(seen)

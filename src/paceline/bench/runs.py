@@ -14,10 +14,11 @@ from paceline import _cpu
 from paceline.backends.base import Backend
 from paceline.bench.machine import Bandwidth, ReadBandwidth
 from paceline.decode.draft_length import Costs
-from paceline.engine.cost_model import NullDecoder, measure_costs
+from paceline.engine.cost_model import measure_costs
 from paceline.engine.proposers import DrafterProposer, Proposer
 from paceline.engine.sequence import Sequence
 from paceline.engine.step import step
+from paceline.text.detokenizer import Detokenizer
 from paceline.types import GREEDY, Draft, Result, Work
 
 KERNEL_ROWS = (1, 2, 3, 4, 6, 8, 12, 16)
@@ -126,7 +127,7 @@ class Bench:
             max_tokens=1 << 30,
             limit=self.backend.info.context,
             stop_ids=frozenset(),
-            detokenizer=NullDecoder(),
+            detokenizer=Detokenizer(None, lambda _: None),  # no text
             cached=self.context,
         )
         proposer.begin(sequence)

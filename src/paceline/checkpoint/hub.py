@@ -25,12 +25,8 @@ NEEDED_FILES = (
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*")
 
 
-class NotOnHub(CheckpointError):
-    """The hub has no such repository, or it is private."""
-
-
-class HubUnreachable(CheckpointError):
-    """The repository is not in the cache and the hub cannot be reached."""
+class Unavailable(CheckpointError):
+    """The hub has no such repository, it is private, or it is not in the cache and the hub cannot be reached."""
 
 
 def locate(model: str) -> Path:
@@ -76,7 +72,7 @@ def locate_drafter(model: str, folder: Path, choice: str) -> Path | None:
         return next((place for place in (folder / DRAFTER_FOLDER, sibling) if place.is_dir()), None)
     try:
         return locate(model + DRAFTER_SUFFIX)
-    except (NotOnHub, HubUnreachable):
+    except Unavailable:
         return None
 
 
@@ -115,13 +111,13 @@ def _download(repository: str) -> Path:
             f"{repository}: is gated; accept its licence on huggingface.co/{repository} and run `hf auth login`"
         ) from error
     except RepositoryNotFoundError as error:
-        raise NotOnHub(
+        raise Unavailable(
             f"{repository}: no such folder here and no such repository on the hub; check the name, "
             "or run `hf auth login` if it is private"
         ) from error
     except Exception as error:  # the hub client raises many types of several libraries
         if isinstance(error, LocalEntryNotFoundError) or type(error).__name__ == "ProxyError":
-            raise HubUnreachable(
+            raise Unavailable(
                 f"{repository}: no such folder here, not in the hub's cache, and the hub cannot be reached; "
                 "check the network, or give a local folder"
             ) from error

@@ -34,10 +34,7 @@ def chat(
     quant: opt.QuantOption = "auto",
     threads: opt.ThreadsOption = None,
     device: opt.DeviceOption = "cpu",
-    context: Annotated[
-        int | None,
-        typer.Option(help="Maximum tokens of the conversation; default: the model's limit, at most 32768.", min=2),
-    ] = None,
+    context: opt.ContextOption = None,
     stop: StopOption = None,
 ) -> None:
     """Chat with a model.

@@ -130,7 +130,7 @@ class Page:
 
 
 def complete_blocks(text: str) -> int:
-    """Length of the markdown blocks at the beginning that more text cannot change."""
+    """Length of the leading markdown blocks that more text cannot change."""
     end = place = 0
     fence, blank = "", False
     for line in text.split("\n"):

@@ -132,7 +132,13 @@ class Conversation:
 
     def save(self, name: str) -> Reply:
         path = _path(name, "/save")
-        write_atomically(path, json.dumps(self.messages, ensure_ascii=False, indent=1) + "\n")
+        text = json.dumps(self.messages, ensure_ascii=False, indent=1) + "\n"
+        try:
+            with atomic_file(path) as file:
+                file.write(text.encode("utf-8", "replace"))
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise PromptError(f"{path}: cannot be written ({reason}); name another file") from error
         return Reply(f"{len(self.messages)} messages written to {path}")
 
     def load(self, name: str) -> Reply:
@@ -223,16 +229,6 @@ def totals(answers: list[Statistics]) -> list[str]:
         share = count / max(1, rounds)
         lines.append(f"draft {depth:>2} accepted in {share:>4.0%} of rounds {'█' * round(20 * share)}")
     return lines
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file that appears under its name only once it is complete."""
-    try:
-        with atomic_file(path) as file:
-            file.write(text.encode("utf-8", "replace"))
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise PromptError(f"{path}: cannot be written ({reason}); name another file") from error
 
 
 def read_messages(path: Path) -> list[Message]:

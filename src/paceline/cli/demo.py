@@ -11,6 +11,7 @@ import typer
 
 from paceline.cli import options as opt
 from paceline.errors import SettingsError
+from paceline.sampling_params import GREEDY
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -93,24 +94,16 @@ def demo(
             f"{model}: stopped after fewer than two tokens, so there is no speed to compare; try another model"
         )
     console.print("\n[dim]timing both alternately ...[/]")  # no spinner: its thread would disturb timings
-    runs: list[tuple[Generation, Generation]] = []
+    plain: list[Generation] = []
+    drafted: list[Generation] = []
     started = perf_counter()
-    while len(runs) < MIN_RUNS or (len(runs) < MAX_RUNS and perf_counter() - started < MAX_SECONDS):
-        runs.append(_both(engine, max_tokens, drafts))
-    comparison = compare([plain for plain, _ in runs], [drafted for _, drafted in runs], shown)
+    while len(plain) < MIN_RUNS or (len(plain) < MAX_RUNS and perf_counter() - started < MAX_SECONDS):
+        for depth, runs in ((0, plain), (drafts, drafted)):
+            runs.append(engine.generate(PROMPT, raw=True, sampling=GREEDY, max_tokens=max_tokens, draft_tokens=depth))
+    comparison = compare(plain, drafted, shown)
     _print_table(console, comparison)
     if not comparison.same_text:
         raise typer.Exit(1)
-
-
-def _both(engine: Engine, max_tokens: int, draft_tokens: DraftTokens) -> tuple[Generation, Generation]:
-    from paceline.types import GREEDY
-
-    plain, drafted = (
-        engine.generate(PROMPT, raw=True, sampling=GREEDY, max_tokens=max_tokens, draft_tokens=depth)
-        for depth in (0, draft_tokens)
-    )
-    return plain, drafted
 
 
 def compare(plain: list[Generation], drafted: list[Generation], shown: list[Output]) -> Comparison:
@@ -132,14 +125,12 @@ def compare(plain: list[Generation], drafted: list[Generation], shown: list[Outp
 def _show(console: Console, engine: Engine, draft_tokens: DraftTokens, max_tokens: int) -> Output:
     from rich.text import Text
 
-    from paceline.types import GREEDY
-
     written = ""
     tokens: list[int] = []
     for event in engine.stream(PROMPT, raw=True, sampling=GREEDY, max_tokens=max_tokens, draft_tokens=draft_tokens):
         written += event.text
-        tokens += (piece.token for piece in event.pieces)
-        text = Text.assemble(*((piece.text, _colour(piece.depth)) for piece in event.pieces), event.rest)
+        tokens += (delta.token for delta in event.deltas)
+        text = Text.assemble(*((delta.text, _colour(delta.depth)) for delta in event.deltas), event.rest)
         console.print(text, end="", soft_wrap=True)
     console.print()
     return written, tuple(tokens)

@@ -102,10 +102,10 @@ def _line(statistics: Statistics, sampling: SamplingParams) -> str:
 
 def _report(model: str, engine: Engine, stream: Stream, events: list[Event]) -> dict[str, object]:
     statistics = stream.statistics
-    reports = [piece.logprobs for event in events for piece in event.pieces if piece.logprobs]
+    reports = [delta.logprobs for event in events for delta in event.deltas if delta.logprobs]
     return {
         "text": "".join(event.text for event in events),
-        "tokens": [piece.token for event in events for piece in event.pieces],
+        "tokens": [delta.token for event in events for delta in event.deltas],
         "finish": (events[-1].finish if events else None) or "cancelled",
         "prompt_tokens": statistics.prompt_tokens,
         "prompt_seconds": statistics.prompt_seconds,

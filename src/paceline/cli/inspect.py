@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,6 +53,7 @@ def report(model: str, drafter: str) -> dict[str, Any]:
         CheckpointError: the model or its drafter cannot be loaded.
     """
     from paceline.checkpoint import Checkpoint, Tensors, locate, locate_drafter, resolve
+    from paceline.checkpoint.sizes import count_parameters
 
     folder = locate(model)
     checkpoint = Checkpoint.open(folder)
@@ -62,7 +64,7 @@ def report(model: str, drafter: str) -> dict[str, Any]:
         "model": model,
         "folder": str(folder),
         "shape": _shape(config),
-        "parameters": _parameters(config),
+        "parameters": asdict(count_parameters(config)),
         "stored_as": dict(Counter(ref.dtype for ref in tensors.refs.values()).most_common()),
         "files": _file_sizes(checkpoint),
         "memory": _memory(config),
@@ -99,13 +101,6 @@ def _shape(config: TargetConfig) -> dict[str, Any]:
         if experts
         else None,
     }
-
-
-def _parameters(config: TargetConfig) -> dict[str, int]:
-    from paceline.checkpoint.sizes import count_parameters
-
-    counted = count_parameters(config)
-    return {"total": counted.total, "effective": counted.effective, "active": counted.active}
 
 
 def _memory(config: TargetConfig | DrafterConfig) -> dict[str, int]:

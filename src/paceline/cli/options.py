@@ -45,12 +45,17 @@ QuantOption = Annotated[
 DeviceOption = Annotated[
     str,
     typer.Option(
-        help="cpu for paceline's own kernels; cuda or another device through PyTorch.",
-        metavar="cpu|cuda|torch:DEVICE",
+        help="cpu for paceline's own kernels; cuda or another device through PyTorch.", metavar="cpu|cuda|torch:DEVICE"
     ),
 ]
 ThreadsOption = Annotated[
     int | None, typer.Option(help="Processor threads; default: one per physical core.", min=1, show_default=False)
+]
+ContextOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Maximum tokens of a sequence; default: the model's limit, at most 32768.", min=2, show_default=False
+    ),
 ]
 
 

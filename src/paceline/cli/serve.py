@@ -39,12 +39,7 @@ def serve(
     ] = None,
     slots: Annotated[int, typer.Option(help="Maximum concurrent sequences; the rest are queued.", min=1, max=64)] = 4,
     queue: Annotated[int, typer.Option(help="Maximum queued sequences; further requests get status 429.", min=0)] = 64,
-    context: Annotated[
-        int | None,
-        typer.Option(
-            help="Maximum tokens of a sequence; default: the model's limit, at most 32768.", show_default=False
-        ),
-    ] = None,
+    context: opt.ContextOption = None,
     cache_memory: Annotated[
         str, typer.Option(help="Memory of the prefix cache; 0 disables it.", metavar="BYTES")
     ] = "1G",

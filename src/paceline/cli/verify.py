@@ -29,8 +29,7 @@ def verify(
     threads: opt.ThreadsOption = None,
     device: opt.DeviceOption = "cpu",
     prompts: Annotated[
-        Path | None,
-        typer.Option(help="Prompts to use, one per line (UTF-8).", metavar="FILE", show_default=False),
+        Path | None, typer.Option(help="Prompts to use, one per line (UTF-8).", metavar="FILE", show_default=False)
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="Maximum tokens of each run.", min=2)] = 64,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -94,7 +93,7 @@ def _read_prompts(path: Path) -> tuple[str, ...]:
 
 @contextmanager
 def _progress() -> Iterator[Progress]:
-    """A progress bar on stderr if that is a terminal, drawn between runs: a thread would disturb timings."""
+    """A progress bar on stderr if that is a terminal, refreshed between runs: a thread would disturb timings."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar

@@ -20,6 +20,7 @@ from paceline.engine.proposers import Proposer
 from paceline.engine.sequence import Sequence
 from paceline.engine.step import step
 from paceline.files import atomic_file
+from paceline.text.detokenizer import Detokenizer
 from paceline.types import Draft, SamplingParams
 
 CONTEXT = 64  # tokens before the rounds that are measured
@@ -28,16 +29,6 @@ ENOUGH_SECONDS = 2.0
 SLOW_SECONDS = 1.0  # say something before a wait of this length
 SLOW_ROUND_MS = 10.0
 SHARED = (1, 2, 4, 8, 16)  # sequences at once
-
-
-class NullDecoder:
-    """A detokenizer for measurements: tokens give no text."""
-
-    def push(self, token: int) -> str:
-        return ""
-
-    def finish(self) -> str:
-        return ""
 
 
 @dataclass
@@ -120,7 +111,7 @@ class _Rounds:
                 max_tokens=1 << 30,
                 limit=1 << 30,
                 stop_ids=frozenset(),
-                detokenizer=NullDecoder(),
+                detokenizer=Detokenizer(None, lambda _: None),  # no text
             )
             for _ in range(count)
         ]

@@ -123,14 +123,14 @@ class Engine:
         with self.stream(prompt, **settings) as stream:
             events = list(stream)
             assert stream.sequence.finish is not None
-            pieces = [piece for event in events for piece in event.pieces]
+            deltas = [delta for event in events for delta in event.deltas]
             return Generation(
                 "".join(event.text for event in events),
                 tuple(stream.sequence.generated),
                 stream.sequence.finish,
                 stream.statistics,
                 stream.sampling,
-                tuple(piece.logprobs for piece in pieces if piece.logprobs),
+                tuple(delta.logprobs for delta in deltas if delta.logprobs),
             )
 
     def submit(self, tokens: list[int], request: Request, deliver: Deliver) -> Sequence:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 from paceline.decode.constraints import Grammar, constraint_of
 from paceline.decode.logprobs import logprobs_of
-from paceline.text.stops import StopStringFilter, TokenDecoder
+from paceline.text.detokenizer import Detokenizer
+from paceline.text.stops import StopStringFilter
 from paceline.types import (
     MAX_DRAFT,
     Draft,
@@ -35,7 +36,7 @@ class Sequence:
     max_tokens: int  # generated tokens at most
     limit: int  # length the cache allows, prompt included
     stop_ids: frozenset[int]
-    detokenizer: TokenDecoder
+    detokenizer: Detokenizer
     stops: tuple[str, ...] = ()
     slot: int = -1  # of the KV cache; -1 until it has one
     logprobs: int | None = None  # alternatives reported with each token; None for no report

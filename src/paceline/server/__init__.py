@@ -1,1 +1,1 @@
-"""The engine behind HTTP: an OpenAI-compatible API for a few users, metrics, and a playground."""
+"""An HTTP server for the engine: an OpenAI-compatible API for a few users, metrics, and a playground."""

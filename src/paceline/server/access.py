@@ -21,7 +21,7 @@ class AccessMiddleware:
     """Rejects requests without a valid key, with another Host header, or with too large a body.
 
     Args:
-        app: the application behind it.
+        app: the application to protect.
         keys: accepted API keys; none disables the check.
         hosts: allowed Host headers without the port; none allows any. This stops DNS rebinding, by which a web page
             reaches a server on the loopback interface.
@@ -57,10 +57,7 @@ class AccessMiddleware:
         if kind.lower() != "bearer":
             given = headers.get("x-api-key", "")
         digest = _digest(given.strip().encode("latin-1"))  # the bytes as sent
-        found = False
-        for key in self._keys:
-            found |= hmac.compare_digest(digest, key)
-        return found
+        return sum(hmac.compare_digest(digest, key) for key in self._keys) > 0
 
     def _limited(self, receive: Receive) -> Receive:
         """Count bytes as they arrive, since a chunked body has no content-length."""

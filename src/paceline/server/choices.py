@@ -57,7 +57,7 @@ class Choice:
         deltas: list[OutputDelta] = []
         content_tokens: list[TokenDelta] = []
         parser = self._parser
-        for token in event.pieces:
+        for token in event.deltas:
             content, reasoning = parser is None or parser.in_content, parser is not None and parser.in_reasoning
             deltas += self._parse(token.text)
             self.tokens += 1
@@ -219,7 +219,7 @@ class ChoicesAnswer:
 
 def round_report(event: Event) -> dict[str, Any]:
     """Where the tokens of a round came from: each one's text and its draft depth, 0 for the target's own."""
-    pieces = [[token.text, token.depth] for token in event.pieces]
+    deltas = [[token.text, token.depth] for token in event.deltas]
     if event.rest:
-        pieces.append([event.rest, 0])
-    return {"drafted": event.drafted, "accepted": event.accepted, "pieces": pieces}
+        deltas.append([event.rest, 0])
+    return {"drafted": event.drafted, "accepted": event.accepted, "deltas": deltas}

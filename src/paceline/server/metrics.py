@@ -45,10 +45,7 @@ class Metrics:
             registry=self._registry,
         )
         self._finished = Counter(
-            "paceline:request_success",
-            "Finished requests.",
-            ["model_name", "finished_reason"],
-            registry=self._registry,
+            "paceline:request_success", "Finished requests.", ["model_name", "finished_reason"], registry=self._registry
         )
         self._first = self._histogram("time_to_first_token_seconds", "Time to first token.")
         self._between = self._histogram(
@@ -67,8 +64,8 @@ class Metrics:
         """Count an event."""
         now = time.monotonic()
         if last := self._last.get(id(sequence)):
-            for _ in event.pieces:
-                self._between.observe((now - last) / len(event.pieces))
+            for _ in event.deltas:
+                self._between.observe((now - last) / len(event.deltas))
         else:
             statistics = sequence.statistics
             self._prompt.inc(statistics.prompt_tokens)
@@ -77,7 +74,7 @@ class Metrics:
             self._first.observe(statistics.prompt_seconds)
             self._queue.observe(statistics.queue_seconds)
         self._last[id(sequence)] = now
-        self._generated.inc(len(event.pieces))
+        self._generated.inc(len(event.deltas))
         if event.drafted:
             self._rounds.inc()
             self._drafted.inc(event.drafted)
@@ -124,10 +121,7 @@ class _EngineState(Collector):
                 "Memory of the prefix cache.",
                 scheduler.prefix_cache.nbytes if scheduler.prefix_cache else 0,
             ),
-            "acceptance_recent": (
-                "Recent acceptance rate of the first draft token.",
-                engine.recent_acceptance,
-            ),
+            "acceptance_recent": ("Recent acceptance rate of the first draft token.", engine.recent_acceptance),
         }
         metrics: list[Metric] = []
         for name, (text, value) in gauges.items():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import AsyncIterator, Iterator
+from copy import deepcopy  # of open items, which change
 from typing import Any
 
 from paceline.errors import PromptError
@@ -175,7 +176,7 @@ class ResponsesAnswer:
                 call_id = self._choice.calls[delta.call].id
                 item |= {"id": f"fc_{secrets.token_hex(12)}", "call_id": call_id, "name": delta.text, "arguments": ""}
         self._items.append(item)
-        yield self._event("response.output_item.added", output_index=len(self._items) - 1, item=_copy(item))
+        yield self._event("response.output_item.added", output_index=len(self._items) - 1, item=deepcopy(item))
         if kind != "function_call":
             item["content"].append(_content(kind))
             name = "response.content_part.added"
@@ -197,7 +198,7 @@ class ResponsesAnswer:
             else:
                 yield self._event("response.reasoning_text.done", content_index=0, text=part["text"], **where)
             yield self._event("response.content_part.done", content_index=0, part=dict(part), **where)
-        yield self._event("response.output_item.done", output_index=len(self._items) - 1, item=_copy(item))
+        yield self._event("response.output_item.done", output_index=len(self._items) - 1, item=deepcopy(item))
         self._open = ""
 
     def _where(self) -> dict[str, Any]:
@@ -216,7 +217,7 @@ class ResponsesAnswer:
             "created_at": self._created,
             "status": status,
             "model": self._model,
-            "output": [_copy(item) for item in self._items],
+            "output": deepcopy(self._items),
             "error": None,
             "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
             "instructions": body.instructions,
@@ -263,8 +264,3 @@ def _content(kind: str) -> dict[str, Any]:
     if kind == "message":
         return {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
     return {"type": "reasoning_text", "text": ""}
-
-
-def _copy(item: dict[str, Any]) -> dict[str, Any]:
-    """A snapshot, since an open item changes."""
-    return {**item, "content": [dict(part) for part in item["content"]]} if "content" in item else dict(item)

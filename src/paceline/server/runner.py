@@ -10,24 +10,14 @@ import logging
 import threading
 from collections.abc import AsyncIterator, Callable
 from collections.abc import Sequence as Items
-from typing import Protocol
 
 from paceline.engine.engine import Engine, Request
 from paceline.engine.sequence import Sequence
 from paceline.errors import BusyError, PacelineError, SettingsError, StoppingError
+from paceline.server.metrics import Metrics
 from paceline.types import Event
 
 logger = logging.getLogger("paceline")
-
-
-class Observer(Protocol):
-    """Receives all events, on the event loop."""
-
-    def observe(self, sequence: Sequence, event: Event) -> None:
-        """A sequence has an event."""
-
-    def forget(self, sequence: Sequence) -> None:
-        """A sequence has finished or was cancelled."""
 
 
 class EngineFault(Exception):
@@ -93,13 +83,13 @@ class Runner:
 
     Args:
         engine: a loaded pair.
-        observer: receives all events.
+        metrics: counts all events.
         max_seconds: time limit of a request.
     """
 
-    def __init__(self, engine: Engine, observer: Observer, max_seconds: float) -> None:
+    def __init__(self, engine: Engine, metrics: Metrics, max_seconds: float) -> None:
         self.engine = engine
-        self._observer, self._max_seconds = observer, max_seconds
+        self._metrics, self._max_seconds = metrics, max_seconds
         self._wake = threading.Condition()
         self._stopping = False
         self._undelivered: list[Delivery] = []
@@ -154,7 +144,7 @@ class Runner:
         self._requests.discard(running)
         for sequence in sequences:
             self.engine.scheduler.cancel(sequence)
-            self._observer.forget(sequence)
+            self._metrics.forget(sequence)
         self._notify()
 
     def _notify(self) -> None:
@@ -189,6 +179,6 @@ class Runner:
             running.put(index, event)
             if isinstance(event, Event):
                 sequence = running.sequences[index]
-                self._observer.observe(sequence, event)
+                self._metrics.observe(sequence, event)
                 if event.finish:
-                    self._observer.forget(sequence)
+                    self._metrics.forget(sequence)

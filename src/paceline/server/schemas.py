@@ -162,17 +162,12 @@ class CompletionRequest(ChoicesRequest):
     response_format: ResponseFormat | None = None
 
 
-class ResponseTool(Body):
+class ResponseTool(Function):
     type: Literal["function"]
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
 
 
-class ResponseToolChoice(Body):
+class ResponseToolChoice(ChosenFunction):
     type: Literal["function"]
-    name: str
 
 
 class InputMessage(Body):
@@ -181,11 +176,9 @@ class InputMessage(Body):
     content: str | Annotated[list[TextPart], Field(fail_fast=True, max_length=MANY)]
 
 
-class InputCall(Body):
+class InputCall(CalledFunction):
     type: Literal["function_call"]
     call_id: str
-    name: Annotated[str, Field(min_length=1)]
-    arguments: str = "{}"
 
 
 class InputCallOutput(Body):

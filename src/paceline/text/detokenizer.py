@@ -46,7 +46,7 @@ class Detokenizer:
     """Turns a stream of tokens into text.
 
     Args:
-        decoder: the "decoder" object of a tokenizer.json, None if it has none.
+        decoder: the "decoder" object of a tokenizer.json; None: the strings are joined as they are.
         token_text: the string of a token id in the vocabulary, None for an unknown id.
         hidden: ids without text (special tokens).
 
@@ -82,58 +82,15 @@ class Detokenizer:
         return "".join(strings)
 
 
-class _Stateless:
-    """A stage that holds nothing back."""
-
-    def finish(self) -> list[str]:
-        return []
-
-
-class _Replace(_Stateless):
+class _Replace:
     def __init__(self, pattern: str, content: str) -> None:
         self._pattern, self._content = pattern, content
 
     def push(self, text: str) -> list[str]:
         return [text.replace(self._pattern, self._content)]
 
-
-class _Metaspace(_Stateless):
-    """The mark is a space; at the start it is dropped if the encoder prepends one to each text."""
-
-    def __init__(self, mark: str, prepended: bool) -> None:
-        self._mark, self._content = mark, "" if prepended else " "
-
-    def push(self, text: str) -> list[str]:
-        text = text.replace(self._mark, self._content)
-        self._content = " "
-        return [text]
-
-
-class _SpaceBetween(_Stateless):
-    """The library's default for a tokenizer without a decoder."""
-
-    def __init__(self) -> None:
-        self._space = ""
-
-    def push(self, text: str) -> list[str]:
-        text = self._space + text
-        self._space = " "
-        return [text]
-
-
-class _Strip(_Stateless):
-    """Drops up to `count` marks from the start of each string, or of the whole text once it is fused."""
-
-    def __init__(self, mark: str, count: int, fused: bool) -> None:
-        self._mark, self._count, self._fused = mark, count, fused
-
-    def push(self, text: str) -> list[str]:
-        dropped = 0
-        while dropped < self._count and text[dropped : dropped + 1] == self._mark:
-            dropped += 1
-        if self._fused:
-            self._count = self._count - dropped if dropped == len(text) else 0
-        return [text[dropped:]]
+    def finish(self) -> list[str]:
+        return []
 
 
 class _ByteFallback:
@@ -175,7 +132,7 @@ class _ByteLevel:
 
 def _stages(decoder: Mapping[str, Any] | None) -> list[Stage]:
     if decoder is None:
-        return [_SpaceBetween()]
+        return []
     stages: list[Stage] = []
     fused = False  # whether earlier steps joined all strings into one
     for step in decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]:
@@ -191,10 +148,6 @@ def _stage(step: Mapping[str, Any], fused: bool) -> Stage:
             len(pattern) == 1 or not fused
         ):
             return _Replace(pattern, content)
-        case {"type": "Strip", "content": str(mark), "start": int(count), "stop": 0}:
-            return _Strip(mark, count, fused)
-        case {"type": "Metaspace", "replacement": str(mark), "prepend_scheme": str(scheme)} if not fused:
-            return _Metaspace(mark, prepended=scheme != "never")
         case {"type": "ByteFallback"} if not fused:
             return _ByteFallback()
         case {"type": "ByteLevel"} if not fused:

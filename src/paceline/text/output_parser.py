@@ -9,7 +9,7 @@ has to be searched for or held back.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -243,14 +243,3 @@ def _value(word: str) -> str:
 
 def _refuse(constant: str) -> None:
     raise ValueError(constant)
-
-
-def gemma_notation(value: object) -> str:
-    """A JSON value in Gemma's notation, special tokens written out; the inverse of `ArgumentConverter`."""
-    if isinstance(value, str):
-        return f'<|"|>{value}<|"|>'
-    if isinstance(value, Mapping):
-        return "{" + ",".join(f"{key}:{gemma_notation(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ",".join(map(gemma_notation, value)) + "]"
-    return json.dumps(value)

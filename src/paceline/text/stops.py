@@ -3,19 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 from paceline.errors import SettingsError
-
-
-class TokenDecoder(Protocol):
-    """A streaming detokenizer, such as `text.detokenizer.Detokenizer`."""
-
-    def push(self, token: int) -> str:
-        """Add a token; returns the text that can no longer change."""
-
-    def finish(self) -> str:
-        """Return the text that was held back."""
+from paceline.text.detokenizer import Detokenizer
 
 
 def check_stops(stops: str | Sequence[str]) -> tuple[str, ...]:
@@ -33,14 +23,14 @@ def check_stops(stops: str | Sequence[str]) -> tuple[str, ...]:
 class StopStringFilter:
     """Detokenizes a stream up to the first stop string.
 
-    Text that may be the beginning of a stop string is held back until more text decides.
+    Text that may be a prefix of a stop string is held back until more text decides.
 
     Args:
         decoder: turns tokens into text.
         stops: the stop strings.
     """
 
-    def __init__(self, decoder: TokenDecoder, stops: tuple[str, ...]) -> None:
+    def __init__(self, decoder: Detokenizer, stops: tuple[str, ...]) -> None:
         self._decoder, self._stops = decoder, stops
         self._held = ""
         self.stopped = False
@@ -66,7 +56,7 @@ class StopStringFilter:
         return text[:end]
 
     def _partial_match(self, text: str) -> int:
-        """Length of the longest suffix that is the beginning of a stop string."""
+        """Length of the longest suffix that is a prefix of a stop string."""
         longest = max(map(len, self._stops)) - 1
         ends = range(min(longest, len(text)), 0, -1)
         return next((n for n in ends if any(stop.startswith(text[-n:]) for stop in self._stops)), 0)

@@ -26,7 +26,9 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
-        self._decoder: dict[str, Any] | None = json.loads(backend.decoder.__getstate__()) if backend.decoder else None
+        if not backend.decoder:
+            raise CheckpointError("tokenizer.json: has no decoder; use the model's own tokenizer")
+        self._decoder: dict[str, Any] = json.loads(backend.decoder.__getstate__())
         self.bos_id = bos_id
         self.special_ids = frozenset(i for i, t in backend.get_added_tokens_decoder().items() if t.special)
         self.detokenizer()  # raises here if the decoder is not supported
@@ -96,7 +98,7 @@ class Tokenizer:
             return b""
         if match := BYTE_TOKEN.fullmatch(text):
             return bytes([int(match[1], 16)])
-        if token not in self.special_ids and self._decoder and self._decoder["type"] == "ByteLevel":
+        if token not in self.special_ids and self._decoder["type"] == "ByteLevel":
             return bytes(BYTE_OF_CHARACTER[character] for character in text)
         decoder = self.detokenizer(special=True)
         return (decoder.push(token) + decoder.finish()).encode()
