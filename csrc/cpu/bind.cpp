@@ -33,9 +33,9 @@ Element element_of(const nb::dlpack::dtype& type) {
   throw std::invalid_argument("expected float32, float16, or uint16 with the bits of bfloat16");
 }
 
-void check_cols(int64_t got, int64_t want) {
-  if (got != want)
-    throw std::invalid_argument("rows of " + std::to_string(got) + " columns where " + std::to_string(want) +
+void check_cols(int64_t got, int64_t expected) {
+  if (got != expected)
+    throw std::invalid_argument("rows of " + std::to_string(got) + " columns where " + std::to_string(expected) +
                                 " belong");
 }
 

@@ -142,7 +142,7 @@ def _checksum(parts: list[NDArray[np.uint8]], threads: int) -> int:
         whole = len(part) // 512 * 512
         tail = np.zeros(512, np.uint8)
         tail[: len(part) - whole] = part[whole:]
-        for piece in (part[:whole], tail):
-            value = _cpu.checksum(np.ascontiguousarray(piece), threads if len(piece) > 1 << 20 else 1)
+        for chunk in (part[:whole], tail):
+            value = _cpu.checksum(np.ascontiguousarray(chunk), threads if len(chunk) > 1 << 20 else 1)
             total = zlib.crc32(value.to_bytes(8, "little"), total)
     return total
