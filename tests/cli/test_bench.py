@@ -76,6 +76,7 @@ def test_prompt_reports_work(capsys: pytest.CaptureFixture[str]) -> None:
         (["decode", "-m", "tiny-python", "--shape", "e2b"], "either --model or --shape"),
         (["decode", "--shape", "e2b"], "simulate"),
         (["decode", "--shape", "e3b", "--acceptance", "1,1,1"], "unknown shape 'e3b'"),
+        (["decode", "--shape", "e3b"], "unknown shape 'e3b'"),
         (["decode", "--shape", "e2b", "--quant", "q5", "--acceptance", "1,1,1"], "unknown quantisation 'q5'"),
         (["decode", "-m", "tiny-python", "--acceptance", "0.5,0.8,0.1"], "from 1 down to 0"),
         (["decode", "-m", "tiny-python", "--acceptance", "a"], "from 1 down to 0"),

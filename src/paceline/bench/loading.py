@@ -14,7 +14,7 @@ from paceline.bench import machine
 from paceline.bench.machine import Bandwidth, ReadBandwidth
 from paceline.bench.random_weights import random_weights
 from paceline.bench.runs import Bench
-from paceline.bench.shapes import TARGETS, official_drafter, official_target, prompt_multiply_accumulates
+from paceline.bench.shapes import official_drafter, official_target, prompt_multiply_accumulates
 from paceline.checkpoint.sizes import count_parameters
 from paceline.config import TargetConfig
 from paceline.errors import SettingsError
@@ -67,7 +67,7 @@ def open_pair(
 
     Args:
         model: a model's name, or None.
-        shape: an official shape, if there is no model.
+        shape: a key of `shapes.TARGETS`, if there is no model.
         quant: weight format.
         threads: of the processor.
         device: see `build.load`.
@@ -75,10 +75,8 @@ def open_pair(
         room: positions that measurements need.
 
     Raises:
-        SettingsError: an unknown shape or format, or too much room for the model.
+        SettingsError: an unknown format, or too much room for the model.
     """
-    if shape is not None and shape not in TARGETS:
-        raise SettingsError(f"unknown shape {shape!r}; use one of {', '.join(TARGETS)}")
     if quant not in FORMATS and (shape is not None or quant != "auto"):
         raise SettingsError(f"unknown quantisation {quant!r}; use one of {', '.join(FORMATS)}")
     if shape is not None:

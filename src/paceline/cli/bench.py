@@ -160,8 +160,12 @@ def prompt(
 
 
 def _check_choice(model: str | None, shape: str | None) -> None:
+    from paceline.bench.shapes import TARGETS
+
     if (model is None) == (shape is None):
         raise SettingsError("give either --model or --shape")
+    if shape is not None and shape not in TARGETS:
+        raise SettingsError(f"unknown shape {shape!r}; use one of {', '.join(TARGETS)}")
 
 
 def _shares(acceptance: str | None, draft_tokens: int, shape: str | None) -> tuple[float, ...] | None:
