@@ -85,7 +85,9 @@ void KvCache::restore(int64_t slot, const Snapshot& snapshot) {
 
 RopeTable::RopeTable(double theta, double rotary_factor, int64_t head_dim) {
   const int64_t pairs = int64_t(rotary_factor * double(head_dim)) / 2;
-  for (int64_t i = 0; i < pairs; ++i) {  // in float, as the reference does
+  // Rounded to float at the places where the reference rounds. The power is taken in double: a library's float power may
+  // depend on the processor in its last bit.
+  for (int64_t i = 0; i < pairs; ++i) {
     const float exponent = float(2 * i) / float(head_dim);
     frequencies_.push_back(1.0f / float(std::pow(theta, double(exponent))));
   }
