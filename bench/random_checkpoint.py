@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paceline.bench.shapes import TARGETS
+from paceline.checkpoint.config_json import target_config
 from paceline.checkpoint.names import PLE_TABLE, expected_tensors
-from paceline.config import target_config
 from paceline.quant.bf16 import to_bf16
 
 SLICE_WEIGHTS = 1 << 24  # drawn at a time

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from paceline.config import Experts, Rope, check_pair, drafter_config, target_config
+from paceline.checkpoint.config_json import drafter_config, target_config
+from paceline.config import Experts, Rope, check_pair
 from paceline.errors import CheckpointError, PairError
 from tests.fixtures import shapes
 

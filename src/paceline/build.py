@@ -14,7 +14,8 @@ from paceline.backends.cpu.backend import CpuBackend, default_threads
 from paceline.backends.cpu.sources import WeightSource, open_source
 from paceline.backends.formats import check_quant
 from paceline.checkpoint import Checkpoint, locate, locate_drafter
-from paceline.config import DrafterConfig, TargetConfig, check_pair, token_ids
+from paceline.checkpoint.config_json import token_ids
+from paceline.config import LIMITS, DrafterConfig, TargetConfig, check_pair
 from paceline.engine.cost_model import load_costs
 from paceline.engine.engine import DraftTokens, Engine, check_draft_tokens
 from paceline.engine.prefix_cache import PrefixCache
@@ -29,7 +30,11 @@ from paceline.text.tokenizer import Tokenizer
 from paceline.types import MAX_DRAFT, SamplingParams
 
 MAX_SLOTS = 64
-MAX_THREADS = 255  # what the native team can count
+MAX_THREADS = 255  # what the native thread pool can count
+MAX_CONTEXT = int(LIMITS["max_position_embeddings"][1])
+MAX_PROMPT_CHUNK = 1 << 14  # rows of scratch memory, and of sliding rings
+MAX_CACHE_MEMORY = 1 << 50
+MAX_WAITING = 1 << 20
 DEFAULT_CONTEXT = 32768  # positions; memory is taken as they are used
 
 
@@ -90,10 +95,11 @@ def load(
     check_draft_tokens(draft_tokens)
     check_quant(quant)
     _check_range("threads", threads, 1, MAX_THREADS)
-    _check_range("context", context, 2)
+    _check_range("context", context, 2, MAX_CONTEXT)
     _check_range("slots", slots, 1, MAX_SLOTS)
-    _check_range("prompt_chunk", prompt_chunk, 1)
-    _check_range("cache_memory", cache_memory, 0)
+    _check_range("prompt_chunk", prompt_chunk, 1, MAX_PROMPT_CHUNK)
+    _check_range("cache_memory", cache_memory, 0, MAX_CACHE_MEMORY)
+    _check_range("most_waiting", most_waiting, 0, MAX_WAITING)
     folder = locate(model)
     checkpoint = Checkpoint.open(folder)
     config = checkpoint.target_config()
@@ -217,8 +223,6 @@ def _open_drafter(model: str, folder: Path, choice: str, notify: Callable[[str],
     return Checkpoint.open(found)
 
 
-def _check_range(name: str, value: int | None, least: int, most: int | None = None) -> None:
-    if value is not None and value < least:
-        raise SettingsError(f"{name} is {value}; it must be at least {least}")
-    if value is not None and most is not None and value > most:
-        raise SettingsError(f"{name} is {value}; it must be at most {most}")
+def _check_range(name: str, value: int | None, least: int, most: int) -> None:
+    if value is not None and (type(value) is not int or not least <= value <= most):
+        raise SettingsError(f"{name} is {value!r}; it must be a whole number between {least} and {most}")

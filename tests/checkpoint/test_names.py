@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from paceline.checkpoint import Checkpoint, Tensors, drafter_tensors, resolve, target_tensors
-from paceline.config import TargetConfig, drafter_config, target_config
+from paceline.checkpoint.config_json import drafter_config, target_config
+from paceline.config import TargetConfig
 from paceline.errors import CheckpointError
 from tests.fixtures import shapes
 from tests.fixtures.checkpoints import (

@@ -3,8 +3,8 @@
 import pytest
 
 from paceline.checkpoint import target_tensors
+from paceline.checkpoint.config_json import drafter_config, target_config
 from paceline.checkpoint.sizes import cache_bytes, count_parameters, weight_bytes
-from paceline.config import drafter_config, target_config
 from tests.fixtures import shapes
 
 # Published, in units of 1e9: text parameters (without vision and audio), used per token; and the drafter's, 1e6.

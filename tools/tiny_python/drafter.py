@@ -25,8 +25,8 @@ from tools.tiny_python.tokenizer import BOS, EOS, PAD, VOCABULARY
 from torch import Tensor
 from torch.nn import functional as F
 
+from paceline.checkpoint.config_json import drafter_config
 from paceline.checkpoint.names import TOKEN_ORDERING, drafter_tensors
-from paceline.config import drafter_config
 from paceline.models import ops
 from paceline.models.drafter import Drafter, load_drafter
 from paceline.models.gemma4 import Target, embed, logits

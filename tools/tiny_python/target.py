@@ -18,8 +18,8 @@ from tools.tiny_python.tokenizer import BOS, EOS, PAD, TURN_END, VOCABULARY
 from torch import Tensor
 from torch.nn import functional as F
 
+from paceline.checkpoint.config_json import target_config
 from paceline.checkpoint.names import PLE_TABLE, Shapes, target_tensors
-from paceline.config import target_config
 from paceline.models import ops
 from paceline.models.gemma4 import Target, load_target, logits
 

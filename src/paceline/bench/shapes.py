@@ -6,8 +6,9 @@ import math
 import re
 from typing import Any
 
+from paceline.checkpoint.config_json import drafter_config, target_config
 from paceline.checkpoint.names import target_tensors
-from paceline.config import DrafterConfig, TargetConfig, drafter_config, target_config
+from paceline.config import DrafterConfig, TargetConfig
 
 VOCABULARY = 262144
 

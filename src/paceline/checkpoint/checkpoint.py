@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from paceline.checkpoint.config_json import DRAFTER_TYPES, TARGET_TYPES, drafter_config, target_config, token_ids
 from paceline.checkpoint.safetensors import TensorRef, read_header
-from paceline.config import (
-    DRAFTER_TYPES,
-    TARGET_TYPES,
-    DrafterConfig,
-    TargetConfig,
-    drafter_config,
-    target_config,
-    token_ids,
-)
+from paceline.config import DrafterConfig, TargetConfig
 from paceline.errors import CheckpointError
+from paceline.files import read_json
 from paceline.sampling_params import PARAMETERS, SamplingParams
 
 Config = TypeVar("Config")
@@ -52,7 +46,7 @@ class Checkpoint:
                 f"give a folder whose model_type is one of {', '.join(TARGET_TYPES + DRAFTER_TYPES)}"
             )
         optional = [folder / name for name in ("generation_config.json", "tokenizer_config.json")]
-        generation, tokenizer = (read_json(path) if path.exists() else {} for path in optional)
+        generation, tokenizer = (read_json(path) if os.path.lexists(path) else {} for path in optional)
         return cls(folder, config, generation, tokenizer, _read_tensors(folder))
 
     @property
@@ -112,28 +106,6 @@ class Checkpoint:
             return read(self.config)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from error
-        except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
-            # for example a string in place of a number
-            raise CheckpointError(f"{path}: holds a value of the wrong kind ({error}); download it again") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        CheckpointError: no such file, or not a JSON object.
-    """
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        if not path.exists():
-            raise CheckpointError(f"{path}: is missing, so this is not a model folder; download it") from error
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is not valid JSON; download it again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds no JSON object; download it again")
-    return content
 
 
 def shard_names(folder: Path) -> tuple[str, ...]:
@@ -167,7 +139,7 @@ def _read_tensors(folder: Path) -> dict[str, TensorRef]:
     shards = shard_names(folder)
     for shard in shards:
         path = folder / shard
-        if not path.exists():
+        if not os.path.isfile(path):
             raise CheckpointError(f"{path}: this shard is missing; download it")
         for name, ref in read_header(path).items():
             if name in tensors:

@@ -29,7 +29,7 @@ SKIPPED_PARTS = {
     "audio_tower.": "audio",
     "embed_audio.": "audio",
 }
-SHARED_KV = re.compile(r"layers\.(\d+)\.self_attn\.(?:[kv]_proj|[kv]_norm)\.weight")
+SHARED_KV = re.compile(r"layers\.(\d{1,4})\.self_attn\.(?:[kv]_proj|[kv]_norm)\.weight")
 ROTARY_BUFFER = re.compile(r"(?:layers\.\d+\.self_attn\.)?rotary_emb\.\w*inv_freq")
 
 

@@ -17,7 +17,8 @@ import numpy as np
 import safetensors
 from numpy.typing import NDArray
 
-from paceline.errors import CheckpointError
+from paceline.errors import CheckpointError, translated
+from paceline.files import MAX_JSON_BYTES
 
 # NumPy has no bf16, so it is read as uint16 bit patterns.
 READABLE = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I64": np.int64, "I32": np.int32}
@@ -91,13 +92,14 @@ def read_header(path: Path) -> dict[str, TensorRef]:
                 raise CheckpointError(
                     f"{path}: is a Git LFS pointer, not the weights; run `git lfs pull` in its folder"
                 )
-            with safetensors.safe_open(path, "np"):
-                length = int.from_bytes(prefix, "little")
-            entries = json.loads(file.read(length))
+            length = int.from_bytes(prefix, "little")
+            with translated(CheckpointError, f"{path}: is damaged or truncated ({{reason}}); download it again"):
+                if length > MAX_JSON_BYTES:
+                    raise ValueError(f"a header of {length} bytes")
+                with safetensors.safe_open(path, "np"):
+                    entries = json.loads(file.read(length))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); download it") from error
-    except safetensors.SafetensorError as error:
-        raise CheckpointError(f"{path}: is damaged or truncated ({error}); download it again") from error
     entries.pop("__metadata__", None)
     refs = []
     for name, entry in entries.items():

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from paceline.checkpoint import target_tensors
-from paceline.config import target_config
+from paceline.checkpoint.config_json import target_config
 
 CONFIG = {
     "model_type": "gemma4_text",

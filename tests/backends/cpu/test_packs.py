@@ -18,7 +18,6 @@ from paceline.backends.cpu.weights import Weights, pack_checkpoint
 from paceline.backends.formats import choose_quant
 from paceline.bench.shapes import official_target
 from paceline.checkpoint import Checkpoint, resolve
-from paceline.checkpoint.names import PLE_TABLE
 from paceline.errors import CheckpointError, SettingsError
 from paceline.quant.formats import FORMATS
 from tests.fixtures.backends import cpu_backend, run, sequence
@@ -49,10 +48,16 @@ def packed(folder: Path, path: Path, quant: str) -> Weights:
     return weights
 
 
+def opened(folder: Path, path: Path, mark: str | None = None) -> Weights:
+    checkpoint = Checkpoint.open(folder)
+    config = checkpoint.target_config()
+    return open_pack(path, config, 1, fingerprint=mark, tensors=resolve(checkpoint, config))
+
+
 @pytest.mark.parametrize("quant", FORMATS)
 def test_what_is_mapped_is_what_was_packed(pair: tuple[Path, Path], tmp_path: Path, quant: str) -> None:
     weights = packed(pair[0], tmp_path / "x.pack", quant)
-    again = open_pack(tmp_path / "x.pack", 1, fingerprint="mark")
+    again = opened(pair[0], tmp_path / "x.pack", "mark")
     assert again.quant == quant
     assert again.nbytes == weights.nbytes
     copies = dict(again.matrices)
@@ -60,9 +65,9 @@ def test_what_is_mapped_is_what_was_packed(pair: tuple[Path, Path], tmp_path: Pa
     for name, matrix in weights.matrices:
         assert (copies[name].format, copies[name].shape) == (matrix.format, matrix.shape)
         np.testing.assert_array_equal(copies[name].packed(), matrix.packed())
-    assert again.tensors.keys() == weights.tensors.keys() - {PLE_TABLE}
+    assert again.tensors.keys() == weights.tensors.keys()
     for name, tensor in weights.tensors.items():
-        if isinstance(tensor, np.ndarray) and name != PLE_TABLE:
+        if isinstance(tensor, np.ndarray):
             assert tensor.dtype == again.tensors[name].dtype
             np.testing.assert_array_equal(again.tensors[name], tensor)
     assert os.listdir(tmp_path) == ["x.pack"]
@@ -80,15 +85,15 @@ def test_every_damaged_byte_is_noticed(pair: tuple[Path, Path], tmp_path: Path) 
     for at in [0, 8, 12, 16, 25, *inside]:
         path.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
         with pytest.raises(StalePack):
-            open_pack(path, 1)
+            opened(pair[0], path)
     for cut in (0, 5, 19, 100, len(good) - 1):
         path.write_bytes(good[:cut])
         with pytest.raises(StalePack):
-            open_pack(path, 1)
+            opened(pair[0], path)
     path.write_bytes(good)
     with pytest.raises(StalePack, match="other files"):
-        open_pack(path, 1, fingerprint="another")
-    open_pack(path, 1, fingerprint="mark")
+        opened(pair[0], path, "another")
+    opened(pair[0], path, "mark")
 
 
 def test_a_failed_write_leaves_nothing(
@@ -142,7 +147,7 @@ def test_a_damaged_pack_is_made_again(pair: tuple[Path, Path], kept: Path) -> No
         .tokens
         == text
     )
-    open_pack(path, 1, fingerprint=fingerprint(Checkpoint.open(pair[0]), "q8"))  # good again
+    opened(pair[0], path, fingerprint(Checkpoint.open(pair[0]), "q8"))  # good again
 
 
 def test_a_changed_checkpoint_is_noticed(tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +210,7 @@ def test_a_drafter_pack_holds_its_ordered_head(pair: tuple[Path, Path], tmp_path
     config = checkpoint.drafter_config()
     weights = pack_checkpoint(resolve(checkpoint, config), config, "q8")
     write_pack(tmp_path / "d.pack", weights, "", 1, with_tables=False)
-    tensors = open_pack(tmp_path / "d.pack", 1).tensors
+    tensors = open_pack(tmp_path / "d.pack", config, 1).tensors
     matrix, tokens = tensors["ordered_head.weight"], tensors["ordered_head.tokens"].tolist()
     assert sorted(token for token in tokens if token >= 0) == list(range(config.vocab_size))
     table = cpu_table(pair[1])

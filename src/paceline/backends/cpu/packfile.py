@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,10 +24,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paceline import _cpu
-from paceline.backends.cpu.weights import Weights
+from paceline.backends.cpu.weights import Weights, check_weights
 from paceline.checkpoint import Tensors
 from paceline.checkpoint.names import PLE_TABLE
-from paceline.files import atomic_file
+from paceline.config import DrafterConfig, TargetConfig
+from paceline.errors import MAX_REASON, shorten
+from paceline.files import MAX_JSON_BYTES, atomic_file
 
 MAGIC = b"PACELINE"
 VERSION = 2
@@ -74,56 +76,86 @@ def write_pack(path: Path, weights: Weights, fingerprint: str, threads: int, *, 
             file.write(bytes(-len(part) % ALIGN))
 
 
-def open_pack(path: Path, threads: int, *, fingerprint: str | None = None, tensors: Tensors | None = None) -> Weights:
+def open_pack(
+    path: Path,
+    config: TargetConfig | DrafterConfig,
+    threads: int,
+    *,
+    fingerprint: str | None = None,
+    tensors: Tensors | None = None,
+) -> Weights:
     """Map a pack file and check it.
+
+    A checksum protects against accidents only: a converted folder is a download like any other. So every item is
+    compared with what the model's settings call for before native code gets it.
 
     Args:
         path: the file.
+        config: the model's settings.
         threads: for the checksum.
         fingerprint: what it must have been made from; None to take it as it is.
         tensors: the checkpoint it was made from, for tables that the file does not hold.
 
     Raises:
-        StalePack: missing, damaged, of another version, or made from something else.
+        StalePack: missing, damaged, of another version, made from something else, or not of this model.
     """
     try:
-        with path.open("rb") as file:
-            prefix = file.read(PREFIX)
-            version, length, crc = np.frombuffer(prefix[len(MAGIC) :], "<u4").tolist()
-            text = file.read(length)
-        if prefix[: len(MAGIC)] != MAGIC or version != VERSION or zlib.crc32(text) != crc:
-            raise StalePack("damaged header, or another version")
-        header = json.loads(text)
+        header, data = _map(path)
         if fingerprint is not None and header["fingerprint"] != fingerprint:
             raise StalePack("made from other files")
-        start = PREFIX + length + -(PREFIX + length) % ALIGN
-        if path.stat().st_size != start + header["bytes"]:
-            raise StalePack("truncated")
-        data: NDArray[np.uint8] = np.memmap(path, np.uint8, "r", start, (header["bytes"],))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StalePack(str(error)) from error
-    weights = Weights(header["quant"])
-    checked = []
-    for name, item in header["items"].items():
-        raw = data[item["offset"] : item["offset"] + item["bytes"]]
-        if item["kind"] == "table":
-            weights.tensors[name] = raw.view(item["dtype"]).reshape(item["shape"])
-            continue
-        checked.append(raw)
-        if item["kind"] == "vector":
-            weights.tensors[name] = raw.view(item["dtype"])
-            continue
-        rows, columns = item["shape"]
-        matrix = _cpu.Matrix.mapped(item["format"], rows, columns, raw)
-        if item["kind"] == "expert":
-            cast(list[_cpu.Matrix], weights.tensors.setdefault(name.rpartition(".")[0], [])).append(matrix)
-        else:
-            weights.tensors[name] = matrix
-    if _checksum(checked, threads) != header["checksum"]:
-        raise StalePack("damaged data")
-    if tensors and PLE_TABLE in tensors.refs:
-        weights.tensors[PLE_TABLE] = tensors[PLE_TABLE].map()
+        weights = Weights(header["quant"])
+        added = [_add(weights, name, item, data) for name, item in header["items"].items()]
+        if tensors and PLE_TABLE in tensors.refs:
+            weights.tensors[PLE_TABLE] = tensors[PLE_TABLE].map()
+        check_weights(weights, config)
+        if _checksum([raw for raw in added if raw is not None], threads) != header["checksum"]:
+            raise StalePack("damaged data")
+    except StalePack:
+        raise
+    except Exception as error:  # a header may hold anything
+        raise StalePack(shorten(str(error) or type(error).__name__, MAX_REASON)) from error
     return weights
+
+
+def _map(path: Path) -> tuple[dict[str, Any], NDArray[np.uint8]]:
+    """Header and data of a file."""
+    if not path.is_file():
+        raise StalePack("no such file")
+    with path.open("rb") as file:
+        prefix = file.read(PREFIX)
+        version, length, crc = np.frombuffer(prefix[len(MAGIC) :], "<u4").tolist()
+        text = file.read(min(length, MAX_JSON_BYTES + 1))
+    if prefix[: len(MAGIC)] != MAGIC or version != VERSION or len(text) != length or zlib.crc32(text) != crc:
+        raise StalePack("damaged header, or another version")
+    header = json.loads(text)
+    start = PREFIX + length + -(PREFIX + length) % ALIGN
+    if path.stat().st_size != start + header["bytes"]:
+        raise StalePack("truncated")
+    return header, np.memmap(path, np.uint8, "r", start, (header["bytes"],))
+
+
+def _add(weights: Weights, name: str, item: Mapping[str, Any], data: NDArray[np.uint8]) -> NDArray[np.uint8] | None:
+    """Add an item to the weights; returns its bytes, None for those of a table, which no checksum covers."""
+    kind, shape, offset, size = item["kind"], item["shape"], item["offset"], item["bytes"]
+    if (
+        not all(type(n) is int and n >= 0 for n in (offset, size, *shape))
+        or offset % ALIGN
+        or offset + size > len(data)
+    ):
+        raise StalePack(f"{name} lies at a place of the file that does not exist")
+    raw = data[offset : offset + size]
+    if kind in ("table", "vector"):
+        weights.tensors[name] = raw.view(item["dtype"]).reshape(shape)
+        return None if kind == "table" else raw
+    rows, columns = shape
+    matrix = _cpu.Matrix.mapped(item["format"], rows, columns, raw)
+    if kind == "expert":
+        cast(list[_cpu.Matrix], weights.tensors.setdefault(name.rpartition(".")[0], [])).append(matrix)
+    elif kind == "matrix":
+        weights.tensors[name] = matrix
+    else:
+        raise StalePack(f"{name} is of unknown kind")
+    return raw
 
 
 def _contents(weights: Weights, with_tables: bool) -> Iterator[tuple[str, str, NDArray[Any], dict[str, Any]]]:

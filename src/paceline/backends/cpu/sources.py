@@ -61,22 +61,22 @@ def open_source(
         SettingsError: not the format the folder was converted to.
     """
     if checkpoint.packed:
-        return WeightSource(_open_converted(checkpoint.packed, quant, threads), checkpoint, threads)
+        return WeightSource(_open_converted(checkpoint.packed, config, quant, threads), checkpoint, threads)
     tensors = resolve(checkpoint, config)
     if quant == "auto":
         quant = choose_quant(config, tensors["embed_tokens.weight"].dtype, available_memory())
         notify(f"weights: {quant} (chosen for the memory at hand)")
     try:
         about = fingerprint(checkpoint, quant)
-        weights = open_pack(pack_path(checkpoint, quant), threads, fingerprint=about, tensors=tensors)
+        weights = open_pack(pack_path(checkpoint, quant), config, threads, fingerprint=about, tensors=tensors)
         return WeightSource(weights, checkpoint, threads)
     except StalePack:
         return WeightSource(pack_checkpoint(tensors, config, quant, progress), checkpoint, threads, packed_now=True)
 
 
-def _open_converted(path: Path, quant: str, threads: int) -> Weights:
+def _open_converted(path: Path, config: TargetConfig | DrafterConfig, quant: str, threads: int) -> Weights:
     try:
-        weights = open_pack(path, threads)
+        weights = open_pack(path, config, threads)
     except StalePack as error:
         raise CheckpointError(f"{path}: cannot be used ({error}); convert the model again") from error
     if quant not in ("auto", weights.quant):

@@ -23,11 +23,12 @@ from paceline.checkpoint.names import PLE_TABLE, TOKEN_ORDERING, expected_tensor
 from paceline.config import DrafterConfig, TargetConfig
 from paceline.errors import CheckpointError
 from paceline.quant.bf16 import from_bf16, to_bf16
-from paceline.quant.formats import PANEL
+from paceline.quant.formats import FORMATS, PANEL
 
 EMBEDDING = "embed_tokens.weight"
 CENTROIDS = "masked_embedding.centroids.weight"
 SLICE_BYTES = 32 << 20  # read at a time while packing
+TABLE_TYPES = ("<f4", "<f2", "<u2")  # float32, float16, the bits of bfloat16
 
 Tensor = _cpu.Matrix | list[_cpu.Matrix] | NDArray[Any]
 
@@ -70,6 +71,33 @@ def native_shapes(config: TargetConfig | DrafterConfig) -> dict[str, tuple[int, 
         else:
             shapes[name] = shape
     return shapes
+
+
+def check_weights(weights: Weights, config: TargetConfig | DrafterConfig) -> None:
+    """Compare native tensors with what a model's settings call for: names, shapes and types.
+
+    Raises:
+        ValueError: names the tensor that is missing, unknown, or another than it must be.
+    """
+    expected = native_shapes(config) | dict.fromkeys(embedding_scales(config, lambda _: False), (1,))
+    if weights.quant not in FORMATS:
+        raise ValueError(f"{weights.quant!r} is no weight format")
+    odd = sorted(expected.keys() ^ weights.tensors.keys())
+    if odd:
+        raise ValueError(f"{odd[0]} is {'missing' if odd[0] in expected else 'not part of the model'}")
+    for name, tensor in weights.tensors.items():
+        if isinstance(tensor, np.ndarray):
+            table = name == PLE_TABLE
+            types = TABLE_TYPES if table else ("<i4",) if name == "ordered_head.tokens" else ("<f4",)
+            right = tensor.dtype.str in types and (table or tensor.ndim == 1)
+            shape: tuple[int, ...] = tensor.shape
+        elif isinstance(tensor, list):
+            right = len({matrix.shape for matrix in tensor}) == 1
+            shape = (len(tensor), *tensor[0].shape)
+        else:
+            right, shape = name != PLE_TABLE, tensor.shape
+        if not right or shape != expected[name]:
+            raise ValueError(f"{name} is {list(shape)} where config.json calls for {list(expected[name])}")
 
 
 def format_of(name: str, quant: str) -> str:

@@ -1,0 +1,232 @@
+"""Reads `config.json`, of a target or a drafter, into settings.
+
+It has two spellings: `global_head_dim` and `num_global_key_value_heads` in the official files, `per_layer_config` in
+files written by transformers. What is not supported is refused, and so is a value of another type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from paceline.config import LIMITS, DrafterConfig, Experts, Layer, Rope, TargetConfig, check_limit
+from paceline.errors import CheckpointError
+
+TARGET_TYPES = ("gemma4", "gemma4_unified", "gemma4_text", "gemma4_unified_text")
+DRAFTER_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
+
+
+def target_config(config: Mapping[str, Any]) -> TargetConfig:
+    """Resolve a target's `config.json`.
+
+    Raises:
+        CheckpointError: not a Gemma 4 target, or a value is missing, out of range or unsupported.
+    """
+    kind = config.get("model_type")
+    if kind in DRAFTER_TYPES:
+        raise CheckpointError(f"model_type is {kind}: this is a drafter; pass it as --drafter, not as the model")
+    if kind not in TARGET_TYPES:
+        raise CheckpointError(f"model_type is {kind!r}, not a Gemma 4 model ({', '.join(TARGET_TYPES)})")
+    text = _text_part(config)
+    return TargetConfig(
+        **_common(text, _target_layers(text)),
+        model_type=str(kind),
+        softcap=_number(text, "final_logit_softcapping", None),
+        max_positions=_int(text, "max_position_embeddings", 131072),
+        # gemma4_unified has no such fields: its text config never carries per-layer embeddings
+        ple_size=_int(text, "hidden_size_per_layer_input", 0),
+        ple_vocab_size=_int(text, "vocab_size_per_layer_input", 0),
+        experts=_experts(text),
+        stop_ids=token_ids(config.get("eos_token_id", text.get("eos_token_id", 1)), "config: eos_token_id"),
+        bos_id=_optional_id(text.get("bos_token_id", 2), "bos_token_id"),
+    )
+
+
+def drafter_config(config: Mapping[str, Any]) -> DrafterConfig:
+    """Resolve a drafter's `config.json`.
+
+    Raises:
+        CheckpointError: not a Gemma 4 drafter, or a value is missing, out of range or unsupported.
+    """
+    kind = config.get("model_type")
+    if kind not in DRAFTER_TYPES:
+        raise CheckpointError(f"model_type is {kind!r}, not a Gemma 4 drafter ({', '.join(DRAFTER_TYPES)})")
+    text = _text_part(config)
+    dims = _Dims(text)
+    layers = [
+        dims.layer(index, full=full, kv_source=-1, has_v_proj=False) for index, full in enumerate(_full_attention(text))
+    ]
+    ordered = _flag(config, "use_ordered_embeddings")
+    return DrafterConfig(
+        **_common(text, layers),
+        model_type=str(kind),
+        backbone_hidden_size=_int(config, "backbone_hidden_size"),
+        centroids=_int(config, "num_centroids") if ordered else 0,
+        centroid_top_k=_int(config, "centroid_intermediate_top_k", 32) if ordered else 0,
+    )
+
+
+def token_ids(value: object, key: str) -> tuple[int, ...]:
+    """The token ids of a setting that holds none, one or a list of them.
+
+    Raises:
+        CheckpointError: it holds something else.
+    """
+    values = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+    if not all(type(item) is int for item in values):
+        raise CheckpointError(f"{key} is {value!r}; it must be a token id or a list of them")
+    return tuple(values)
+
+
+def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    text = config.get("text_config", config)
+    if not isinstance(text, Mapping):
+        raise CheckpointError("config: text_config is not an object")
+    supported: dict[str, tuple[object, ...]] = {
+        "hidden_activation": ("gelu_pytorch_tanh",),
+        "attention_bias": (False,),
+        "tie_word_embeddings": (True,),
+        "use_bidirectional_attention": (None, "vision"),  # "vision" concerns image tokens only
+    }
+    for key, values in supported.items():
+        if key in text and text[key] not in values:
+            raise CheckpointError(f"config: {key} = {text[key]!r} is not supported (only {values[0]!r})")
+    return text
+
+
+def _int(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = config.get(key)
+    value = default if value is None else value
+    if value is None:
+        raise CheckpointError(f"config: {key} is missing")
+    if type(value) is not int:
+        raise CheckpointError(f"config: {key} is {value!r}; it must be a whole number")
+    check_limit(key, value)
+    return value
+
+
+def _number(config: Mapping[str, Any], key: str, default: float | None) -> Any:
+    """A float; None only if that is the default."""
+    value = config.get(key)
+    if value is None:
+        return default
+    if type(value) not in (int, float):
+        raise CheckpointError(f"config: {key} is {value!r}; it must be a number")
+    check_limit(key, value)
+    return float(value)
+
+
+def _flag(config: Mapping[str, Any], key: str) -> bool:
+    value = config.get(key)
+    if value not in (None, True, False) or (isinstance(value, (int, float)) and not isinstance(value, bool)):
+        raise CheckpointError(f"config: {key} is {value!r}; it must be true or false")
+    return bool(value)
+
+
+def _optional_id(value: object, key: str) -> int | None:
+    if value is not None and type(value) is not int:
+        raise CheckpointError(f"config: {key} is {value!r}; it must be a token id")
+    return value
+
+
+def _experts(text: Mapping[str, Any]) -> Experts | None:
+    if not _flag(text, "enable_moe_block"):
+        return None
+    return Experts(_int(text, "num_experts"), _int(text, "top_k_experts"), _int(text, "moe_intermediate_size"))
+
+
+def _common(text: Mapping[str, Any], layers: list[Layer]) -> dict[str, Any]:
+    return {
+        "vocab_size": _int(text, "vocab_size"),
+        "hidden_size": _int(text, "hidden_size"),
+        "heads": _int(text, "num_attention_heads"),
+        "layers": tuple(layers),
+        "sliding_window": _int(text, "sliding_window"),
+        "rms_eps": _number(text, "rms_norm_eps", 1e-6),
+        "rope_sliding": _rope(text, "sliding_attention", Rope(1e4)),
+        "rope_full": _rope(text, "full_attention", Rope(1e6, 0.25)),
+    }
+
+
+def _full_attention(text: Mapping[str, Any]) -> list[bool]:
+    """Whether each layer has full attention; the others have a sliding window."""
+    count = _int(text, "num_hidden_layers")
+    types = text.get("layer_types")
+    if not types:
+        return [(i + 1) % 6 == 0 or i == count - 1 for i in range(count)]
+    if not isinstance(types, list) or len(types) != count:
+        raise CheckpointError(f"config: layer_types is {types!r}; it must name the kinds of {count} layers")
+    odd = next((kind for kind in types if kind not in ("sliding_attention", "full_attention")), None)
+    if odd is not None:
+        raise CheckpointError(f"config: layer_types names {odd!r}; only sliding_attention and full_attention are known")
+    return [kind == "full_attention" for kind in types]
+
+
+def _target_layers(text: Mapping[str, Any]) -> list[Layer]:
+    full = _full_attention(text)
+    first_shared = len(full) - _int(text, "num_kv_shared_layers", 0)
+    if first_shared < 0:
+        raise CheckpointError(f"config: num_kv_shared_layers is {len(full) - first_shared} of {len(full)} layers")
+    dims = _Dims(text)
+    wide, same_kv = _flag(text, "use_double_wide_mlp"), _flag(text, "attention_k_eq_v")
+    layers: list[Layer] = []
+    last: dict[bool, int] = {}  # layer with K/V of its own, by kind
+    for index, is_full in enumerate(full):
+        shared = index >= first_shared > 0
+        if shared and is_full not in last:
+            raise CheckpointError(f"config: layer {index} shares the K/V of a kind of layer that comes only later")
+        if not shared:
+            last[is_full] = index
+        layers.append(
+            dims.layer(
+                index,
+                full=is_full,
+                kv_source=last[is_full],
+                has_v_proj=not shared and not (is_full and same_kv),
+                wide=2 if shared and wide else 1,
+            )
+        )
+    return layers
+
+
+class _Dims:
+    """Sizes of layers, which full-attention layers may have of their own."""
+
+    def __init__(self, text: Mapping[str, Any]) -> None:
+        self._head_dim, self._kv_heads = _int(text, "head_dim"), _int(text, "num_key_value_heads")
+        self._intermediate = _int(text, "intermediate_size")
+        overrides = text.get("per_layer_config")
+        # a file with per_layer_config says everything there; one with neither spelling means the official 512
+        self._full_head_dim = _int(text, "global_head_dim", 512 if overrides is None else self._head_dim)
+        self._full_kv_heads = self._kv_heads
+        if _flag(text, "attention_k_eq_v"):
+            self._full_kv_heads = _int(text, "num_global_key_value_heads", self._kv_heads)
+        if not isinstance(overrides, Mapping | None) or len(overrides or ()) > LIMITS["num_hidden_layers"][1]:
+            raise CheckpointError("config: per_layer_config is not an object by layer")
+        self._overrides = {str(key).lstrip("0") or "0": value for key, value in (overrides or {}).items()}
+
+    def layer(self, index: int, *, full: bool, kv_source: int, has_v_proj: bool, wide: int = 1) -> Layer:
+        head_dim, kv_heads = self._head_dim, self._kv_heads
+        if full:
+            override = self._overrides.get(str(index)) or {}  # transformers pads the keys of deeper models: "04"
+            if not isinstance(override, Mapping):
+                raise CheckpointError(f"config: per_layer_config of layer {index} is {override!r}, not an object")
+            head_dim = _int(override, "head_dim", self._full_head_dim)
+            kv_heads = _int(override, "num_key_value_heads", self._full_kv_heads)
+        return Layer(not full, head_dim, kv_heads, wide * self._intermediate, kv_source, has_v_proj)
+
+
+def _rope(text: Mapping[str, Any], layer_type: str, default: Rope) -> Rope:
+    parameters = text.get("rope_parameters")
+    if parameters is None:
+        return default
+    given = parameters.get(layer_type) if isinstance(parameters, Mapping) else parameters
+    if given is None:
+        return default
+    if not isinstance(given, Mapping):
+        raise CheckpointError(f"config: rope_parameters of {layer_type} is {given!r}, not an object")
+    kind = given.get("rope_type", "default")
+    if kind not in ("default", "proportional") or given.get("factor", 1.0) != 1.0:
+        raise CheckpointError(f"config: rope of {layer_type} is {dict(given)}; only default and proportional are known")
+    factor = _number(given, "partial_rotary_factor", 1.0) if kind == "proportional" else 1.0
+    return Rope(_number(given, "rope_theta", default.theta), factor)
