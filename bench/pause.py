@@ -42,7 +42,7 @@ def sequence(backend: CpuBackend, tokens: list[int], most: int) -> Sequence:
 
 def ticks_until_end(scheduler: Scheduler, one: Sequence) -> list[float]:
     """Submit a sequence; the seconds of each step until it ends."""
-    scheduler.submit(one, lambda _: None)
+    scheduler.submit(one)
     seconds = []
     while not one.finish:
         started = time.perf_counter()
@@ -65,7 +65,7 @@ def main() -> None:
     random = np.random.default_rng(0)
     prompts = [random.integers(5, config.vocab_size, n).tolist() for n in (*[20] * STREAMS, PROMPT)]
     for prompt in prompts[:STREAMS]:
-        scheduler.submit(sequence(backend, prompt, 1 << 30), lambda _: None)
+        scheduler.submit(sequence(backend, prompt, 1 << 30))
     for _ in range(8):
         scheduler.tick()
     calm = [ticks_until_end(scheduler, sequence(backend, [5 + n], 8)) for n in range(2)]

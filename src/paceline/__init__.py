@@ -10,17 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from paceline.build import load as load
+    from paceline.engine.async_engine import AsyncEngine as AsyncEngine
     from paceline.engine.engine import Engine as Engine
-    from paceline.engine.engine import Stream as Stream
+    from paceline.engine.stream import Stream as Stream
     from paceline.sampling_params import SamplingParams as SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["Engine", "SamplingParams", "Stream", "__version__", "load"]
+__all__ = ["AsyncEngine", "Engine", "SamplingParams", "Stream", "__version__", "load"]
 
 _HOMES = {
     "load": "paceline.build",
     "Engine": "paceline.engine.engine",
-    "Stream": "paceline.engine.engine",
+    "AsyncEngine": "paceline.engine.async_engine",
+    "Stream": "paceline.engine.stream",
     "SamplingParams": "paceline.sampling_params",
 }
 

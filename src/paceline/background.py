@@ -6,6 +6,8 @@ therefore runs on another thread; the caller only waits, and an interrupt ends n
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import threading
 import weakref
@@ -57,6 +59,30 @@ class Background:
                 finally:
                     del error  # its traceback holds this frame
             return value
+
+    async def wait(self, function: Callable[[], T]) -> T:
+        """`call` for coroutines: does not hold up the event loop.
+
+        Raises:
+            BackendError: see `call`.
+        """
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+
+        def settle(value: T, error: BaseException | None) -> None:
+            if future.cancelled():
+                return
+            if error:
+                future.set_exception(error)
+            else:
+                future.set_result(value)
+
+        def reply(value: T, error: BaseException | None) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has been closed in the meantime
+                loop.call_soon_threadsafe(settle, value, error)
+
+        self.post(function, reply)
+        return await future
 
     def post(self, function: Callable[[], Any], reply: Reply = lambda value, error: None) -> None:
         """Run a function without waiting for it.

@@ -25,7 +25,7 @@ def serve(scheduler: Scheduler, *prompts: list[int], **other: object) -> list[Se
     """Run requests together, to their ends."""
     sequences = [request(scheduler.backend, prompt, **other) for prompt in prompts]
     for sequence in sequences:
-        scheduler.submit(sequence, lambda _: None)
+        scheduler.submit(sequence)
     drain(scheduler)
     return sequences
 
@@ -71,7 +71,7 @@ def test_followers_go_on_when_their_leader_is_cancelled() -> None:
     mine = scheduler(backend)
     reads, waits = (request(backend, [7] * 100, max_tokens=5) for _ in range(2))
     for sequence in (reads, waits):
-        mine.submit(sequence, lambda _: None)
+        mine.submit(sequence)
     for _ in range(3):
         mine.tick()
     mine.cancel(reads)
@@ -130,7 +130,7 @@ def test_text_does_not_depend_on_the_cache(
             prompt = [*dice.choice(sequences).tokens, *own, 5]
         params = SamplingParams(temperature=temperature, seed=len(sequences))
         sequences.append(request(backend, prompt, max_tokens=most, params=params, draft_tokens=dice.randrange(5)))
-        mine.submit(sequences[-1], lambda _: None)
+        mine.submit(sequences[-1])
         for _ in range(dice.randrange(6)):
             mine.tick()
         if dice.random() < 0.2:

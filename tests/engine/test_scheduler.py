@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ def alone(prompt: list[int], **other: object) -> list[int]:
     backend = ScriptedBackend(slots=1)
     sequence = request(backend, prompt, **other)
     scheduler = Scheduler(backend, proposers_of(backend), chunk=8)
-    scheduler.submit(sequence, lambda _: None)
+    scheduler.submit(sequence)
     drain(scheduler)
     return sequence.generated
 
@@ -72,7 +73,8 @@ def test_text_does_not_depend_on_load(requests: list[tuple], slots: int, chunk: 
         sequences.append(request(backend, prompt, max_tokens=most, draft_tokens=depth, params=params))
         events: list[Event] = []
         heard.append(events)
-        scheduler.submit(sequences[-1], events.append)
+        sequences[-1].deliver = events.append
+        scheduler.submit(sequences[-1])
         for _ in range(dice.randrange(4)):
             scheduler.tick()
         if dice.random() < 0.2:
@@ -91,9 +93,9 @@ def test_long_prompts_do_not_stall_others() -> None:
     backend = ScriptedBackend(slots=2, context=2048, max_rows=64, watch=watch)
     scheduler = Scheduler(backend, proposers_of(backend), chunk=64)
     decoding, prefilling = request(backend, [1, 2], max_tokens=500, draft_tokens=0), request(backend, [5] * 1000)
-    scheduler.submit(decoding, lambda _: None)
+    scheduler.submit(decoding)
     scheduler.tick()
-    scheduler.submit(prefilling, lambda _: None)
+    scheduler.submit(prefilling)
     while prefilling.in_prefill:
         before = len(decoding.generated)
         scheduler.tick()
@@ -106,7 +108,7 @@ def test_prompts_take_turns() -> None:
     scheduler = Scheduler(backend, proposers_of(backend), chunk=16)
     sequences = [request(backend, [n] * 160) for n in (1, 2, 3)]
     for sequence in sequences:
-        scheduler.submit(sequence, lambda _: None)
+        scheduler.submit(sequence)
     for _ in range(15):
         scheduler.tick()
     assert [sequence.cached for sequence in sequences] == [80, 80, 80]
@@ -115,14 +117,100 @@ def test_prompts_take_turns() -> None:
 def test_full_queue_refuses() -> None:
     scheduler = Scheduler(ScriptedBackend(slots=1), (), chunk=8, max_waiting=2)
     for _ in range(3):  # one for the slot
-        scheduler.submit(request(scheduler.backend, [1]), lambda _: None)
+        scheduler.submit(request(scheduler.backend, [1]))
     for _ in range(2):
         with pytest.raises(BusyError, match="try again later"):
-            scheduler.submit(request(scheduler.backend, [1]), lambda _: None)
+            scheduler.submit(request(scheduler.backend, [1]))
         scheduler.tick()
         assert scheduler.waiting == 2
     drain(scheduler)
-    scheduler.submit(request(scheduler.backend, [1]), lambda _: None)
+    scheduler.submit(request(scheduler.backend, [1]))
+
+
+def test_clients_take_turns_and_every_choice_counts() -> None:
+    scheduler = Scheduler(ScriptedBackend(slots=2), (), chunk=8)
+    first = [request(scheduler.backend, [1], max_tokens=5, client="a") for _ in range(12)]
+    for sequence in first:
+        scheduler.submit(sequence)
+    scheduler.tick()
+    later = request(scheduler.backend, [2], max_tokens=5, client="b")
+    scheduler.submit(later)
+    while not later.finish:
+        scheduler.tick()
+    assert sum(bool(sequence.finish) for sequence in first) <= 4  # those that ran, and those beside it
+    drain(scheduler)
+    assert [sequence.finish for sequence in first] == ["length"] * 12
+
+
+def test_a_full_queue_takes_from_the_client_that_has_most() -> None:
+    scheduler = Scheduler(ScriptedBackend(slots=1), (), chunk=8, max_waiting=4)
+    heard: list[Event | Exception] = []
+    first = [request(scheduler.backend, [1], client="a", deliver=heard.append) for _ in range(5)]
+    for sequence in first:
+        scheduler.submit(sequence)
+    scheduler.tick()
+    for _ in range(2):
+        scheduler.submit(request(scheduler.backend, [2], client="b"))
+    with pytest.raises(BusyError, match="try again later"):  # now it would have more than the other
+        scheduler.submit(request(scheduler.backend, [2], client="b"))
+    drain(scheduler)
+    assert [sequence.finish for sequence in first] == ["length"] * 3 + ["cancelled"] * 2
+    assert [type(one) for one in heard if isinstance(one, Exception)] == [BusyError, BusyError]
+
+
+def test_a_failed_step_ends_all_with_its_error_and_frees_their_slots() -> None:
+    def fail(works: list[Work]) -> None:
+        if len(works) == 2 and works[0].position > 4:
+            raise MemoryError("no room")
+
+    backend = ScriptedBackend(slots=2, watch=fail)
+    scheduler = Scheduler(backend, proposers_of(backend), chunk=8)
+    heard: list[list[Event | Exception]] = [[], [], []]
+    for number, events in enumerate(heard):
+        scheduler.submit(request(backend, [number + 1], deliver=events.append))
+    drain(scheduler)
+    assert all(isinstance(events[-1], MemoryError) for events in heard)
+    sequence = request(backend, [1], max_tokens=20)
+    scheduler.submit(sequence)
+    drain(scheduler)
+    assert sequence.generated == alone([1], max_tokens=20)
+    assert {backend.open_slot(), backend.open_slot()} == {0, 1}
+
+
+def test_a_sequence_whose_owner_has_gone_is_cancelled() -> None:
+    class Owner:
+        pass
+
+    owner = Owner()
+    scheduler = Scheduler(ScriptedBackend(slots=1), (), chunk=8)
+    sequences = [request(scheduler.backend, [1], owner=weakref.ref(owner)) for _ in range(2)]
+    for sequence in sequences:
+        scheduler.submit(sequence)
+    scheduler.tick()
+    assert scheduler.busy
+    del owner
+    scheduler.tick()
+    assert not scheduler.busy
+    assert [sequence.finish for sequence in sequences] == ["cancelled"] * 2
+
+
+def test_measuring_costs_waits_until_nothing_runs() -> None:
+    backend = ScriptedBackend(slots=2)
+    running = 0
+
+    def measure() -> Costs:
+        assert running == 0
+        return Costs((10.0, 11.0, 12.0, 13.0))
+
+    scheduler = Scheduler(backend, [DrafterProposer(measure, backend.info.stops_early)], chunk=8)
+    fixed, adaptive = (request(backend, [n], draft_tokens=depth, max_tokens=9) for n, depth in ((1, 3), (2, None)))
+    scheduler.submit(fixed)
+    scheduler.tick()
+    scheduler.submit(adaptive)
+    while scheduler.busy:
+        running = len(scheduler.running)
+        scheduler.tick()
+    assert adaptive.generated == alone([2], max_tokens=9)
 
 
 def test_cancelled_sequences_leave_before_the_next_round() -> None:
@@ -131,7 +219,7 @@ def test_cancelled_sequences_leave_before_the_next_round() -> None:
     scheduler = Scheduler(backend, proposers_of(backend), chunk=8)
     stays, goes, waits = (request(backend, [n], max_tokens=50) for n in (1, 2, 3))
     for sequence in (stays, goes, waits):
-        scheduler.submit(sequence, lambda _: None)
+        scheduler.submit(sequence)
     for _ in range(3):
         scheduler.tick()
     scheduler.cancel(goes)
@@ -176,7 +264,7 @@ def test_forced_tokens_are_drafted(draft_tokens: int | None, has_drafter: bool, 
     proposers = proposers_of(backend, Costs((1.0, 1.2, 1.4)))
     scheduler = Scheduler(backend, proposers, chunk=8)
     sequence = request(backend, [1, 2], max_tokens=100, draft_tokens=draft_tokens, grammar=Litany(honest))
-    scheduler.submit(sequence, lambda _: None)
+    scheduler.submit(sequence)
     drain(scheduler)
     assert sequence.generated == alone([1, 2], max_tokens=100, draft_tokens=0, grammar=Litany(honest))
     assert max(rows for one in watch.passes for rows in one.values()) <= 16
@@ -199,7 +287,7 @@ def test_proposers_are_asked_in_order() -> None:
     proposers = [GrammarProposer(), LastToken(), DrafterProposer(lambda: Costs((1.0, 1.1)), False)]
     scheduler = Scheduler(backend, proposers, chunk=8)
     sequence = request(backend, [1, 2], max_tokens=10)
-    scheduler.submit(sequence, lambda _: None)
+    scheduler.submit(sequence)
     drain(scheduler)
     assert sequence.generated == alone([1, 2], max_tokens=10, draft_tokens=0)
     assert {rows[0] for rows in watch.passes[1:-2]} == {3}  # never the drafter's one token

@@ -198,7 +198,7 @@ def test_cached_prefixes(
 def queued(scheduler: Scheduler, prompt: list[int], depth: int) -> Sequence:
     """Run one sequence through a scheduler to its end."""
     one = unplaced(scheduler.backend, prompt, draft_tokens=depth, max_tokens=TOKENS)
-    scheduler.submit(one, lambda _: None)
+    scheduler.submit(one)
     while scheduler.busy:
         scheduler.tick()
     return one

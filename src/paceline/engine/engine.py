@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import secrets
-from collections import deque
-from collections.abc import Iterator, Mapping
+import threading
+import weakref
+from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from numbers import Integral
-from types import TracebackType
 from typing import Any, Literal
 
 from paceline.backends.base import Backend
+from paceline.background import Background
 from paceline.config import DrafterConfig, TargetConfig
 from paceline.decode.constraints import Grammar
 from paceline.decode.logprobs import MAX_LOGPROBS
 from paceline.engine.proposers import DrafterProposer
-from paceline.engine.scheduler import Deliver, Scheduler
-from paceline.engine.sequence import Sequence
+from paceline.engine.scheduler import Scheduler
+from paceline.engine.sequence import Deliver, Sequence
+from paceline.engine.stream import Stream
 from paceline.errors import ContextError, PromptError, SettingsError
 from paceline.sampling_params import check_sampling_params
 from paceline.text.chat import ChatTemplate
 from paceline.text.grammar import Grammars
 from paceline.text.stops import check_stops
 from paceline.text.tokenizer import Tokenizer
-from paceline.types import MAX_DRAFT, Event, Generation, SamplingParams, Statistics
+from paceline.types import MAX_DRAFT, Generation, SamplingParams
 
 Prompt = str | Items[int] | Items[Mapping[str, Any]]
 """Text, token ids, or a conversation: messages with `role` and `content`."""
@@ -53,6 +55,10 @@ class Engine:
 
     The text depends on the prompt, the sampling parameters and the seed alone: bit for bit the same whatever drafter is
     used, however many tokens are drafted, however the prompt is cut into chunks, and on any number of threads.
+
+    Several threads may use one engine. All steps run on one thread of the engine's, where an interrupt (Ctrl-C) cannot
+    reach them: it ends the waiting, and the generation that was waited for. A process forked after loading cannot use
+    the engine and is told so; see `AsyncEngine` for asyncio.
     """
 
     backend: Backend
@@ -64,10 +70,17 @@ class Engine:
     sampling: SamplingParams  # the checkpoint's, for requests that give none
     draft_tokens: DraftTokens
     scheduler: Scheduler
+    background: Background = field(default_factory=lambda: Background("paceline-engine"))  # where all steps run
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    @cached_property
+    @property
     def grammars(self) -> Grammars:
         """Compiles grammars for the model's tokenizer; needs the `server` extra."""
+        with self._lock:
+            return self._grammars
+
+    @cached_property
+    def _grammars(self) -> Grammars:
         return Grammars(self.tokenizer.dumps(), self.backend.info.vocab_size, self.stop_ids)
 
     def stream(
@@ -121,25 +134,19 @@ class Engine:
     def generate(self, prompt: Prompt, **settings: Any) -> Generation:
         """Generate to the end; see `stream` for the arguments and errors."""
         with self.stream(prompt, **settings) as stream:
-            events = list(stream)
-            assert stream.sequence.finish is not None
-            deltas = [delta for event in events for delta in event.deltas]
-            return Generation(
-                "".join(event.text for event in events),
-                tuple(stream.sequence.generated),
-                stream.sequence.finish,
-                stream.statistics,
-                stream.sampling,
-                tuple(delta.logprobs for delta in deltas if delta.logprobs),
-            )
+            return stream.generation()
 
-    def submit(self, tokens: list[int], request: Request, deliver: Deliver) -> Sequence:
-        """Start a generation on this engine's scheduler, whose `tick` then delivers its events.
+    def submit(
+        self, tokens: list[int], request: Request, deliver: Deliver, *, owner: object = None, client: str = ""
+    ) -> Sequence:
+        """Queue a generation on this engine's scheduler, whose `tick` then delivers its events.
 
         Args:
             tokens: a prompt, as `encode` gives it.
             request: settings.
-            deliver: called with each event.
+            deliver: called with each event, or with the exception that ended the generation.
+            owner: the generation is cancelled when this object has gone.
+            client: whom the queue counts it to.
 
         Raises:
             PromptError: the prompt is too long for the context.
@@ -164,14 +171,17 @@ class Engine:
             stops=request.stop,
             logprobs=count,
             grammar=request.grammar,
+            deliver=deliver,
+            owner=None if owner is None else weakref.ref(owner),
+            client=client,
         )
-        self.scheduler.submit(sequence, deliver)
+        self.scheduler.submit(sequence)
         return sequence
 
     def warm_up(self) -> None:
         """Do now what would delay the first requests: measure what rounds cost."""
         for proposer in self.scheduler.proposers:
-            proposer.warm_up()
+            self.background.call(proposer.warm_up)
 
     @property
     def recent_acceptance(self) -> float:
@@ -239,58 +249,3 @@ def check_draft_tokens(count: DraftTokens) -> DraftTokens:
     if count != "auto" and not (isinstance(count, int) and 0 <= count <= MAX_DRAFT):
         raise SettingsError(f"draft_tokens is {count!r}; it must be auto, or between 0 and {MAX_DRAFT}")
     return count
-
-
-class Stream:
-    """A generation in flight: iterate for events; `statistics` is valid at any time.
-
-    Takes part in every step of its engine until it ends or is closed: streams that are iterated in turns share passes
-    through the model. Where all slots are taken it waits.
-    """
-
-    def __init__(self, engine: Engine, tokens: list[int], request: Request) -> None:
-        self._scheduler = engine.scheduler
-        self._events: deque[Event] = deque()
-        self._open = False
-        self.sequence = engine.submit(tokens, request, self._events.append)
-        self._open = True
-
-    @property
-    def statistics(self) -> Statistics:
-        return self.sequence.statistics
-
-    @property
-    def sampling(self) -> SamplingParams:
-        """The sampling parameters, seed included."""
-        return self.sequence.params
-
-    def __iter__(self) -> Iterator[Event]:
-        return self
-
-    def __next__(self) -> Event:
-        while self._open and not self._events:
-            self._scheduler.tick()
-        if not self._open:
-            raise StopIteration
-        event = self._events.popleft()
-        if event.finish:
-            self.close()
-        return event
-
-    def close(self) -> None:
-        """Stop generating and free the slot. May be called again."""
-        if self._open:
-            self._open = False
-            self._scheduler.cancel(self.sequence)
-            self._scheduler.sweep()
-
-    def __del__(self) -> None:
-        # A stream that is dropped before its end frees its slot, too.
-        if getattr(self, "_open", False):
-            self.close()
-
-    def __enter__(self) -> Stream:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()

@@ -39,8 +39,12 @@ class Proposer:
     def warm_up(self) -> None:
         """Do now what would delay the first request."""
 
+    def ready(self, sequence: Sequence) -> bool:
+        """Whether a sequence may begin while others run; if not, it waits for them to end."""
+        return True
+
     def begin(self, sequence: Sequence) -> None:
-        """A sequence was submitted."""
+        """A sequence is about to get a slot."""
 
     def prepare(self, sequences: Items[Sequence]) -> None:
         """These sequences decode in the next step."""
@@ -98,6 +102,9 @@ class DrafterProposer(Proposer):
 
     def warm_up(self) -> None:
         _ = self.costs
+
+    def ready(self, sequence: Sequence) -> bool:
+        return self._costs is not None or sequence.draft_tokens is not None  # measuring takes all slots
 
     def begin(self, sequence: Sequence) -> None:
         if sequence.draft_tokens is None:

@@ -4,14 +4,17 @@ A step advances every decoding sequence by one round, and at most one sequence i
 long prompt stalls the others for no longer than a chunk takes. Sequences in prefill take turns. A prompt with a cached
 prefix starts after it; one that shares a prefix with a prompt in prefill waits for that prefix.
 
-One thread calls `tick`; others may `submit` and `cancel` meanwhile.
+The queue is fair: clients take turns, and each sequence counts, so a request for many choices waits for itself and not
+in front of others. In a full queue the client with the most waiting sequences gives up its last one for another's.
+
+One thread calls `tick`; others may `submit` and `cancel` meanwhile. Both only append or mark, so an interrupt between
+any two instructions of theirs leaves nothing half done.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable
+from collections import Counter, deque
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 
@@ -23,11 +26,8 @@ from paceline.engine.proposers import Proposer
 from paceline.engine.sequence import Sequence
 from paceline.engine.step import step
 from paceline.errors import BusyError
-from paceline.types import Event
 
 MIN_CHUNK = 16  # rows; up to here they cost about the same
-
-Deliver = Callable[[Event], None]
 
 
 @dataclass
@@ -53,7 +53,8 @@ class Scheduler:
     _waiting: deque[Sequence] = field(default_factory=deque)
     _row_seconds: float = 1.0  # that a row of a prompt took recently; at first a cautious guess
     _leaders: dict[int, tuple[Sequence, int]] = field(default_factory=dict)  # whose prefix a sequence waits for
-    _deliver: dict[int, Deliver] = field(default_factory=dict)  # by the sequence's identity
+    _turn: float = 0.0  # of the sequence that was admitted last
+    _last_turns: dict[str, float] = field(default_factory=dict)  # of each client's last sequence in the queue
 
     @property
     def waiting(self) -> int:
@@ -71,29 +72,45 @@ class Scheduler:
         """Whether there is anything to run."""
         return bool(self.running or self._waiting)
 
-    def submit(self, sequence: Sequence, deliver: Deliver) -> None:
-        """Let a sequence run as soon as a slot is free.
-
-        Args:
-            sequence: a new one, without a slot.
-            deliver: called by `tick` with each of its events.
+    def submit(self, sequence: Sequence) -> None:
+        """Let a sequence run as soon as a slot is free and it is its client's turn.
 
         Raises:
             BusyError: too many are waiting.
         """
         if self.room < 1:
-            raise BusyError(f"{len(self._waiting)} requests are waiting already; try again later")
-        for proposer in self.proposers:
-            proposer.begin(sequence)
-        self._deliver[id(sequence)] = deliver
+            self._make_room(sequence.client)
+        sequence.turn = max(self._turn, self._last_turns.get(sequence.client, 0.0)) + 1
+        self._last_turns[sequence.client] = sequence.turn
         self._waiting.append(sequence)
+
+    def _make_room(self, client: str) -> None:
+        """Turn away the last waiting sequence of the client that has the most, if that is more than this one has."""
+        waiting = [sequence for sequence in list(self._waiting) if not sequence.finish]
+        counts = Counter(sequence.client for sequence in waiting)
+        busiest = max(counts, key=lambda one: counts[one], default=client)
+        error = BusyError(f"the queue is full ({len(waiting)} requests are waiting); try again later")
+        if counts[busiest] <= counts[client] + 1:
+            raise error
+        victim = max((s for s in waiting if s.client == busiest), key=lambda s: s.turn)
+        victim.failure = error
+        self.cancel(victim)
 
     def cancel(self, sequence: Sequence) -> None:
         """End a sequence before its next round, without an event."""
         sequence.finish = sequence.finish or "cancelled"
 
     def tick(self) -> None:
-        """Run one step, if there is anything to do, and deliver its events."""
+        """Run one step, if there is anything to do, and deliver its events.
+
+        If it fails, every sequence in flight ends with the exception.
+        """
+        try:
+            self._tick()
+        except Exception as error:
+            self._abandon(error)
+
+    def _tick(self) -> None:
         self.sweep()
         self._admit()
         chosen = self._choose()
@@ -111,45 +128,59 @@ class Scheduler:
             if self.prefix_cache and (prefilling.cached in prefilling.branches or not prefilling.in_prefill):
                 self.prefix_cache.store(prefilling.slot, prefilling.tokens[: prefilling.cached])
         for sequence, event in zip(chosen, events, strict=True):
-            if event and id(sequence) in self._deliver:
-                self._deliver[id(sequence)](event)
+            if event:
+                sequence.deliver(event)
         self.sweep()
 
     def sweep(self) -> None:
-        """Remove sequences that have ended, and free their slots."""
+        """Remove sequences that have ended or whose owner has gone, and free their slots."""
+        for sequence in [*self._waiting, *self.running]:
+            if sequence.owner and sequence.owner() is None:
+                self.cancel(sequence)
         for sequence in [s for s in list(self._waiting) if s.finish]:
             self._waiting.remove(sequence)
             self._forget(sequence)
         for sequence in [s for s in self.running if s.finish]:
             self.running.remove(sequence)
             self._forget(sequence)
-            if self.prefix_cache and sequence.cached:
-                length = min(sequence.cached, len(sequence.tokens))
-                self.backend.truncate(sequence.slot, length)
-                self.prefix_cache.store(sequence.slot, sequence.tokens[:length])
-            self.backend.close_slot(sequence.slot)
+            try:
+                if self.prefix_cache and sequence.cached:
+                    length = min(sequence.cached, len(sequence.tokens))
+                    self.backend.truncate(sequence.slot, length)
+                    self.prefix_cache.store(sequence.slot, sequence.tokens[:length])
+            finally:
+                self.backend.close_slot(sequence.slot)
 
-    def abandon(self) -> None:
+    def _abandon(self, error: Exception) -> None:
         """Drop everything after a step has failed."""
         for sequence in self.running:
             self.backend.close_slot(sequence.slot)
         for sequence in [*self.running, *self._waiting]:
-            sequence.finish = sequence.finish or "cancelled"
+            self.cancel(sequence)
             self._forget(sequence)
+            sequence.deliver(error)
         self.running.clear()
         self._waiting.clear()
 
     def _forget(self, sequence: Sequence) -> None:
-        self._deliver.pop(id(sequence), None)
         self._leaders.pop(id(sequence), None)
         for proposer in self.proposers:
             proposer.finish(sequence)
+        if sequence.failure:
+            sequence.deliver(sequence.failure)
 
     def _admit(self) -> None:
         while self._waiting and len(self.running) < self.backend.info.slots:
-            sequence = self._waiting.popleft()
-            sequence.admit(self.backend.open_slot())
+            sequence = min(list(self._waiting), key=lambda one: one.turn)
+            if self.running and not all(proposer.ready(sequence) for proposer in self.proposers):
+                return
+            for proposer in self.proposers:
+                proposer.begin(sequence)
             self._follow(sequence)
+            self._waiting.remove(sequence)
+            self._turn = sequence.turn
+            self._last_turns = {client: turn for client, turn in self._last_turns.items() if turn > self._turn}
+            sequence.admit(self.backend.open_slot())
             self.running.append(sequence)
 
     def _follow(self, sequence: Sequence) -> None:

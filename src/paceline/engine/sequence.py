@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from paceline.decode.constraints import Grammar, constraint_of
 from paceline.decode.logprobs import logprobs_of
+from paceline.errors import PacelineError
 from paceline.text.detokenizer import Detokenizer
 from paceline.text.stops import StopStringFilter
 from paceline.types import (
@@ -21,6 +24,8 @@ from paceline.types import (
     TokenDelta,
     Work,
 )
+
+Deliver = Callable[[Event | Exception], None]
 
 
 @dataclass(eq=False)  # each is itself: what is in flight is found by identity
@@ -44,7 +49,12 @@ class Sequence:
     cached: int = 0  # tokens in the KV cache
     branches: set[int] = field(default_factory=set)  # lengths at which a snapshot is of use to other prompts
     tap: Callable[[Result], None] | None = None  # sees every result, with logits: for audits and tests
+    deliver: Deliver = lambda _: None  # receives each event, or the error that ended the sequence
+    owner: weakref.ref[Any] | None = None  # the sequence is cancelled when it has gone
+    client: str = ""  # who shares slots with others as one
+    turn: float = 0.0  # in the queue; set by the scheduler
     finish: FinishReason | None = None
+    failure: PacelineError | None = None  # why it was cancelled, if not by its owner
 
     def __post_init__(self) -> None:
         self.prompt_length = len(self.tokens)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from paceline.engine.engine import Engine, Request
@@ -23,7 +22,7 @@ from paceline.server.schemas import (
     Tool,
     ToolCall,
 )
-from paceline.text.grammar import ANY_OBJECT, GrammarMatcher, Grammars, json_rule, regex_rule
+from paceline.text.grammar import ANY_OBJECT, GrammarMatcher, json_rule, regex_rule
 from paceline.text.output_parser import ends_in_reasoning, marks_of
 from paceline.text.stops import check_stops
 from paceline.text.tool_grammar import call_grammar
@@ -51,7 +50,6 @@ class RequestPreparer:
     """
 
     engine: Engine
-    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         self._marks = marks_of(self.engine.tokenizer.token_id)
@@ -136,7 +134,7 @@ class RequestPreparer:
             raise SettingsError("response_format and a required tool call exclude each other; give one of them")
         several = body.parallel_tool_calls is not False and not isinstance(body.tool_choice, ChosenTool)
         grammar = call_grammar(required, self.engine.tokenizer.token_id, several=several)
-        return self._compiler().lark(grammar.replace("start: ", f"start: {before}", 1) + rules)
+        return self.engine.grammars.lark(grammar.replace("start: ", f"start: {before}", 1) + rules)
 
     def _format_grammar(self, response_format: ResponseFormat | None, before: str, rules: str) -> GrammarMatcher | None:
         match response_format:
@@ -148,19 +146,15 @@ class RequestPreparer:
                 schema = described.schema_
             case ResponseFormat(type="regex", regex=pattern) if pattern:
                 if before:
-                    return self._compiler().lark(f"start: {before}{regex_rule(pattern)}{rules}")
-                return self._compiler().regex(pattern)
+                    return self.engine.grammars.lark(f"start: {before}{regex_rule(pattern)}{rules}")
+                return self.engine.grammars.regex(pattern)
             case _:
                 raise SettingsError(
                     f"response_format of type {response_format.type} needs {response_format.type}; add it"
                 )
         if before:
-            return self._compiler().lark(f"start: {before}body{rules}\nbody: {json_rule(schema)}")
-        return self._compiler().json_schema(schema)
-
-    def _compiler(self) -> Grammars:
-        with self._lock:
-            return self.engine.grammars
+            return self.engine.grammars.lark(f"start: {before}body{rules}\nbody: {json_rule(schema)}")
+        return self.engine.grammars.json_schema(schema)
 
 
 def choices_of(prepared: PreparedPrompt) -> list[Request]:

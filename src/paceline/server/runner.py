@@ -1,4 +1,4 @@
-"""Runs the scheduler loop on a thread, and delivers its events to the server's event loop.
+"""Runs the scheduler on the engine's thread, and delivers its events to the server's event loop.
 
 A `RunningRequest` has one or more sequences. Closing it before its end frees its cache slots before the next step.
 """
@@ -6,18 +6,21 @@ A `RunningRequest` has one or more sequences. Closing it before its end frees it
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-import threading
 from collections.abc import AsyncIterator, Callable
 from collections.abc import Sequence as Items
 
 from paceline.engine.engine import Engine, Request
 from paceline.engine.sequence import Sequence
-from paceline.errors import BusyError, PacelineError, SettingsError, StoppingError
+from paceline.errors import PacelineError, SettingsError, StoppingError
 from paceline.server.metrics import Metrics
 from paceline.types import Event
 
 logger = logging.getLogger("paceline")
+
+
+STOP_SECONDS = 0.02  # between looks whether all requests have finished
 
 
 class EngineFault(Exception):
@@ -79,7 +82,7 @@ Delivery = tuple[RunningRequest, int, Event | Exception]
 
 
 class Runner:
-    """Runs the engine on a thread.
+    """Keeps the engine stepping while there is work, and delivers its events to the server's event loop.
 
     Args:
         engine: a loaded pair.
@@ -90,29 +93,27 @@ class Runner:
     def __init__(self, engine: Engine, metrics: Metrics, max_seconds: float) -> None:
         self.engine = engine
         self._metrics, self._max_seconds = metrics, max_seconds
-        self._wake = threading.Condition()
-        self._stopping = False
+        self._stopping = self._stepping = False
         self._undelivered: list[Delivery] = []
         self._requests: set[RunningRequest] = set()
-        self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def start(self) -> None:
-        """Start the thread; events go to the running event loop."""
+        """Events go to the running event loop."""
         self._loop, self._stopping = asyncio.get_running_loop(), False
-        self._thread = threading.Thread(target=self._run, name="paceline-engine", daemon=True)
-        self._thread.start()
 
     async def stop(self) -> None:
-        """Finish all running requests, then end the thread."""
-        with self._wake:
-            self._stopping = True
-            self._wake.notify()
-        if self._thread:
-            await asyncio.to_thread(self._thread.join)
+        """Refuse new requests, and return when the running ones have finished."""
+        self._stopping = True
+        while self._requests:
+            await asyncio.sleep(STOP_SECONDS)
 
-    def submit(self, prompts: Items[tuple[list[int], Request]]) -> RunningRequest:
+    def submit(self, prompts: Items[tuple[list[int], Request]], client: str = "") -> RunningRequest:
         """Submit the prompts of a request to the engine, each with its settings.
+
+        Args:
+            prompts: token ids and settings of each sequence.
+            client: whom the queue counts them to.
 
         Raises:
             BusyError: the queue is full, or the server is stopping.
@@ -124,19 +125,18 @@ class Runner:
         scheduler = self.engine.scheduler
         if len(prompts) > scheduler.backend.info.slots + scheduler.max_waiting:
             raise SettingsError(f"{len(prompts)} choices in one request are more than this server takes; ask for fewer")
-        if len(prompts) > scheduler.room:
-            raise BusyError(f"the queue is full ({scheduler.waiting} requests are waiting); try again later")
         running = RunningRequest(self, len(prompts))
         try:
             for index, (tokens, request) in enumerate(prompts):
-                running.sequences.append(self.engine.submit(tokens, request, self._deliver(running, index)))
+                deliver = self._deliver(running, index)
+                running.sequences.append(self.engine.submit(tokens, request, deliver, client=client))
         except PacelineError:
             for sequence in running.sequences:
                 scheduler.cancel(sequence)
             raise
         self._requests.add(running)
         running.timer = self._loop.call_later(self._max_seconds, running.expire)
-        self._notify()
+        self.engine.background.post(self._wake)
         return running
 
     def release(self, sequences: Items[Sequence], running: RunningRequest) -> None:
@@ -145,40 +145,44 @@ class Runner:
         for sequence in sequences:
             self.engine.scheduler.cancel(sequence)
             self._metrics.forget(sequence)
-        self._notify()
+        self.engine.background.post(self._wake)
 
-    def _notify(self) -> None:
-        with self._wake:
-            self._wake.notify()
-
-    def _deliver(self, running: RunningRequest, index: int) -> Callable[[Event], None]:
+    def _deliver(self, running: RunningRequest, index: int) -> Callable[[Event | Exception], None]:
         return lambda event: self._undelivered.append((running, index, event))
 
-    def _run(self) -> None:
-        scheduler = self.engine.scheduler
-        while True:
-            with self._wake:
-                self._wake.wait_for(lambda: scheduler.busy or self._stopping)
-                if not scheduler.busy:
-                    return
-            try:
-                scheduler.tick()
-            except Exception:
-                logger.exception("the engine failed; all running requests have been aborted")
-                scheduler.abandon()
-                self._undelivered = [(running, 0, EngineFault()) for running in list(self._requests)]
-            deliveries, self._undelivered = self._undelivered, []
-            if deliveries:
-                assert self._loop is not None
+    def _wake(self) -> None:
+        """Step, on the engine's thread, until nothing is left to do."""
+        if not self._stepping:
+            self._stepping = True
+            self._step()
+
+    def _step(self) -> None:
+        self.engine.scheduler.tick()
+        deliveries, self._undelivered = self._undelivered, []
+        if deliveries and self._loop:
+            with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody waits any more
                 self._loop.call_soon_threadsafe(self._dispatch, deliveries)
+        if self.engine.scheduler.busy:
+            self.engine.background.post(self._step)  # after what others have posted meanwhile
+        else:
+            self._stepping = False
 
     def _dispatch(self, deliveries: list[Delivery]) -> None:
         for running, index, event in deliveries:
             if running not in self._requests:  # closed in the meantime
                 continue
-            running.put(index, event)
+            sequence = running.sequences[index]
             if isinstance(event, Event):
-                sequence = running.sequences[index]
+                running.put(index, event)
                 self._metrics.observe(sequence, event)
                 if event.finish:
                     self._metrics.forget(sequence)
+            else:
+                self._fail(running, event)
+
+    def _fail(self, running: RunningRequest, error: Exception) -> None:
+        if not isinstance(error, PacelineError):
+            logger.error("the engine failed; all running requests have been aborted", exc_info=error)
+            error = EngineFault()
+        running.close()
+        running.put(0, error)
