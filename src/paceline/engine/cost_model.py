@@ -19,7 +19,8 @@ from paceline.decode.draft_length import MAX_DEPTH, Costs
 from paceline.engine.proposers import Proposer
 from paceline.engine.sequence import Sequence
 from paceline.engine.step import step
-from paceline.files import atomic_file
+from paceline.errors import PacelineError
+from paceline.files import atomic_file, read_json
 from paceline.text.detokenizer import Detokenizer
 from paceline.types import Draft, SamplingParams
 
@@ -29,6 +30,7 @@ ENOUGH_SECONDS = 2.0
 SLOW_SECONDS = 1.0  # say something before a wait of this length
 SLOW_ROUND_MS = 10.0
 SHARED = (1, 2, 4, 8, 16)  # sequences at once
+MAX_COUNT = 64
 
 
 @dataclass
@@ -62,12 +64,9 @@ def load_costs(
     machine = [platform.machine(), _processor(), os.cpu_count()]
     key = hashlib.sha256(json.dumps([machine, about, repr(params), MAX_DEPTH]).encode()).hexdigest()[:16]
     path = folder / f"costs-{key}.json"
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
-        kept = json.loads(path.read_text())
-        tables = {int(count): tuple(float(ms) for ms in rounds) for count, rounds in kept["rounds_ms"].items()}
-        token = float(kept["token_ms"])
-        if all(len(rounds) >= 2 and min(rounds) > 0 for rounds in tables.values()) and token >= 0:
-            return Costs(tables.pop(1), token, tuple(sorted(tables.items())))
+    kept = _read_costs(path)
+    if kept:
+        return kept
     costs = measure_costs(backend, params, notify)
     with contextlib.suppress(OSError):  # a cache that cannot be written costs the next start's time only
         folder.mkdir(parents=True, exist_ok=True)
@@ -75,6 +74,27 @@ def load_costs(
         with atomic_file(path) as file:
             file.write(json.dumps({"about": about, "rounds_ms": rounds_ms, "token_ms": costs.token}).encode())
     return costs
+
+
+def _read_costs(path: Path) -> Costs | None:
+    """The costs in a file; None if it is missing, or damaged in any way."""
+    with contextlib.suppress(PacelineError):
+        content = read_json(path)
+        tables, token = content.get("rounds_ms"), content.get("token_ms")
+        if not isinstance(tables, dict) or not _are_times([token], 0):
+            return None
+        counts = {str(count): count for count in range(1, MAX_COUNT + 1)}
+        rounds = {counts[key]: tuple(ms) for key, ms in tables.items() if key in counts and _are_times(ms, 1e-6)}
+        lengths = {len(ms) for ms in rounds.values()}
+        if len(rounds) == len(tables) and 1 in rounds and len(lengths) == 1 and 2 <= lengths.pop() <= MAX_DEPTH + 1:
+            return Costs(rounds.pop(1), float(token or 0), tuple(sorted(rounds.items())))
+    return None
+
+
+def _are_times(values: object, least: float) -> bool:
+    """Whether these are milliseconds that a round can take."""
+    numbers = isinstance(values, list) and all(type(one) in (int, float) for one in values)
+    return numbers and all(least <= one <= 1e7 for one in values)  # type: ignore[attr-defined]
 
 
 def measure_costs(backend: Backend, params: SamplingParams, notify: Callable[[str], None] = lambda _: None) -> Costs:
