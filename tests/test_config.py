@@ -2,12 +2,13 @@
 
 import copy
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from paceline.checkpoint.config_json import drafter_config, target_config
-from paceline.config import Experts, Rope, check_pair
+from paceline.config import LIMITS, Experts, Rope, check_pair
 from paceline.errors import CheckpointError, PairError
 from tests.fixtures import shapes
 
@@ -200,3 +201,91 @@ def test_values_that_make_no_sense_are_refused(setting: dict[str, Any], says: st
 
     with pytest.raises(CheckpointError, match=says):
         target_config({**TARGETS["e2b"], **setting})
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_every_setting_has_a_least_and_a_most(name: str) -> None:
+    drafts = name in DRAFTER_SETTINGS
+    whole = copy.deepcopy(shapes.drafter("E2B") if drafts else shapes.target("E2B"))
+    read, text = (drafter_config, whole) if drafts else (target_config, whole["text_config"])
+    if name in ("num_experts", "top_k_experts", "moe_intermediate_size"):
+        text |= {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 64}
+    if name == "num_global_key_value_heads":
+        text["attention_k_eq_v"] = True
+    least, most = LIMITS[name]
+    for value in (least - 1, -(2**63), most * 2, 2**63 - 17, 2**64, 10**400):
+        value = value if isinstance(least, int) else float(min(value, 1e308))
+        if name in ("rope_theta", "partial_rotary_factor"):
+            text["rope_parameters"] = {"full_attention": {"rope_type": "proportional", name: value}}
+        else:
+            text[name] = value
+        with pytest.raises(CheckpointError, match=name):
+            read(whole)
+
+
+DRAFTER_SETTINGS = ("backbone_hidden_size", "num_centroids", "centroid_intermediate_top_k")
+
+
+@pytest.mark.parametrize("value", ["8", 8.0, True, [8], {}, float("nan")])
+@pytest.mark.parametrize("name", ["num_attention_heads", "head_dim", "global_head_dim", "hidden_size_per_layer_input"])
+def test_only_whole_numbers_are_sizes(name: str, value: object) -> None:
+    config = copy.deepcopy(shapes.target("E2B"))
+    config["text_config"][name] = value
+    with pytest.raises(CheckpointError, match=f"{name} is .*; it must be a whole number"):
+        target_config(config)
+
+
+@pytest.mark.parametrize("name", ["use_double_wide_mlp", "attention_k_eq_v", "enable_moe_block"])
+def test_only_true_and_false_are_flags(name: str) -> None:
+    for value in ("false", 0, 1, [], 1.0):
+        config = copy.deepcopy(shapes.target("E2B"))
+        config["text_config"][name] = value
+        with pytest.raises(CheckpointError, match=f"{name} is .*; it must be true or false"):
+            target_config(config)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_theta": 0.0},
+        {"rope_theta": float("nan")},
+        {"rope_theta": float("inf")},
+        {"rope_theta": "1e4"},
+        {"partial_rotary_factor": 1.5},
+        {"partial_rotary_factor": 100},
+        {"partial_rotary_factor": float("nan")},
+        {"partial_rotary_factor": -0.1},
+        {"rope_type": ["default"]},
+        {"factor": float("nan")},
+    ],
+)
+def test_impossible_rotations(rope: dict[str, Any]) -> None:
+    config = copy.deepcopy(shapes.target("E2B"))
+    given = {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25} | rope
+    config["text_config"]["rope_parameters"] = {"full_attention": given}
+    with pytest.raises(CheckpointError, match="ro"):
+        target_config(config)
+
+
+@pytest.mark.parametrize("count", [1025, 10**5, 10**12])
+def test_no_table_of_layers_is_made_before_their_number_is_checked(count: int) -> None:
+    config = copy.deepcopy(shapes.target("E2B"))
+    config["text_config"] |= {"num_hidden_layers": count, "layer_types": None, "num_kv_shared_layers": 10}
+    with pytest.raises(CheckpointError, match="num_hidden_layers"):
+        target_config(config)
+
+
+def test_settings_that_no_file_spells_pass_the_same_gate() -> None:
+    config = target_config(shapes.target("E2B"))
+    for wrong in (
+        {"layers": ()},
+        {"layers": config.layers[:1] * 1025},
+        {"layers": (replace(config.layers[0], kv_source=1), *config.layers[1:])},
+        {"layers": (replace(config.layers[0], kv_source=-1), *config.layers[1:])},
+        {"heads": 0},
+        {"stop_ids": (1 << 31,)},
+        {"bos_id": -1},
+        {"sliding_window": 2**63 - 17},
+    ):
+        with pytest.raises(CheckpointError):
+            replace(config, **wrong)

@@ -72,7 +72,7 @@ class Experts:
         check_limit("top_k_experts", self.active)
         check_limit("moe_intermediate_size", self.intermediate_size)
         if self.active > self.count:
-            raise CheckpointError(f"config: top_k_experts is {self.active} of {self.count} experts")
+            raise CheckpointError(f"top_k_experts is {self.active} of {self.count} experts")
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Layer:
         check_limit("num_key_value_heads", self.kv_heads)
         check_limit("intermediate_size", self.intermediate_size)
         if self.head_dim % 2:
-            raise CheckpointError(f"config: head_dim is {self.head_dim}; it must be even")
+            raise CheckpointError(f"head_dim is {self.head_dim}; it must be even")
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Stack:
         check_limit("rms_norm_eps", self.rms_eps)
         for index, layer in enumerate(self.layers):
             if self.heads % layer.kv_heads:
-                raise CheckpointError(f"config: layer {index} has {self.heads} heads over {layer.kv_heads} K/V heads")
+                raise CheckpointError(f"layer {index} has {self.heads} heads over {layer.kv_heads} K/V heads")
 
     def rope(self, layer: Layer) -> Rope:
         return self.rope_sliding if layer.sliding else self.rope_full
@@ -149,8 +149,7 @@ class TargetConfig(Stack):
             check_limit("final_logit_softcapping", self.softcap)
         if self.ple_size and self.ple_vocab_size < self.vocab_size:
             raise CheckpointError(
-                f"config: vocab_size_per_layer_input is {self.ple_vocab_size}, less than the vocabulary of "
-                f"{self.vocab_size}"
+                f"vocab_size_per_layer_input is {self.ple_vocab_size}, less than the vocabulary of {self.vocab_size}"
             )
         check_token_ids("eos_token_id", self.stop_ids, self.vocab_size)
         check_token_ids("bos_token_id", () if self.bos_id is None else (self.bos_id,), self.vocab_size)
@@ -164,7 +163,7 @@ class TargetConfig(Stack):
                     != (layer.sliding, layer.head_dim, layer.kv_heads)
                 )
             ):
-                raise CheckpointError(f"config: layer {index} cannot use the K/V of layer {layer.kv_source}")
+                raise CheckpointError(f"layer {index} cannot use the K/V of layer {layer.kv_source}")
 
     @property
     def first_shared_layer(self) -> int:
@@ -186,16 +185,14 @@ class DrafterConfig(Stack):
         check_limit("backbone_hidden_size", self.backbone_hidden_size)
         count, top_k = self.centroids, self.centroid_top_k
         if count and (self.vocab_size % count or not 0 < top_k <= count):
-            raise CheckpointError(
-                f"config: {count} centroids (top {top_k}) do not divide a vocabulary of {self.vocab_size}"
-            )
+            raise CheckpointError(f"{count} centroids (top {top_k}) do not divide a vocabulary of {self.vocab_size}")
 
 
 def check_limit(name: str, value: float) -> None:
     """Raise `CheckpointError` unless a number lies within its limits; NaN does not."""
     least, most = LIMITS[name]
     if not least <= value <= most:
-        raise CheckpointError(f"config: {name} is {value!r}; it must be between {least:g} and {most:.10g}")
+        raise CheckpointError(f"{name} is {value!r}; it must be between {least:g} and {most:.10g}")
 
 
 def check_token_ids(name: str, ids: tuple[int, ...], vocab_size: int) -> None:

@@ -37,7 +37,7 @@ def target_config(config: Mapping[str, Any]) -> TargetConfig:
         ple_size=_int(text, "hidden_size_per_layer_input", 0),
         ple_vocab_size=_int(text, "vocab_size_per_layer_input", 0),
         experts=_experts(text),
-        stop_ids=token_ids(config.get("eos_token_id", text.get("eos_token_id", 1)), "config: eos_token_id"),
+        stop_ids=token_ids(config.get("eos_token_id", text.get("eos_token_id", 1)), "eos_token_id"),
         bos_id=_optional_id(text.get("bos_token_id", 2), "bos_token_id"),
     )
 
@@ -81,7 +81,7 @@ def token_ids(value: object, key: str) -> tuple[int, ...]:
 def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
     text = config.get("text_config", config)
     if not isinstance(text, Mapping):
-        raise CheckpointError("config: text_config is not an object")
+        raise CheckpointError("text_config is not an object")
     supported: dict[str, tuple[object, ...]] = {
         "hidden_activation": ("gelu_pytorch_tanh",),
         "attention_bias": (False,),
@@ -90,7 +90,7 @@ def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
     }
     for key, values in supported.items():
         if key in text and text[key] not in values:
-            raise CheckpointError(f"config: {key} = {text[key]!r} is not supported (only {values[0]!r})")
+            raise CheckpointError(f"{key} = {text[key]!r} is not supported (only {values[0]!r})")
     return text
 
 
@@ -98,9 +98,9 @@ def _int(config: Mapping[str, Any], key: str, default: int | None = None) -> int
     value = config.get(key)
     value = default if value is None else value
     if value is None:
-        raise CheckpointError(f"config: {key} is missing")
+        raise CheckpointError(f"{key} is missing")
     if type(value) is not int:
-        raise CheckpointError(f"config: {key} is {value!r}; it must be a whole number")
+        raise CheckpointError(f"{key} is {value!r}; it must be a whole number")
     check_limit(key, value)
     return value
 
@@ -111,7 +111,7 @@ def _number(config: Mapping[str, Any], key: str, default: float | None) -> Any:
     if value is None:
         return default
     if type(value) not in (int, float):
-        raise CheckpointError(f"config: {key} is {value!r}; it must be a number")
+        raise CheckpointError(f"{key} is {value!r}; it must be a number")
     check_limit(key, value)
     return float(value)
 
@@ -119,13 +119,13 @@ def _number(config: Mapping[str, Any], key: str, default: float | None) -> Any:
 def _flag(config: Mapping[str, Any], key: str) -> bool:
     value = config.get(key)
     if value not in (None, True, False) or (isinstance(value, (int, float)) and not isinstance(value, bool)):
-        raise CheckpointError(f"config: {key} is {value!r}; it must be true or false")
+        raise CheckpointError(f"{key} is {value!r}; it must be true or false")
     return bool(value)
 
 
 def _optional_id(value: object, key: str) -> int | None:
     if value is not None and type(value) is not int:
-        raise CheckpointError(f"config: {key} is {value!r}; it must be a token id")
+        raise CheckpointError(f"{key} is {value!r}; it must be a token id")
     return value
 
 
@@ -155,10 +155,10 @@ def _full_attention(text: Mapping[str, Any]) -> list[bool]:
     if not types:
         return [(i + 1) % 6 == 0 or i == count - 1 for i in range(count)]
     if not isinstance(types, list) or len(types) != count:
-        raise CheckpointError(f"config: layer_types is {types!r}; it must name the kinds of {count} layers")
+        raise CheckpointError(f"layer_types is {types!r}; it must name the kinds of {count} layers")
     odd = next((kind for kind in types if kind not in ("sliding_attention", "full_attention")), None)
     if odd is not None:
-        raise CheckpointError(f"config: layer_types names {odd!r}; only sliding_attention and full_attention are known")
+        raise CheckpointError(f"layer_types names {odd!r}; only sliding_attention and full_attention are known")
     return [kind == "full_attention" for kind in types]
 
 
@@ -166,7 +166,7 @@ def _target_layers(text: Mapping[str, Any]) -> list[Layer]:
     full = _full_attention(text)
     first_shared = len(full) - _int(text, "num_kv_shared_layers", 0)
     if first_shared < 0:
-        raise CheckpointError(f"config: num_kv_shared_layers is {len(full) - first_shared} of {len(full)} layers")
+        raise CheckpointError(f"num_kv_shared_layers is {len(full) - first_shared} of {len(full)} layers")
     dims = _Dims(text)
     wide, same_kv = _flag(text, "use_double_wide_mlp"), _flag(text, "attention_k_eq_v")
     layers: list[Layer] = []
@@ -174,7 +174,7 @@ def _target_layers(text: Mapping[str, Any]) -> list[Layer]:
     for index, is_full in enumerate(full):
         shared = index >= first_shared > 0
         if shared and is_full not in last:
-            raise CheckpointError(f"config: layer {index} shares the K/V of a kind of layer that comes only later")
+            raise CheckpointError(f"layer {index} shares the K/V of a kind of layer that comes only later")
         if not shared:
             last[is_full] = index
         layers.append(
@@ -202,7 +202,7 @@ class _Dims:
         if _flag(text, "attention_k_eq_v"):
             self._full_kv_heads = _int(text, "num_global_key_value_heads", self._kv_heads)
         if not isinstance(overrides, Mapping | None) or len(overrides or ()) > LIMITS["num_hidden_layers"][1]:
-            raise CheckpointError("config: per_layer_config is not an object by layer")
+            raise CheckpointError("per_layer_config is not an object by layer")
         self._overrides = {str(key).lstrip("0") or "0": value for key, value in (overrides or {}).items()}
 
     def layer(self, index: int, *, full: bool, kv_source: int, has_v_proj: bool, wide: int = 1) -> Layer:
@@ -210,7 +210,7 @@ class _Dims:
         if full:
             override = self._overrides.get(str(index)) or {}  # transformers pads the keys of deeper models: "04"
             if not isinstance(override, Mapping):
-                raise CheckpointError(f"config: per_layer_config of layer {index} is {override!r}, not an object")
+                raise CheckpointError(f"per_layer_config of layer {index} is {override!r}, not an object")
             head_dim = _int(override, "head_dim", self._full_head_dim)
             kv_heads = _int(override, "num_key_value_heads", self._full_kv_heads)
         return Layer(not full, head_dim, kv_heads, wide * self._intermediate, kv_source, has_v_proj)
@@ -224,9 +224,9 @@ def _rope(text: Mapping[str, Any], layer_type: str, default: Rope) -> Rope:
     if given is None:
         return default
     if not isinstance(given, Mapping):
-        raise CheckpointError(f"config: rope_parameters of {layer_type} is {given!r}, not an object")
+        raise CheckpointError(f"rope_parameters of {layer_type} is {given!r}, not an object")
     kind = given.get("rope_type", "default")
     if kind not in ("default", "proportional") or given.get("factor", 1.0) != 1.0:
-        raise CheckpointError(f"config: rope of {layer_type} is {dict(given)}; only default and proportional are known")
+        raise CheckpointError(f"rope of {layer_type} is {dict(given)}; only default and proportional are known")
     factor = _number(given, "partial_rotary_factor", 1.0) if kind == "proportional" else 1.0
     return Rope(_number(given, "rope_theta", default.theta), factor)

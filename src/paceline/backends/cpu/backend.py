@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from paceline import _cpu
 from paceline.backends.cpu.weights import Weights
+from paceline.checkpoint.sizes import cache_bytes
 from paceline.config import DrafterConfig, TargetConfig, check_pair
 from paceline.errors import BackendError
 from paceline.types import BackendInfo, Result, Work
@@ -64,6 +65,12 @@ class CpuBackend:
             )
         except ValueError as error:
             raise BackendError(str(error)) from error
+        except MemoryError as error:
+            gigabytes = slots * cache_bytes(config, context + max_rows) / 1e9
+            raise BackendError(
+                f"not enough memory for {slots} x {context} positions of KV cache ({gigabytes:.1f} GB) beside the "
+                "weights; use a shorter context or fewer slots"
+            ) from error
         except RuntimeError as error:  # std::system_error
             raise BackendError(f"cannot start {threads} threads ({error}); use fewer") from error
         self._free = list(range(slots))[::-1]

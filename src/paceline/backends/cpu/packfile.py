@@ -30,6 +30,7 @@ from paceline.checkpoint.names import PLE_TABLE
 from paceline.config import DrafterConfig, TargetConfig
 from paceline.errors import MAX_REASON, shorten
 from paceline.files import MAX_JSON_BYTES, atomic_file
+from paceline.quant.formats import FORMATS
 
 MAGIC = b"PACELINE"
 VERSION = 2
@@ -147,6 +148,8 @@ def _add(weights: Weights, name: str, item: Mapping[str, Any], data: NDArray[np.
     if kind in ("table", "vector"):
         weights.tensors[name] = raw.view(item["dtype"]).reshape(shape)
         return None if kind == "table" else raw
+    if item["format"] not in FORMATS:
+        raise StalePack(f"{name} is in an unknown format")
     rows, columns = shape
     matrix = _cpu.Matrix.mapped(item["format"], rows, columns, raw)
     if kind == "expert":
