@@ -259,3 +259,10 @@ def test_other_files(tmp_path: Path) -> None:
     assert checkpoint.tokenizer_path == tmp_path / "tokenizer.json"
     (tmp_path / "generation_config.json").write_text("{")
     assert "generation_config.json" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("digits", ["7" * 5000, "7" * 50, "²", "-1"])
+def test_a_layer_of_any_number_is_only_unknown(tmp_path: Path, digits: str) -> None:
+    weights = drafter_weights()
+    weights[f"model.layers.{digits}.self_attn.k_proj.weight"] = np.zeros((1, 1), np.float32)
+    assert "is unknown" in refused(write(tmp_path / "x", DRAFTER, weights))
