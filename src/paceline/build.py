@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 from paceline.backends.base import Backend
-from paceline.backends.cpu.backend import CpuBackend, default_threads
+from paceline.backends.cpu.backend import CpuBackend, default_threads, processors
 from paceline.backends.cpu.sources import WeightSource, open_source
 from paceline.backends.formats import check_quant
 from paceline.checkpoint import Checkpoint, locate, locate_drafter
@@ -31,6 +31,7 @@ from paceline.types import MAX_DRAFT, SamplingParams
 
 MAX_SLOTS = 64
 MAX_THREADS = 255  # what the native thread pool can count
+THREADS_PER_PROCESSOR = 4
 MAX_CONTEXT = int(LIMITS["max_position_embeddings"][1])
 MAX_PROMPT_CHUNK = 1 << 14  # rows of scratch memory, and of sliding rings
 MAX_CACHE_MEMORY = 1 << 50
@@ -160,7 +161,10 @@ def _drafter_proposer(backend: Backend, parts: Parts, sampling: SamplingParams) 
 
 
 def _on_cpu(parts: Parts) -> Backend:
-    threads = parts.threads or min(default_threads(), MAX_THREADS)
+    most = min(MAX_THREADS, THREADS_PER_PROCESSOR * processors())
+    threads = min(parts.threads or default_threads(), most)
+    if parts.threads and parts.threads > most:
+        parts.notify(f"threads: {most}; more would only wait for each other on {processors()} processors")
 
     def opened(one: tuple[Checkpoint, TargetConfig | DrafterConfig], quant: str) -> WeightSource:
         return open_source(*one, quant, threads, notify=parts.notify, progress=parts.progress)

@@ -122,6 +122,11 @@ class CpuBackend:
         self._decoder.restore(slot, snapshot)
 
 
+def processors() -> int:
+    """Processors that this process may run on, hyper-threads counted."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def default_threads() -> int:
     """Physical cores this process may run on: hyper-threads share the units that the kernels saturate."""
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
