@@ -53,7 +53,7 @@ LOADS = {
     "nested if": "{% if a %}" * 120 + "{% endif %}" * 120,
     "digits": "{{ " + "7" * 5000 + " }}",
     "parentheses": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
-    "many operators": "{{ 'a' " + "~ 'a' " * 20000 + "}}",
+    "many operators": "{{ 'a' " + "~ 'a' " * 150_000 + "}}",
     "folded": "{{ 10**(10**10) }}{{ 'a' * 10**11 }}",
     "unknown tag": "{% nonsense %}",
     "large": "a" * (2 << 20),
@@ -217,7 +217,7 @@ def test_a_forked_child_is_told_and_the_parent_goes_on() -> None:
 
 
 def test_without_python_only_raw_text_can_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    for executable in ("", "/nowhere/python"):
+    for executable in ("", "/nowhere/python", "/bin/false"):
         monkeypatch.setattr(sys, "executable", executable)
         template = ChatTemplate(ECHO, {})
         template.check()

@@ -38,7 +38,9 @@ class ChatTemplate:
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], name: str = "the chat template") -> None:
         if max(len(source), sum(len(key) + len(text) for key, text in special_tokens.items())) > MAX_SOURCE:
-            raise CheckpointError(f"{name} or its special tokens are larger than {MAX_SOURCE} characters")
+            raise CheckpointError(
+                f"{name} or its special tokens are larger than {MAX_SOURCE} characters; download it again"
+            )
         self._special_tokens = dict(special_tokens)
         self._process = TemplateProcess(source, name)
         self._background = Background("chat template")  # all that is written and read is done here

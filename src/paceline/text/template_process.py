@@ -63,10 +63,7 @@ class TemplateProcess:
                 start_new_session=True,
             )
         except (OSError, ValueError) as error:
-            raise PromptError(
-                f"the chat template needs a Python process of its own, and {sys.executable or 'Python'!r} cannot be "
-                f"started ({error}); use raw text (--raw)"
-            ) from error
+            raise _not_started(str(error)) from error
         assert self._process.stdin
         os.set_blocking(self._process.stdin.fileno(), False)
         self._variables = None
@@ -133,9 +130,13 @@ class TemplateProcess:
             return {"limit": f"it takes more than {SECONDS} seconds"}
         except (OSError, ValueError) as error:  # the pipe is closed; half an answer
             process = self._process
+            assert process
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(1)
             self.end()
-            code = process.returncode if process else None
-            return {"limit": f"its process has ended with code {code} ({error})"}
+            if self._variables is None and process.returncode > 0 and not self._closed:
+                raise _not_started(f"exit code {process.returncode}") from error
+            return {"limit": f"its process has ended with code {process.returncode} ({error})"}
 
     def _exchange(self, line: bytes) -> bytes:
         assert self._process
@@ -156,6 +157,13 @@ class TemplateProcess:
             if not piece or len(answer) > ANSWER:
                 raise ValueError("no whole answer")
         return bytes(answer)
+
+
+def _not_started(reason: str) -> PromptError:
+    return PromptError(
+        f"the chat template needs a Python process of its own, and {sys.executable or 'Python'!r} cannot be started "
+        f"({reason}); use raw text (--raw)"
+    )
 
 
 def encoded_variables(variables: dict[str, Any]) -> bytes:
