@@ -78,7 +78,7 @@ def test_long_chains_of_rules_do_not_overflow_the_stack() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("pattern", ["a" * 40_000, "(", "(" * 1000, "[a-z]?" * 5000, "\ud800", r"(a)\1", "(?=a)"])
+@pytest.mark.parametrize("pattern", ["a" * 40_000, "(", "(" * 1000, "[a-z]?" * 3000, "\ud800", r"(a)\1", "(?=a)"])
 def test_expressions_that_cannot_be_used(pattern: str, grammars: Grammars) -> None:
     with pytest.raises(SettingsError, match="regular expression"):
         grammars.regex(pattern)
