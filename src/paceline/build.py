@@ -109,8 +109,10 @@ def load(
     if draft_config:
         check_pair(config, draft_config)
     # Small files come before the weights, so that what is missing is reported at once.
-    tokenizer = Tokenizer.open(checkpoint.tokenizer_path, checkpoint.tokenizer_config, config.bos_id)
-    template = ChatTemplate.open(checkpoint.chat_template_path, checkpoint.tokenizer_config)
+    template = ChatTemplate.open(checkpoint.chat_template_path, checkpoint.tokenizer_config)  # its process starts
+    tokenizer = Tokenizer.open(checkpoint.tokenizer_path, checkpoint.tokenizer_config, config.bos_id, config.vocab_size)
+    if template:
+        template.check()
     stop_ids = frozenset(_stop_ids(checkpoint, config))
     sampling = check_sampling_params(checkpoint.sampling(), config.vocab_size)
     if context and context > config.max_positions:

@@ -12,7 +12,7 @@ from paceline.decode.draft_length import Costs
 from paceline.engine.engine import Engine, Stream
 from paceline.engine.proposers import DrafterProposer
 from paceline.engine.scheduler import Scheduler
-from paceline.errors import PromptError, SettingsError
+from paceline.errors import ContextError, PromptError, SettingsError
 from paceline.types import SamplingParams
 from tests.fixtures.backends import Ids, proposers_of
 from tests.fixtures.scripted_backend import ScriptedBackend
@@ -23,6 +23,9 @@ class Letters:
 
     def encode(self, text: str, *, bos: bool = False) -> list[int]:
         return [2] * bos + [ord(letter) % 64 for letter in text]
+
+    def fewest_tokens(self, text: str) -> int:
+        return len(text)
 
     def detokenizer(self, marks: object = None) -> Ids:
         return Ids()
@@ -194,3 +197,19 @@ def test_useless_drafters_are_named_once() -> None:
     assert len(said) == 1
     assert "hardly any draft is accepted" in said[0]
     assert "fine-tuned" in said[0]
+
+
+def test_what_cannot_fit_is_refused_by_its_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    def encode(self: Letters, text: str, *, bos: bool = False) -> list[int]:
+        raise AssertionError("tokenized")
+
+    monkeypatch.setattr(Letters, "encode", encode)
+    e = engine()
+    for ask in (
+        lambda: e.stream("x" * 64, raw=True),
+        lambda: e.stream("x" * 64),
+        lambda: e.stream([{"role": "user", "content": "x" * 64}]),
+        lambda: e.encode_text("x" * 64),
+    ):
+        with pytest.raises(ContextError, match="at least"):
+            ask()

@@ -57,7 +57,7 @@ def test_templates_cannot_reach_python() -> None:
 
 def test_invalid_jinja() -> None:
     with pytest.raises(CheckpointError, match="line 2"):
-        ChatTemplate("\n{% if %}", {})
+        ChatTemplate("\n{% if %}", {}).check()
 
 
 def test_the_date() -> None:

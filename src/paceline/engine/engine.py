@@ -29,6 +29,8 @@ from paceline.text.stops import check_stops
 from paceline.text.tokenizer import Tokenizer
 from paceline.types import MAX_DRAFT, Generation, SamplingParams
 
+MAX_GRAMMAR = 1 << 16  # characters of a grammar; more takes seconds to compile
+
 Prompt = str | Items[int] | Items[Mapping[str, Any]]
 """Text, token ids, or a conversation: messages with `role` and `content`."""
 
@@ -129,6 +131,8 @@ class Engine:
             return self.grammars.json_schema(dict(schema))
         if regex is not None:
             return self.grammars.regex(regex)
+        if lark is not None and len(lark) > MAX_GRAMMAR:
+            raise SettingsError(f"the grammar has {len(lark)} characters; it may have {MAX_GRAMMAR}")
         return None if lark is None else self.grammars.lark(lark)
 
     def generate(self, prompt: Prompt, **settings: Any) -> Generation:
@@ -191,12 +195,21 @@ class Engine:
 
     def check_length(self, tokens: list[int]) -> None:
         """Raise `ContextError` if a prompt does not fit the context."""
+        self._check_fits(len(tokens), f"the prompt has {len(tokens)}")
+
+    def _check_fits(self, count: int, what: str) -> None:
         context = self.backend.info.context
-        if len(tokens) >= context:
+        if count >= context:
             raise ContextError(
-                f"the prompt has {len(tokens)} tokens and the context holds {context}; "
+                f"{what} tokens and the context holds {context}; "
                 "shorten it, or load with a longer context if the model allows one"
             )
+
+    def _tokenize(self, text: str, *, bos: bool = False) -> list[int]:
+        """Token ids of a text; what cannot fit is refused by its length, before any work."""
+        fewest = self.tokenizer.fewest_tokens(text)
+        self._check_fits(fewest, f"the prompt has at least {fewest}")
+        return self.tokenizer.encode(text, bos=bos)
 
     def _params(self, given: SamplingParams | None) -> SamplingParams:
         """Sampling parameters that are checked and have a seed."""
@@ -209,7 +222,7 @@ class Engine:
         """Token ids of a prompt, as `stream` would run them."""
         if isinstance(prompt, str):
             if raw:
-                tokens = self.tokenizer.encode(prompt, bos=True)
+                tokens = self._tokenize(prompt, bos=True)
             else:
                 tokens = self._encode_chat([{"role": "user", "content": prompt}])
         else:
@@ -218,7 +231,7 @@ class Engine:
 
     def encode_text(self, rendered: str) -> list[int]:
         """Token ids of a prompt with all its special tokens written out, as a chat template gives it."""
-        return self._checked(self.tokenizer.encode(rendered))
+        return self._checked(self._tokenize(rendered))
 
     def _checked(self, tokens: list[int]) -> list[int]:
         if not tokens:
@@ -241,7 +254,7 @@ class Engine:
     def _encode_chat(self, messages: list[Mapping[str, Any]]) -> list[int]:
         if self.chat_template is None:
             raise PromptError("the model has no chat template; use raw text (--raw)")
-        return self.tokenizer.encode(self.chat_template.render(messages))
+        return self._tokenize(self.chat_template.render(messages))
 
 
 def check_draft_tokens(count: DraftTokens) -> DraftTokens:

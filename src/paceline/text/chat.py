@@ -1,54 +1,51 @@
 """Chat templates: conversations to prompts, with the Jinja template of a checkpoint.
 
-Templates are downloaded code, so they run in Jinja's sandbox, with the helpers that transformers provides
-(https://huggingface.co/docs/transformers/chat_templating_writing).
+Templates are downloaded code: they run in a process of their own, within limits on time, memory and size.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
+import weakref
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import jinja2
-import jinja2.meta
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from paceline.background import Background
+from paceline.errors import BackendError, CheckpointError, PromptError
+from paceline.text.template_process import TemplateProcess, encoded_variables
 
-from paceline.errors import CheckpointError, PromptError
+MAX_SOURCE = 1 << 20  # characters of a template, and of all its special tokens together
 
 Message = Mapping[str, Any]
 """One turn: `role` ("system", "user", "assistant", "tool") and `content`, and other fields that the template uses."""
 
 
 class ChatTemplate:
-    """A model's chat template.
+    """A model's chat template. Several threads may use it.
+
+    It starts a process and compiles the template there; the first use, or `check`, waits for that. The process ends
+    with the object and before the interpreter does.
 
     Args:
         source: the Jinja template.
         special_tokens: strings the template refers to, such as `bos_token`.
+        name: of the template, for messages.
 
     Raises:
-        CheckpointError: the template is not valid Jinja.
+        CheckpointError: the template or its tokens are too large.
     """
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = _strftime_now
-        try:
-            self._template = environment.from_string(source)
-        except jinja2.TemplateSyntaxError as error:
+    def __init__(self, source: str, special_tokens: Mapping[str, str], name: str = "the chat template") -> None:
+        if max(len(source), sum(len(key) + len(text) for key, text in special_tokens.items())) > MAX_SOURCE:
             raise CheckpointError(
-                f"the chat template is not valid Jinja (line {error.lineno}: {error.message}); "
-                "download chat_template.jinja again, or use --raw"
-            ) from error
-        self._variables = jinja2.meta.find_undeclared_variables(environment.parse(source))
+                f"{name} or its special tokens are larger than {MAX_SOURCE} characters; download it again"
+            )
         self._special_tokens = dict(special_tokens)
+        self._process = TemplateProcess(source, name)
+        self._background = Background("chat template")  # all that is written and read is done here
+        weakref.finalize(self, _end, self._process, self._background)
+        self._background.post(self._process.start)
 
     @classmethod
     def open(cls, path: Path, settings: Mapping[str, Any]) -> ChatTemplate | None:
@@ -59,21 +56,39 @@ class ChatTemplate:
             settings: the content of `tokenizer_config.json`, which holds the template in older checkpoints.
 
         Raises:
-            CheckpointError: the template is not valid.
+            CheckpointError: the template cannot be read or is too large; `check` tells whether it is valid.
         """
-        source = _default_template(settings.get("chat_template"))
+        source, name = _default_template(settings.get("chat_template")), "the chat template in tokenizer_config.json"
         if path.is_file():
+            name = f"{path}: the chat template"
             try:
-                source = path.read_bytes().decode()
+                with path.open("rb") as file:
+                    source = file.read(4 * MAX_SOURCE + 1).decode()
             except UnicodeDecodeError as error:
                 raise CheckpointError(f"{path}: is not UTF-8 text; download it again") from error
+            except OSError as error:
+                raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
         if source is None:
             return None
-        return cls(source, _special_tokens(settings))
+        return cls(source, _special_tokens(settings), name)
+
+    def check(self) -> None:
+        """Wait until the template is compiled.
+
+        Raises:
+            CheckpointError: it is not valid Jinja, or takes too long.
+        """
+        with contextlib.suppress(PromptError):  # no process can be started: raw text can be used all the same
+            self._background.call(self._process.variables)
 
     def knows(self, name: str) -> bool:
-        """Whether the template uses a variable."""
-        return name in self._variables
+        """Whether the template uses a variable.
+
+        Raises:
+            CheckpointError: the template is not valid.
+            PromptError: the process for templates cannot be started.
+        """
+        return name in self._background.call(self._process.variables)
 
     def render(
         self,
@@ -93,30 +108,25 @@ class ChatTemplate:
             variables: further variables of the template, such as `enable_thinking`.
 
         Raises:
-            PromptError: the template rejects these messages or fails.
+            PromptError: the template rejects these messages or fails, or they hold what JSON cannot.
+            CheckpointError: the template is not valid.
         """
-        try:
-            return self._template.render(
-                messages=messages,
-                tools=tools,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self._special_tokens,
-                **variables,
-            )
-        except (
-            jinja2.TemplateError,
-            TypeError,
-            ValueError,
-            ArithmeticError,
-            LookupError,
-            AttributeError,
-            RecursionError,
-        ) as error:
-            reason = " ".join(str(error).split())
-            raise PromptError(
-                f"the model's chat template rejects the messages: {reason}; change them or use --raw"
-            ) from error
+        given = {
+            **variables,
+            **self._special_tokens,
+            "messages": list(messages),
+            "tools": None if tools is None else list(tools),
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        line, process = encoded_variables(given), self._process
+        return self._background.call(lambda: process.render(line))
+
+
+def _end(process: TemplateProcess, background: Background) -> None:
+    with contextlib.suppress(BackendError):  # in a forked child, whose parent goes on with the process
+        background.post(process.end)
+        process.close()
 
 
 def _default_template(value: object) -> str | None:
@@ -136,16 +146,3 @@ def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
         if name.endswith("_token") and isinstance(text, str):
             tokens[name] = text
     return tokens
-
-
-def _to_json(value: object, ensure_ascii: bool = False, indent: int | None = None, sort_keys: bool = False) -> str:
-    # Jinja's own filter escapes <, > and & for HTML.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, sort_keys=sort_keys)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)

@@ -32,6 +32,14 @@ def _byte_of_character() -> dict[str, int]:
 BYTE_OF_CHARACTER = _byte_of_character()
 
 
+def byte_level_bytes(text: str) -> bytes:
+    """The bytes of a token's string; one with a character that stands for no byte, such as an added token, is text."""
+    try:
+        return bytes(BYTE_OF_CHARACTER[character] for character in text)
+    except KeyError:
+        return text.encode()
+
+
 class Stage(Protocol):
     """One step of a decoder; holds back what later tokens could change."""
 
@@ -120,11 +128,7 @@ class _ByteLevel:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, text: str) -> list[str]:
-        try:
-            raw = bytes(BYTE_OF_CHARACTER[character] for character in text)
-        except KeyError:  # an added token is plain text
-            raw = text.encode()
-        return [self._decoder.decode(raw)]
+        return [self._decoder.decode(byte_level_bytes(text))]
 
     def finish(self) -> list[str]:
         return [self._decoder.decode(b"", final=True)]

@@ -7,19 +7,25 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+import threading
+from collections.abc import Callable, Iterable
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from paceline.errors import SettingsError
-from paceline.text.schema import check_schema
+from paceline.errors import SettingsError, translated
+from paceline.text.schema import check_expression, check_schema
 from paceline.types import Bool
 
 if TYPE_CHECKING:
     import llguidance
 
 WHITE_SPACE = r"[ \n\r\t]{1,40}"
+MAX_GRAMMAR = 1 << 20  # characters, of which those made of schemas of the largest size take a part
+LEXER_FUEL = 100_000  # llguidance's own limit of a million lets a grammar compile for 45 s
+STACK = 256 << 20  # bytes; llguidance follows rules by recursion, 4 KB each
+T = TypeVar("T")
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
 
 
@@ -31,10 +37,15 @@ class GrammarMatcher:
         self.failed = False
 
     def allowed(self) -> Bool:
-        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        mask = np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(np.bool_)
-        if self._matcher.is_error() or not mask.any():  # the matcher has hit a limit: allow only the end
-            self.failed = True
+        mask = np.zeros(self._vocab_size, np.bool_)
+        if not self.failed:
+            try:
+                bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+                mask = np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(np.bool_)
+                self.failed = self._matcher.is_error() or not mask.any()
+            except BaseException:  # a panic; no interrupt, for this runs on the engine's thread
+                self.failed = True
+        if self.failed:  # the matcher has hit a limit: allow only the end
             mask[:] = False
             mask[list(self._stop_ids)] = True
         return mask
@@ -52,12 +63,15 @@ class GrammarMatcher:
 
 
 class Grammars:
-    """Compiles grammars for one tokenizer.
+    """Compiles grammars for one tokenizer. Several threads may use it.
 
     Args:
         tokenizer: the content of a tokenizer.json.
         vocab_size: of the model; may be larger than the tokenizer's.
-        stop_ids: tokens that end a text.
+        stop_ids: tokens that end a text; those beyond the vocabulary are never generated.
+
+    Raises:
+        SettingsError: llguidance is not installed or cannot use the tokenizer, or no token ends a text.
     """
 
     def __init__(self, tokenizer: str, vocab_size: int, stop_ids: Iterable[int]) -> None:
@@ -65,14 +79,26 @@ class Grammars:
             import llguidance
         except ImportError as error:
             raise SettingsError("structured output needs llguidance; pip install 'paceline[server]'") from error
-        self._matcher, self._vocab_size, self._stop_ids = llguidance.LLMatcher, vocab_size, frozenset(stop_ids)
-        self._tokenizer = llguidance.LLTokenizer(tokenizer, n_vocab=vocab_size, eos_token=sorted(self._stop_ids))
+        self._matcher, self._vocab_size = llguidance.LLMatcher, vocab_size
+        self._stop_ids = frozenset(token for token in stop_ids if 0 <= token < vocab_size)
+        if not self._stop_ids:
+            raise SettingsError(
+                "structured output needs a token that ends the text, and the model's settings name none "
+                "(eos_token_id in generation_config.json); leave the schema, expression or grammar out"
+            )
+        with translated(
+            SettingsError,
+            "structured output cannot be used with this model's tokenizer ({reason}); "
+            "leave the schema, expression or grammar out",
+        ):
+            self._limits = llguidance.LLParserLimits(initial_lexer_fuel=LEXER_FUEL)
+            self._tokenizer = llguidance.LLTokenizer(tokenizer, n_vocab=vocab_size, eos_token=sorted(self._stop_ids))
 
     def json_schema(self, schema: dict[str, Any]) -> GrammarMatcher:
         """One JSON value that matches the schema.
 
         Raises:
-            SettingsError: not a valid schema, or not supported.
+            SettingsError: not a valid schema, too large, or not supported.
         """
         return self._compile(f"start: {json_rule(schema)}", "the JSON schema")
 
@@ -80,41 +106,84 @@ class Grammars:
         """Text that fully matches a regular expression.
 
         Raises:
-            SettingsError: not a valid one.
+            SettingsError: not a valid one, or too large.
         """
-        return self._compile(self._matcher.grammar_from_regex(pattern), "the regular expression")
+        check_expression(pattern)
+        with translated(SettingsError, "the regular expression cannot be used: {reason}"):
+            grammar = self._matcher.grammar_from_regex(pattern)
+        return self._compile(grammar, "the regular expression")
 
     def lark(self, grammar: str) -> GrammarMatcher:
         """Text of a grammar in llguidance's dialect of Lark.
 
         Raises:
-            SettingsError: not a valid one.
+            SettingsError: not a valid one, or too large.
         """
         return self._compile(grammar, "the grammar")
 
     def _compile(self, grammar: str, what: str) -> GrammarMatcher:
-        matcher = self._matcher(self._tokenizer, grammar, log_level=0)
-        if matcher.is_error():
-            raise SettingsError(f"{what} cannot be used: {_reason(matcher.get_error())}")
-        compiled = GrammarMatcher(matcher, self._vocab_size, self._stop_ids)
-        compiled.allowed()
-        if matcher.is_error():
-            raise SettingsError(f"{what} cannot be used: {_reason(matcher.get_error())}")
-        return compiled
+        if len(grammar) > MAX_GRAMMAR:
+            raise SettingsError(f"{what} is larger than {MAX_GRAMMAR} characters; make it smaller")
+        with translated(SettingsError, f"{what} cannot be used: {{reason}}"):
+            return _on_large_stack(lambda: self._compiled(grammar))
+
+    def _compiled(self, grammar: str) -> GrammarMatcher:
+        matcher = self._matcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
+        if not matcher.is_error():
+            compiled = GrammarMatcher(matcher, self._vocab_size, self._stop_ids)
+            compiled.allowed()
+            if not compiled.failed:
+                return compiled
+        raise ValueError(_reason(matcher.get_error() or "it allows no text"))
+
+
+_starting = threading.Lock()
+
+
+def _on_large_stack(function: Callable[[], T]) -> T:
+    """Run a function on a thread of its own, with a stack that grammars of any allowed size fit."""
+    replies: SimpleQueue[tuple[T, None] | tuple[None, BaseException]] = SimpleQueue()
+
+    def run() -> None:
+        try:
+            replies.put((function(), None))
+        except BaseException as error:
+            replies.put((None, error))
+
+    thread = threading.Thread(target=run, name="grammar", daemon=True)
+    with _starting:  # the size is a setting of the process
+        usual = threading.stack_size(STACK)
+        try:
+            thread.start()
+        finally:
+            threading.stack_size(usual)
+    value, error = replies.get()
+    if error:
+        try:
+            raise error
+        finally:
+            del error  # its traceback holds this frame
+    return value  # type: ignore[return-value]  # of the pair that holds no error
 
 
 def json_rule(schema: dict[str, Any]) -> str:
     """A JSON schema as part of a grammar. White space is bounded, since small models may not leave it.
 
     Raises:
-        SettingsError: it is too large.
+        SettingsError: it is too large, or not JSON.
     """
     check_schema(schema)
-    return f"%json {json.dumps({'x-guidance': {'whitespace_pattern': WHITE_SPACE}} | schema)}"
+    with translated(SettingsError, "the JSON schema cannot be used: {reason}"):
+        return f"%json {json.dumps({'x-guidance': {'whitespace_pattern': WHITE_SPACE}} | schema)}"
 
 
 def regex_rule(pattern: str) -> str:
-    """A regular expression as part of a grammar."""
+    """A regular expression as part of a grammar.
+
+    Raises:
+        SettingsError: it is too large.
+    """
+    check_expression(pattern)
     escaped = re.sub(r"\\.|/", lambda found: r"\/" if found[0] == "/" else found[0], pattern, flags=re.DOTALL)
     return "/" + escaped.replace("\n", "\\n") + "/"
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from paceline.errors import SettingsError
+from paceline.errors import SettingsError, translated
 from paceline.text.schema import check_schema
 
 TEXT = r"/(.|\n)*/"
@@ -33,10 +33,11 @@ def call_grammar(tools: Sequence[Mapping[str, Any]], token_id: Callable[[str], i
     begin, end, quote = (f"<[{token}]>" for token in ids)
     rules = _Rules(quote)
     calls = []
-    for tool in tools:
-        parameters = tool.get("parameters") or {"type": "object", "properties": {}}
-        arguments = rules.value(parameters, parameters)
-        calls.append(f"{begin} {_literal('call:' + tool['name'])} {arguments} {end}")
+    with translated(SettingsError, "the tools cannot be used: {reason}"):
+        for tool in tools:
+            parameters = tool.get("parameters") or {"type": "object", "properties": {}}
+            arguments = rules.value(parameters, parameters)
+            calls.append(f"{begin} {_literal('call:' + tool['name'])} {arguments} {end}")
     start = " | ".join(calls)
     return "\n".join([f"start: ({start}){'+' if several else ''}", *rules.lines])
 
@@ -50,18 +51,37 @@ class _Rules:
 
     def __init__(self, quote: str) -> None:
         self._quote = quote
-        self._names: dict[str, str] = {}
+        self._names: dict[tuple[int, int], str] = {}
+        self._numbers: dict[Any, int] = {}
+        self._known: dict[int, tuple[Any, int, bool]] = {}  # by identity; holds the value, so that this stays its own
         self.lines: list[str] = []
 
     def value(self, schema: Any, root: Mapping[str, Any]) -> str:
         """The name of the rule for a value; `root` is the schema that its references resolve in."""
-        text = json.dumps(schema)
-        key = f"{id(root) if '$ref' in text else ''} {text}"  # a reference depends on its root
+        number, refers = self._number(schema)
+        key = (number, id(root) if refers else 0)  # a reference depends on its root
         if key not in self._names:
             self._names[key] = name = f"v{len(self._names)}"
             body = self._body(schema, root)  # may refer to this name: schemas can be recursive
             self.lines.append(f"{name}: {body}")
         return self._names[key]
+
+    def _number(self, value: Any) -> tuple[int, bool]:
+        """A number that equal values share, and whether the value holds a reference. Each part is looked at once."""
+        if id(value) in self._known:
+            return self._known[id(value)][1:]
+        if isinstance(value, Mapping):
+            inner = [self._number(item) for item in value.values()]
+            shape: Any = ("object", *zip(value, (number for number, _ in inner), strict=True))
+        elif isinstance(value, list | tuple):
+            inner = [self._number(item) for item in value]
+            shape = ("list", *(number for number, _ in inner))
+        else:
+            return self._numbers.setdefault((type(value), value), len(self._numbers)), False
+        number = self._numbers.setdefault(shape, len(self._numbers))
+        refers = (isinstance(value, Mapping) and "$ref" in value) or any(refers for _, refers in inner)
+        self._known[id(value)] = (value, number, refers)
+        return number, refers
 
     def _body(self, schema: Any, root: Mapping[str, Any]) -> str:
         if schema is True or schema == {}:
