@@ -111,7 +111,7 @@ class Runner:
         if self._thread:
             await asyncio.to_thread(self._thread.join)
 
-    def submit(self, prompts: Items[tuple[list[int], Request]]) -> RunningRequest:
+    def submit(self, prompts: Items[tuple[list[int], Request]], client: str = "") -> RunningRequest:
         """Submit the prompts of a request to the engine, each with its settings.
 
         Raises:
