@@ -443,7 +443,8 @@ def test_a_second_signal_does_not_wait() -> None:
         threading.Thread(target=process.stderr.read, daemon=True).start()
         body = {"prompt": "x = [", "max_tokens": 3000, "n": 8, "stream": True, "logit_bias": {"1": -100, "5": -100}}
         with httpx.stream("POST", f"{url}/v1/completions", json=body) as stream:
-            next(stream.iter_lines())
+            lines = stream.iter_lines()
+            next(lines)
             process.send_signal(signal.SIGTERM)
             with pytest.raises(subprocess.TimeoutExpired):
                 process.wait(1.0)
