@@ -20,7 +20,7 @@ from starlette.types import Message, Receive
 from paceline.errors import SettingsError, StoppingError
 
 MAX_BODY_SECONDS = 60.0  # until the whole body has arrived
-MOST = {"strings": 1 << 17, "named values": 1 << 16, "objects": 1 << 16, "lists": 1 << 16, "values": 1 << 20}
+MOST = {"strings": 1 << 17, "named values": 1 << 15, "objects": 1 << 16, "lists": 1 << 16, "values": 1 << 20}
 JSON_TYPE = re.compile(r"application/(?:[\w.-]+\+)?json")
 REFERENCE = "#/components/schemas/{model}"
 
