@@ -29,8 +29,8 @@ class Connection(H11Protocol):
 
     @property
     def idle(self) -> bool:
-        """Whether no request is being answered."""
-        return self.cycle is None or self.cycle.response_complete
+        """Whether it is open, and no request is being answered."""
+        return not self.transport.is_closing() and (self.cycle is None or self.cycle.response_complete)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -78,7 +78,7 @@ class Connection(H11Protocol):
     def _expire(self) -> None:
         if self.idle:
             self.transport.close()
-        else:
+        elif self.cycle:
             self.cycle.keep_alive = False  # closed after the answer
 
 
