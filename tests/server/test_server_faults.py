@@ -19,6 +19,7 @@ import openai
 import pytest
 
 from paceline.server.access import AccessMiddleware
+from paceline.server.bodies import Bodies
 from tests.fixtures.serving import scripted_engine, serving, wait_until
 
 CHAT = [{"role": "user", "content": "Hi"}]
@@ -61,7 +62,7 @@ CHAT_ERRORS = [
     ({"messages": CHAT, "tool_choice": "required"}, "there are no tools"),
     ({"messages": CHAT, "model": 3}, "model"),
     ({"messages": [{"role": "assistant", "tool_calls": [BAD_CALL]}]}, "not a JSON object"),
-    ({"messages": [{"role": "user", "content": "\ud800"}]}, "not valid text"),
+    ({"messages": [{"role": "user", "content": "\ud800"}]}, "hex escape"),
     ({"messages": [{"role": "user", "content": "word " * 3000}]}, "the context holds"),
 ]  # fmt: skip
 
@@ -240,7 +241,7 @@ def test_every_key_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch)
         return one == other
 
     monkeypatch.setattr("hmac.compare_digest", watched)
-    guard = AccessMiddleware(lambda *_: asyncio.sleep(0), ["a", "b" * 50, "c"], [], 10)
+    guard = AccessMiddleware(lambda *_: asyncio.sleep(0), ["a", "b" * 50, "c"], [], Bodies(10))
     scope = {"type": "http", "path": "/v1/models", "headers": [(b"authorization", b"Bearer a")]}
     asyncio.run(guard(scope, lambda: asyncio.sleep(0), lambda _: asyncio.sleep(0)))
     assert len(compared) == 3
@@ -440,9 +441,10 @@ def test_a_second_signal_does_not_wait() -> None:
     try:
         url = next(found[1] for line in process.stderr if (found := re.search(r"listening at (http://[^/]+)/", line)))
         threading.Thread(target=process.stderr.read, daemon=True).start()
-        with socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1]))) as stuck:
-            stuck.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
-            httpx.get(f"{url}/health")
+        body = {"prompt": "x = [", "max_tokens": 3000, "n": 8, "stream": True, "logit_bias": {"1": -100, "5": -100}}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body) as stream:
+            lines = stream.iter_lines()
+            next(lines)
             process.send_signal(signal.SIGTERM)
             with pytest.raises(subprocess.TimeoutExpired):
                 process.wait(1.0)

@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -49,14 +49,17 @@ def serve(
     quant: opt.QuantOption = "auto",
     threads: opt.ThreadsOption = None,
     timeout: Annotated[float, typer.Option(help="Time limit of a request in seconds.", min=1)] = 3600,
+    grace: Annotated[
+        float, typer.Option(help="Seconds for running requests to finish after Ctrl-C or SIGTERM.", min=0)
+    ] = 30,
     max_body: Annotated[str, typer.Option(help="Maximum size of a request body.", metavar="BYTES")] = "4M",
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Log the contents of requests.")] = False,
 ) -> None:
     """Serve a model with an OpenAI-compatible API and a playground.
 
     Chat, completions, responses, tools, structured output, streaming, all with
-    speculative decoding. Ctrl-C stops after running and queued requests are
-    finished, a second Ctrl-C at once.
+    speculative decoding. Ctrl-C stops when running and queued requests are
+    finished, at most --grace seconds later, a second Ctrl-C at once.
 
     \b
     Examples:
@@ -67,6 +70,8 @@ def serve(
     max_bytes, memory = bytes_of("--max-body", max_body), bytes_of("--cache-memory", cache_memory)
     if any(not key.strip() for key in api_key or ()) or not os.environ.get(KEYS_VARIABLE, "x").strip():
         raise SettingsError(f"--api-key or {KEYS_VARIABLE} is empty; give a key, or omit it")
+    create, settings_of, server_of, limit_arenas = _server()
+    limit_arenas()  # before there are threads
     listening = _listen(host, port)  # before loading, so that a port in use is reported at once
     engine = opt.load(
         model,
@@ -81,7 +86,6 @@ def serve(
         most_waiting=queue,
     )
     engine.warm_up()
-    create, settings_of = _server()
     settings = settings_of(
         names=tuple(served_name or dict.fromkeys((model, Path(model).name))),
         keys=tuple(key.strip() for key in api_key or ()),
@@ -92,7 +96,7 @@ def serve(
     )
     if not settings.hosts and not settings.keys:
         opt.note(f"anyone who can reach {host} can use the model; set --api-key to restrict access")
-    _run(create(engine, settings), listening, timeout)
+    _run(server_of(create(engine, settings), grace), listening)
 
 
 def bytes_of(option: str, text: str) -> int:
@@ -107,13 +111,15 @@ def bytes_of(option: str, text: str) -> int:
     return int(float(match[1]) * UNITS[match[2].upper()])
 
 
-def _server() -> tuple[type, type]:
+def _server() -> tuple[Any, Any, Any, Any]:
     """Import what needs the optional dependencies `server`."""
     try:
         from paceline.server.app import ServerSettings, create_app
+        from paceline.server.listening import Server
+        from paceline.server.memory import limit_arenas
     except ImportError as error:
         raise SettingsError(f"the server needs {error.name}; pip install 'paceline[server]'") from error
-    return create_app, ServerSettings  # type: ignore[return-value]
+    return create_app, ServerSettings, Server, limit_arenas
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -137,27 +143,11 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _run(app: object, listening: socket.socket, max_seconds: float) -> None:
-    import uvicorn
-
+def _run(server: Any, listening: socket.socket) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     host, port = listening.getsockname()[:2]
     name = f"[{host}]" if ":" in host else host
     opt.note(f"listening at http://{name}:{port}/ (API at http://{name}:{port}/v1); Ctrl-C stops")
-
-    class Server(uvicorn.Server):
-        def handle_exit(self, sig: int, frame: object) -> None:
-            """The first signal stops the server after running requests, a second one at once."""
-            self.force_exit = self.should_exit
-            self.should_exit = True
-
     for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them again at the end, which is no failure
         signal.signal(number, lambda *_: None)
-    config = uvicorn.Config(
-        app,  # type: ignore[arg-type]
-        log_config=None,
-        server_header=False,
-        lifespan="on",
-        timeout_graceful_shutdown=int(max_seconds) + 1,  # for clients that stopped reading
-    )
-    Server(config).run(sockets=[listening])
+    server.run(sockets=[listening])

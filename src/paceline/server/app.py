@@ -11,26 +11,29 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from weakref import WeakSet
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse, PlainTextResponse
+from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from paceline import __version__
 from paceline.engine.engine import Engine
-from paceline.errors import PacelineError, SettingsError
+from paceline.errors import PacelineError, SettingsError, StoppingError
 from paceline.sampling_params import PARAMETERS
 from paceline.server.access import AccessMiddleware
+from paceline.server.bodies import Bodies, component_schemas, declared, explain, read_json
 from paceline.server.chat import ChatAnswer
 from paceline.server.choices import Choice, ChoicesAnswer
 from paceline.server.completions import CompletionAnswer
 from paceline.server.http import EventStream, Json, error_response, failure, respond
 from paceline.server.metrics import Metrics
-from paceline.server.prompts import PreparedPrompt, RequestPreparer, choices_of
+from paceline.server.prompts import PreparedPrompt, RequestPreparer
 from paceline.server.responses import ResponsesAnswer, as_chat
 from paceline.server.runner import Runner, RunningRequest
 from paceline.server.schemas import (
@@ -39,6 +42,7 @@ from paceline.server.schemas import (
     CompletionRequest,
     DetokenizeRequest,
     GenerationRequest,
+    RequestBody,
     ResponsesRequest,
     TokenizeRequest,
 )
@@ -76,6 +80,20 @@ class ServerSettings:
     log_prompts: bool = False
 
 
+B = TypeVar("B", bound=RequestBody)
+BODIES = (ChatRequest, CompletionRequest, ResponsesRequest, TokenizeRequest, DetokenizeRequest)
+
+
+@dataclass
+class Answering:
+    """An answer that is being generated. It must not hold on to the request's body, which may be large."""
+
+    running: RunningRequest
+    answer: ChoicesAnswer | ResponsesAnswer
+    stream: bool
+    headers: dict[str, str]
+
+
 @dataclass
 class Service:
     """State that the routes share."""
@@ -88,6 +106,8 @@ class Service:
         self.metrics = Metrics(self.engine, self.settings.names[0])
         self.preparer = RequestPreparer(self.engine)
         self.runner = Runner(self.engine, self.metrics, self.settings.max_seconds)
+        self.bodies = Bodies(self.settings.max_bytes)
+        self._running: WeakSet[RunningRequest] = WeakSet()
         draft = "mtp" if self.engine.backend.info.has_drafter else "plain"
         self.fingerprint = f"paceline-{__version__}-{self.engine.backend.info.quant}-{draft}"
 
@@ -100,25 +120,45 @@ class Service:
         if name is not None and name not in self.settings.names:
             raise HTTPException(404, f"there is no model {name!r} here; this server has {self.model!r}; see /v1/models")
 
-    async def prepare(self, work: Callable[[Any], Any], request: Request, body: GenerationRequest) -> Any:
-        """Prepare a request on a worker thread."""
-        self.check_model(body.model)
+    async def read(self, request: Request, model: type[B]) -> B:
+        """Read, check and parse the body of a request.
+
+        Raises:
+            SettingsError, HTTPException, StoppingError: see `read_json`.
+            ValidationError: a field is missing or wrong.
+        """
+        raw = await read_json(request)
         if self.settings.log_prompts:
-            logger.info("request: %s", (await request.body()).decode(errors="replace"))
+            logger.info("request: %s", raw.decode(errors="replace"))
+        body = model.model_validate_json(raw)
+        self.check_model(body.model)
+        return body
+
+    async def prepare(
+        self, work: Callable[[Any], list[PreparedPrompt]], body: GenerationRequest
+    ) -> list[PreparedPrompt]:
+        """Prepare a request on a worker thread."""
         try:
             return await run_in_threadpool(work, body)
         except RecursionError as error:
             raise SettingsError("the request is nested too deeply; make it flatter") from error
 
-    def submit(self, prompts: list[PreparedPrompt]) -> tuple[RunningRequest, list[Choice]]:
-        """Start the generation of all choices of some prompts."""
-        requests = [(prompt, request) for prompt in prompts for request in choices_of(prompt)]
-        running = self.runner.submit([(prompt.tokens, request) for prompt, request in requests])
+    def submit(self, prompts: list[PreparedPrompt], client: str) -> tuple[RunningRequest, list[Choice]]:
+        """Start the generation of all choices of some prompts for a client."""
+        requests = [(prompt, request) for prompt in prompts for request in prompt.requests]
+        running = self.runner.submit([(prompt.tokens, request) for prompt, request in requests], client=client)
+        self._running.add(running)
         choices = [
             Choice(sequence, self.engine.tokenizer, prompt.in_reasoning, plain=not request.marks)
             for sequence, (prompt, request) in zip(running.sequences, requests, strict=True)
         ]
         return running, choices
+
+    def end_running(self) -> None:
+        """End all running requests with an error, after what they have written so far."""
+        for running in list(self._running):
+            running.close()
+            running.put(0, StoppingError("the server has stopped before the answer was complete; try again later"))
 
 
 def create_app(engine: Engine, settings: ServerSettings) -> FastAPI:
@@ -141,7 +181,8 @@ def create_app(engine: Engine, settings: ServerSettings) -> FastAPI:
         default_response_class=Json,
     )
     app.state.service = service
-    app.add_middleware(AccessMiddleware, keys=settings.keys, hosts=settings.hosts, max_bytes=settings.max_bytes)
+    app.add_middleware(AccessMiddleware, keys=settings.keys, hosts=settings.hosts, bodies=service.bodies)
+    app.openapi = lambda: _description(app)  # type: ignore[method-assign]
     _handle_errors(app)
     _add_generation(app, service)
     _add_tokens(app, service)
@@ -149,28 +190,48 @@ def create_app(engine: Engine, settings: ServerSettings) -> FastAPI:
     return app
 
 
+def _description(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document."""
+    if not app.openapi_schema:
+        document = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
+        document.setdefault("components", {}).setdefault("schemas", {}).update(component_schemas(BODIES))
+        app.openapi_schema = document
+    return app.openapi_schema
+
+
 def _add_generation(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/chat/completions", responses=ERRORS)
-    async def chat_completions(request: Request, body: ChatRequest) -> Response:
-        prepared = await service.prepare(service.preparer.chat, request, body)
-        running, choices = service.submit([prepared])
+    async def chat(request: Request) -> Answering:
+        body = await service.read(request, ChatRequest)
+        running, choices = service.submit(await service.prepare(service.preparer.chat, body), request.state.client)
         answer = ChatAnswer(running, choices, body, service.model, service.fingerprint)
-        return await _respond(request, running, answer, body)
+        return Answering(running, answer, bool(body.stream), _headers(body))
 
-    @app.post("/v1/completions", responses=ERRORS)
-    async def completions(request: Request, body: CompletionRequest) -> Response:
-        prompts = await service.prepare(service.preparer.completions, request, body)
-        echoes = [p.echo for p in prompts for _ in range(p.choices)]
-        running, choices = service.submit(prompts)
+    async def completion(request: Request) -> Answering:
+        body = await service.read(request, CompletionRequest)
+        prompts = await service.prepare(service.preparer.completions, body)
+        running, choices = service.submit(prompts, request.state.client)
+        echoes = [prompt.echo for prompt in prompts for _ in prompt.requests]
         answer = CompletionAnswer(running, choices, body, service.model, service.fingerprint, echoes)
-        return await _respond(request, running, answer, body)
+        return Answering(running, answer, bool(body.stream), _headers(body))
 
-    @app.post("/v1/responses", responses=ERRORS)
-    async def responses(request: Request, body: ResponsesRequest) -> Response:
-        prepared = await service.prepare(lambda body: service.preparer.chat(as_chat(body)), request, body)
-        running, [choice] = service.submit([prepared])
+    async def response(request: Request) -> Answering:
+        body = await service.read(request, ResponsesRequest)
+        prompts = await service.prepare(lambda body: service.preparer.chat(as_chat(body)), body)
+        running, [choice] = service.submit(prompts, request.state.client)
         answer = ResponsesAnswer(running, choice, body, service.model)
-        return await _respond(request, running, answer, body)
+        return Answering(running, answer, bool(body.stream), _headers(body))
+
+    @app.post("/v1/chat/completions", responses=ERRORS, openapi_extra=declared(ChatRequest))
+    async def chat_completions(request: Request) -> Response:
+        return await _respond(request, await chat(request))
+
+    @app.post("/v1/completions", responses=ERRORS, openapi_extra=declared(CompletionRequest))
+    async def completions(request: Request) -> Response:
+        return await _respond(request, await completion(request))
+
+    @app.post("/v1/responses", responses=ERRORS, openapi_extra=declared(ResponsesRequest))
+    async def responses(request: Request) -> Response:
+        return await _respond(request, await response(request))
 
 
 def _add_tokens(app: FastAPI, service: Service) -> None:
@@ -191,18 +252,21 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
             return engine.tokenizer.encode(body.prompt or "", bos=body.add_special_tokens is not False)
         return service.preparer.render(body.messages, body.tools or [], body.chat_template_kwargs or {})[1]
 
-    @app.post("/tokenize", responses=ERRORS)
-    async def tokenize(body: TokenizeRequest) -> Response:
-        service.check_model(body.model)
-        return await run_in_threadpool(answer_of, body)
+    @app.post("/tokenize", responses=ERRORS, openapi_extra=declared(TokenizeRequest))
+    async def tokenize(request: Request) -> Response:
+        return await run_in_threadpool(answer_of, await service.read(request, TokenizeRequest))
 
-    @app.post("/detokenize", responses=ERRORS)
-    async def detokenize(body: DetokenizeRequest) -> Response:
-        service.check_model(body.model)
-        beyond = next((token for token in body.tokens if token >= engine.backend.info.vocab_size), None)
-        if beyond is not None:
-            raise SettingsError(f"token {beyond} is outside the model's vocabulary of {engine.backend.info.vocab_size}")
-        return Json({"prompt": await run_in_threadpool(engine.tokenizer.decode, body.tokens)}, headers=_headers(body))
+    def text_of(body: DetokenizeRequest) -> Response:
+        info = engine.backend.info
+        if len(body.tokens) > info.context:
+            raise SettingsError(f"{len(body.tokens)} tokens are more than the context of {info.context}; send fewer")
+        if body.tokens and max(body.tokens) >= info.vocab_size:
+            raise SettingsError(f"token {max(body.tokens)} is outside the model's vocabulary of {info.vocab_size}")
+        return Json({"prompt": engine.tokenizer.decode(body.tokens)}, headers=_headers(body))
+
+    @app.post("/detokenize", responses=ERRORS, openapi_extra=declared(DetokenizeRequest))
+    async def detokenize(request: Request) -> Response:
+        return await run_in_threadpool(text_of, await service.read(request, DetokenizeRequest))
 
 
 def _add_state(app: FastAPI, service: Service) -> None:
@@ -257,30 +321,23 @@ def _headers(body: Body) -> dict[str, str]:
     return {"x-paceline-ignored": names[:1000]} if names else {}
 
 
-async def _respond(
-    request: Request, running: RunningRequest, answer: ChoicesAnswer | ResponsesAnswer, body: GenerationRequest
-) -> Response:
+async def _respond(request: Request, answering: Answering) -> Response:
     async def whole() -> Response:
-        return Json(await answer.whole(), headers=_headers(body))
+        return Json(await answering.answer.whole(), headers=answering.headers)
 
-    if body.stream:
-        return EventStream(running, answer.chunks(), _headers(body))
-    return await respond(request, running, whole())
+    if answering.stream:
+        return EventStream(answering.running, answering.answer.chunks(), answering.headers)
+    return await respond(request, answering.running, whole())
 
 
 def _handle_errors(app: FastAPI) -> None:
     async def refuse(_: Request, error: Exception) -> Response:
         return failure(error)
 
-    async def invalid(request: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
-        first = max(error.errors(), key=lambda one: len(one["loc"]))  # of a union: the member that matched furthest
-        if first["type"] == "json_invalid":
-            return error_response(400, "the body is not valid JSON")
-        if "application/json" not in request.headers.get("content-type", "").lower() and first["loc"] == ("body",):
-            return error_response(400, "send JSON, with the header Content-Type: application/json")
-        place = ".".join(str(step) for step in first["loc"] if step != "body" and not set("[-") & set(str(step)))
-        return error_response(400, f"{place or 'the body'}: {first['msg']}", param=place or None)
+    async def invalid(_: Request, error: Exception) -> Response:
+        assert isinstance(error, ValidationError)
+        message, param = explain(error)
+        return error_response(400, message, param=param)
 
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -290,6 +347,6 @@ def _handle_errors(app: FastAPI) -> None:
         return error_response(error.status_code, str(error.detail), code=code, headers=error.headers)
 
     app.add_exception_handler(PacelineError, refuse)
-    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(ValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(Exception, refuse)

@@ -12,13 +12,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from paceline.errors import BusyError, ContextError, PacelineError, StoppingError
+from paceline.errors import MAX_MESSAGE, BusyError, ContextError, PacelineError, StoppingError, shorten
 from paceline.server.runner import EngineFault, RunningRequest
 
 logger = logging.getLogger("paceline")
 
 KEEP_ALIVE_SECONDS = 15.0
 CLIENT_DISCONNECTED = 499  # only in logs: the client has gone
+MAX_PARAM = 200  # characters
 
 
 STATUS_AND_CODE: tuple[tuple[type[PacelineError], int, str | None], ...] = (  # subclasses first
@@ -37,10 +38,11 @@ class Json(JSONResponse):
 
 
 def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """An error in OpenAI's format."""
+    """An error in OpenAI's format. Message and parameter may quote values of any size, and are shortened."""
     kinds = {401: "authentication_error", 404: "not_found_error", 408: "timeout_error", 429: "rate_limit_error"}
     kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    param = param and shorten(param, MAX_PARAM)
+    return {"error": {"message": shorten(message, MAX_MESSAGE), "type": kind, "param": param, "code": code}}
 
 
 def error_response(

@@ -35,8 +35,7 @@ class PreparedPrompt:
     """A tokenized prompt and the settings of its generation."""
 
     tokens: list[int]
-    request: Request
-    choices: int = 1
+    requests: list[Request]  # one for each choice
     in_reasoning: bool = False  # the prompt ends inside of reasoning
     echo: str = ""  # text in front of each choice
 
@@ -54,8 +53,8 @@ class RequestPreparer:
     def __post_init__(self) -> None:
         self._marks = marks_of(self.engine.tokenizer.token_id)
 
-    def chat(self, body: ChatRequest) -> PreparedPrompt:
-        """Prepare a chat request.
+    def chat(self, body: ChatRequest) -> list[PreparedPrompt]:
+        """Prepare a chat request; returns its one prompt.
 
         Raises:
             PromptError: messages that the model's template rejects, or that do not fit the context.
@@ -76,7 +75,7 @@ class RequestPreparer:
         )
         if body.top_logprobs is not None and not body.logprobs:
             raise SettingsError("top_logprobs goes with logprobs: true; add it")
-        return PreparedPrompt(tokens, request, body.n or 1, in_reasoning)
+        return [PreparedPrompt(tokens, _choices(request, body.n or 1), in_reasoning)]
 
     def completions(self, body: CompletionRequest) -> list[PreparedPrompt]:
         """Prepare each prompt of a completion request.
@@ -94,7 +93,7 @@ class RequestPreparer:
             tokens = self.engine.encode(one, raw=True)
             self.engine.check_length(tokens)
             echo = self.engine.tokenizer.decode(tokens) if body.echo else ""
-            prepared.append(PreparedPrompt(tokens, request, body.n or 1, echo=echo))
+            prepared.append(PreparedPrompt(tokens, _choices(request, body.n or 1), echo=echo))
         return prepared
 
     def render(
@@ -157,15 +156,14 @@ class RequestPreparer:
         return self.engine.grammars.json_schema(schema)
 
 
-def choices_of(prepared: PreparedPrompt) -> list[Request]:
+def _choices(request: Request, count: int) -> list[Request]:
     """One request per choice, with seeds counting up: choice 0 is the same as with n = 1."""
-    requests = [prepared.request]
-    params = prepared.request.params or SamplingParams()
-    for index in range(1, prepared.choices):
+    requests = [request]
+    params = request.params or SamplingParams()
+    for index in range(1, count):
         seed = None if params.seed is None else (params.seed + index) % (1 << 64)
-        grammar = prepared.request.grammar
-        copy = grammar.copy() if isinstance(grammar, GrammarMatcher) else None
-        requests.append(replace(prepared.request, params=replace(params, seed=seed), grammar=copy))
+        copy = request.grammar.copy() if isinstance(request.grammar, GrammarMatcher) else None
+        requests.append(replace(request, params=replace(params, seed=seed), grammar=copy))
     return requests
 
 

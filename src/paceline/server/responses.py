@@ -96,7 +96,8 @@ class ResponsesAnswer:
     """
 
     def __init__(self, running: RunningRequest, choice: Choice, body: ResponsesRequest, model: str) -> None:
-        self._running, self._choice, self._body, self._model = running, choice, body, model
+        self._running, self._choice, self._model = running, choice, model
+        self._return_rounds, self._echoed = bool(body.return_rounds), _echoed(body)  # not the body, which may be large
         self._id, self._created = f"resp_{secrets.token_hex(16)}", int(time.time())
         self._items: list[dict[str, Any]] = []
         self._open = ""  # type of the item that is not complete yet
@@ -137,7 +138,7 @@ class ResponsesAnswer:
             for delta in deltas:
                 for sent in self._delta(delta):
                     yield sent
-            if self._body.return_rounds:
+            if self._return_rounds:
                 yield self._event("paceline.round", round=round_report(event))
         for sent in self._end_item(self._status):
             yield sent
@@ -209,7 +210,7 @@ class ResponsesAnswer:
         return {"type": kind, "sequence_number": number, **fields}
 
     def _response(self, status: str) -> dict[str, Any]:
-        body, done = self._body, status != "in_progress"
+        done = status != "in_progress"
         sampling = self._choice.sampling
         return {
             "id": self._id,
@@ -220,18 +221,10 @@ class ResponsesAnswer:
             "output": deepcopy(self._items),
             "error": None,
             "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
-            "instructions": body.instructions,
             "metadata": {},
-            "parallel_tool_calls": body.parallel_tool_calls is not False,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
-            "max_output_tokens": body.max_output_tokens,
-            "tool_choice": body.tool_choice.model_dump()
-            if isinstance(body.tool_choice, ResponseToolChoice)
-            else body.tool_choice or "auto",
-            "tools": [
-                {"strict": None, "parameters": None, **tool.model_dump(exclude_none=True)} for tool in body.tools or ()
-            ],
+            **self._echoed,
             "store": False,
             "usage": self._usage() if done else None,
             **({"paceline": self._choice.report} if done else {}),
@@ -246,6 +239,20 @@ class ResponsesAnswer:
             "output_tokens_details": {"reasoning_tokens": choice.reasoning_tokens},
             "total_tokens": choice.statistics.prompt_tokens + choice.tokens,
         }
+
+
+def _echoed(body: ResponsesRequest) -> dict[str, Any]:
+    """What an answer repeats of its request."""
+    choice = body.tool_choice
+    return {
+        "instructions": body.instructions,
+        "parallel_tool_calls": body.parallel_tool_calls is not False,
+        "max_output_tokens": body.max_output_tokens,
+        "tool_choice": choice.model_dump() if isinstance(choice, ResponseToolChoice) else choice or "auto",
+        "tools": [
+            {"strict": None, "parameters": None, **tool.model_dump(exclude_none=True)} for tool in body.tools or ()
+        ],
+    }
 
 
 def _short(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, create_model
 
 from paceline.sampling_params import PARAMETERS
 
@@ -19,17 +19,41 @@ Stop = Annotated[list[Annotated[str, Field(min_length=1)]], Field(fail_fast=True
 TokenName = Annotated[str, Field(pattern=r"^\d{1,9}$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Token = Annotated[int, Field(ge=0, lt=1 << 31)]
-FEW, MANY, MAX_TOKENS = 1024, 10_000, 4_000_000  # limits of lists, because validation takes time
+FEW, MANY, MAX_TOKENS = 1024, 10_000, 1 << 20  # limits of lists, because validation takes time
+MAX_VARIABLES, MAX_VARIABLE_DEPTH, MAX_VARIABLE_CHARACTERS = 256, 8, 32 << 10  # of chat_template_kwargs, in all
 Tokens = Annotated[list[Token], Field(fail_fast=True, max_length=MAX_TOKENS)]
 HARMLESS = frozenset(
     {"user", "metadata", "store", "service_tier", "prompt_cache_key", "prompt_cache_retention", "safety_identifier"}
 )  # not reported as ignored: they do not change the answer
 
 
-class Body(BaseModel):
-    """A request body. Unknown fields are kept in `model_extra`."""
+def _few_variables(variables: dict[str, Any]) -> dict[str, Any]:
+    """Reject variables for templates that are more than switches and short texts."""
+    count = characters = 0
+    left: list[tuple[Any, int]] = [(variables, 0)]
+    while left:
+        value, depth = left.pop()
+        inner = value if isinstance(value, list) else []
+        if isinstance(value, dict):
+            characters += sum(map(len, value))
+            inner = list(value.values())
+        characters += len(value) if isinstance(value, str) else 0
+        count += len(inner)
+        if count > MAX_VARIABLES or depth > MAX_VARIABLE_DEPTH or characters > MAX_VARIABLE_CHARACTERS:
+            raise ValueError(
+                f"at most {MAX_VARIABLES} values, {MAX_VARIABLE_DEPTH} levels and {MAX_VARIABLE_CHARACTERS} characters"
+            )
+        left += [(one, depth + 1) for one in inner]
+    return variables
 
-    model_config = ConfigDict(extra="allow")
+
+Variables = Annotated[dict[str, Any], AfterValidator(_few_variables)]
+
+
+class Body(BaseModel):
+    """A request body. Unknown fields are kept in `model_extra`. Types are exact: neither true nor "1" is a number."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
 
     @property
     def ignored(self) -> list[str]:
@@ -49,10 +73,15 @@ def _sampling_fields(base: type[Body], name: str, *, in_responses: bool) -> type
     return create_model(name, __base__=base, **numbers)
 
 
-class GenerationRequest(_sampling_fields(Body, "Sampling", in_responses=True)):  # type: ignore[misc]
-    """What all requests for text have in common."""
+class RequestBody(Body):
+    """What all requests have in common."""
 
     model: str | None = None
+
+
+class GenerationRequest(_sampling_fields(RequestBody, "Sampling", in_responses=True)):  # type: ignore[misc]
+    """What all requests for text have in common."""
+
     stream: bool | None = None
     draft_tokens: Annotated[int, Field(ge=0, le=15)] | Literal["auto"] | None = Field(
         None, description="Tokens drafted per round; 0 is plain decoding. The text does not depend on it."
@@ -149,7 +178,7 @@ class ChatRequest(ChoicesRequest):
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
         None, description="Any value but none enables thinking."
     )
-    chat_template_kwargs: dict[str, Any] | None = Field(
+    chat_template_kwargs: Variables | None = Field(
         None, description="Variables for the model's chat template, such as enable_thinking."
     )
 
@@ -191,7 +220,21 @@ class InputReasoning(Body):
     type: Literal["reasoning"]
 
 
-InputItem = InputCall | InputCallOutput | InputReasoning | InputMessage
+def _item_type(item: Any) -> Any:
+    return item.get("type", "message") if isinstance(item, dict) else getattr(item, "type", None)
+
+
+InputItem = Annotated[
+    Annotated[InputMessage, Tag("message")]
+    | Annotated[InputCall, Tag("function_call")]
+    | Annotated[InputCallOutput, Tag("function_call_output")]
+    | Annotated[InputReasoning, Tag("reasoning")],
+    Discriminator(
+        _item_type,
+        custom_error_type="input_item",
+        custom_error_message="type must be message, function_call, function_call_output or reasoning",
+    ),
+]
 
 
 class TextFormat(Body):
@@ -222,16 +265,14 @@ class ResponsesRequest(GenerationRequest):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
 
 
-class TokenizeRequest(Body):
-    model: str | None = None
+class TokenizeRequest(RequestBody):
     prompt: str | None = None
     messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=MANY)] | None = None
     tools: Annotated[list[Tool], Field(fail_fast=True, max_length=FEW)] | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: Variables | None = None
     add_special_tokens: bool | None = True
     return_token_strs: bool | None = None
 
 
-class DetokenizeRequest(Body):
-    model: str | None = None
+class DetokenizeRequest(RequestBody):
     tokens: Tokens
