@@ -70,6 +70,8 @@ def serve(
     max_bytes, memory = bytes_of("--max-body", max_body), bytes_of("--cache-memory", cache_memory)
     if any(not key.strip() for key in api_key or ()) or not os.environ.get(KEYS_VARIABLE, "x").strip():
         raise SettingsError(f"--api-key or {KEYS_VARIABLE} is empty; give a key, or omit it")
+    if not grace < 1e6:
+        raise SettingsError(f"--grace is {grace}; give a number of seconds")
     create, settings_of, server_of, limit_arenas = _server()
     limit_arenas()  # before there are threads
     listening = _listen(host, port)  # before loading, so that a port in use is reported at once

@@ -107,6 +107,7 @@ class Runner:
         self._stopping = True
         while self._requests:
             await asyncio.sleep(STOP_SECONDS)
+        await self.engine.background.wait(self.engine.scheduler.sweep)
 
     def submit(self, prompts: Items[tuple[list[int], Request]], client: str = "") -> RunningRequest:
         """Submit the prompts of a request to the engine, each with its settings.
