@@ -13,7 +13,6 @@
 #include <array>
 #include <cmath>
 #include <cstring>
-#include <cxxabi.h>
 #include <limits>
 #include <memory>
 #include <unistd.h>
@@ -44,20 +43,16 @@ void translate(const std::exception_ptr& exception, void*) {
   }
 }
 
-// f(), which waits for the GIL. While the interpreter ends, CPython before 3.14 ends a thread that does so by unwinding
-// it, and in the first noexcept function on the way that is std::terminate. The thread sleeps here until the process is
-// gone instead, as CPython 3.14 has it sleep.
+// f(), a function of Python's C interface that waits for the GIL. While the interpreter ends, CPython before 3.14 ends a
+// thread that does so by unwinding it, and in the first noexcept function on the way that is std::terminate. The thread
+// sleeps here until the process is gone instead, as CPython 3.14 has it sleep. C functions throw nothing else.
 template <class F>
 auto waiting(F f) {
-#if defined(__GLIBCXX__)
   try {
     return f();
-  } catch (const abi::__forced_unwind&) {
+  } catch (...) {
     while (true) pause();
   }
-#else
-  return f();
-#endif
 }
 
 class GilReleased {

@@ -64,6 +64,7 @@ void KvCache::truncate(int64_t slot, int64_t length) {
 
 template <class F>
 void KvCache::each_stretch(int64_t high, F f) const {
+  if (!high) return;
   for (const Place& place : places_) {
     // Keys and values of a head are each one stretch: blocks of sixteen positions, or rows, in ascending order.
     const int64_t head = place.ring * place.head_dim * (bf16_ ? 2 : 4);

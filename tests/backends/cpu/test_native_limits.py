@@ -1,4 +1,4 @@
-"""What the native code must answer with an exception, not with a crash or a hang: settings, tensors, works, forks, exits.
+"""What the native code must answer with an exception, never a crash or a hang: settings, tensors, works, forks, exits.
 
 Cases that would corrupt memory if a check were missing run in a forked child, so that a crash is one failed test. Under
 `.ci/sanitize` the same tests find what would not crash. Nothing here needs PyTorch.
@@ -599,6 +599,7 @@ def test_slots_that_do_not_exist(slot: int) -> None:
 
 def test_slots_that_cannot_be_cut_or_read() -> None:
     made = decoder()
+    made.restore(1, made.save(0))  # of nothing
     with pytest.raises(ValueError, match="no hidden state"):
         made.hidden(0)
     made.run([Work(0, 0, [1, 2, 3], GREEDY)])
@@ -731,8 +732,11 @@ def test_a_constraint_cannot_call_its_decoder() -> None:
         made = decoder()
 
         class Calling:
+            def __init__(self, call: Callable[[], Any]) -> None:
+                self.call = call
+
             def apply(self, logits: np.ndarray) -> None:
-                call()
+                self.call()
 
             def commit(self, token: int) -> None: ...
 
@@ -746,7 +750,7 @@ def test_a_constraint_cannot_call_its_decoder() -> None:
         ]
         for call in calls:
             with pytest.raises(RuntimeError, match="called the decoder that calls it"):
-                made.run([Work(0, 0, [1], GREEDY, NO_DRAFT, Calling())])
+                made.run([Work(0, 0, [1], GREEDY, NO_DRAFT, Calling(call))])
         assert made.length(0) == 0
         made.run([Work(0, 0, [1], GREEDY)])
 
