@@ -53,8 +53,8 @@ inline i32x16 to_int8(f32x16 x) {
   return convert<i32x16>(round_even(where_greater(high, x, x, high)));
 }
 
-// Pack one group of columns of a row into its lane of a tile.
-inline void pack_group(const ActView& act, int64_t row, int64_t group, f32x16 x0, f32x16 x1) {
+// Pack one group of columns of a row into its lane of a tile. Always inline: its vectors would be passed in memory.
+[[gnu::always_inline]] inline void pack_group(const ActView& act, int64_t row, int64_t group, f32x16 x0, f32x16 x1) {
   static_assert(kGroup == 32);  // x0 and x1
   const int64_t lane = row % act.lanes;
   const ActView tile = act.tile(row / act.lanes);

@@ -1,6 +1,7 @@
 #include "model/weights.hpp"
 
 #include <cmath>
+#include <cstdio>
 #include <stdexcept>
 
 namespace paceline {
@@ -27,14 +28,20 @@ void check_present(const std::string& name, const MatrixPtr& matrix) {
 
 [[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument("the settings have " + what); }
 
+std::string text(double value) {
+  char digits[32];
+  std::snprintf(digits, sizeof digits, "%g", value);
+  return digits;
+}
+
 void check_positive(const std::string& name, double value) {
-  if (!(value > 0) || !std::isfinite(value)) refuse(name + " " + std::to_string(value));
+  if (!(value > 0) || !std::isfinite(value)) refuse(name + " " + text(value));
 }
 
 void check_rope(const std::string& name, const RopeConfig& rope) {
   check_positive(name + " theta", rope.theta);
   if (!(rope.rotary_factor > 0 && rope.rotary_factor <= 1))
-    refuse(name + " rotary_factor " + std::to_string(rope.rotary_factor) + ", which is not in (0, 1]");
+    refuse(name + " rotary_factor " + text(rope.rotary_factor) + ", which is not in (0, 1]");
 }
 
 bool same_kv(const LayerConfig& a, const LayerConfig& b) {
@@ -81,7 +88,7 @@ void check_target(const ModelConfig& c) {
     if (other.kv_source != source) refuse(prefix + "kv_source " + std::to_string(source) + ", which has no K/V itself");
     if (!same_kv(c.layers[i], other)) refuse(prefix + "kv_source " + std::to_string(source) + ", which has other K/V");
   }
-  if (!(c.softcap >= 0) || !std::isfinite(c.softcap)) refuse("softcap " + std::to_string(c.softcap));
+  if (!(c.softcap >= 0) || !std::isfinite(c.softcap)) refuse("softcap " + text(c.softcap));
   check_range("ple_size", c.ple_size, 0, kMostWidth);
   if (c.ple_size) {
     check_range("ple_vocab_size", c.ple_vocab, c.vocab, kMostTokens);
