@@ -1,4 +1,8 @@
 // The Python module paceline._cpu. No arithmetic here: types in, types out, the GIL released around the work.
+//
+// What the native code throws is translated by nanobind, and by translate() for what it knows no good words for:
+// std::invalid_argument is ValueError, std::out_of_range IndexError, std::bad_alloc and std::length_error MemoryError,
+// a value that cannot be converted TypeError, all else RuntimeError.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/shared_ptr.h>
@@ -8,8 +12,10 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <memory>
+#include <unistd.h>
 
 #include "model/round.hpp"
 
@@ -24,6 +30,102 @@ using Array = nb::ndarray<const T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
 using AnyRows = nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 template <class T, int N>
 using Numpy = nb::ndarray<nb::numpy, T, nb::ndim<N>>;
+
+void translate(const std::exception_ptr& exception, void*) {
+  try {
+    std::rethrow_exception(exception);
+  } catch (const std::bad_alloc&) {
+    PyErr_SetString(PyExc_MemoryError, "not enough memory for the model, its KV cache or this step");
+  } catch (const std::length_error&) {
+    PyErr_SetString(PyExc_MemoryError, "a size is more than memory can hold");
+  } catch (const std::bad_cast&) {
+    PyErr_SetString(PyExc_TypeError, "a value of a type or a size that the native code does not take");
+  }
+}
+
+// f(), a function of Python's C interface that waits for the GIL. While the interpreter ends, CPython before 3.14 ends a
+// thread that does so by unwinding it, and in the first noexcept function on the way that is std::terminate. The thread
+// sleeps here until the process is gone instead, as CPython 3.14 has it sleep. C functions throw nothing else.
+template <class F>
+auto waiting(F f) {
+  try {
+    return f();
+  } catch (...) {
+    while (true) pause();
+  }
+}
+
+class GilReleased {
+ public:
+  GilReleased() : state_(PyEval_SaveThread()) {}
+  ~GilReleased() {
+    waiting([&] { PyEval_RestoreThread(state_); });
+  }
+  GilReleased(const GilReleased&) = delete;
+  GilReleased& operator=(const GilReleased&) = delete;
+
+ private:
+  PyThreadState* state_;
+};
+
+class GilHeld {
+ public:
+  GilHeld() : state_(waiting([] { return PyGILState_Ensure(); })) {}
+  ~GilHeld() { PyGILState_Release(state_); }
+  GilHeld(const GilHeld&) = delete;
+  GilHeld& operator=(const GilHeld&) = delete;
+
+ private:
+  PyGILState_STATE state_;
+};
+
+// Call a function of a constraint.
+void call(nb::handle function, nb::handle argument) {
+  PyObject* result = waiting([&] { return PyObject_CallOneArg(function.ptr(), argument.ptr()); });
+  if (!result) nb::raise_python_error();
+  Py_DECREF(result);
+}
+
+int64_t integer_of(nb::handle value, const std::string& name) {
+  const nb::object index = nb::steal(PyNumber_Index(value.ptr()));
+  if (!index.is_valid()) nb::raise_python_error();
+  int overflow = 0;
+  const int64_t integer = PyLong_AsLongLongAndOverflow(index.ptr(), &overflow);
+  if (overflow) throw std::invalid_argument(name + " is too " + (overflow > 0 ? "large" : "small"));
+  return integer;
+}
+
+double number_of(nb::handle value, const std::string& name) {
+  const double number = PyFloat_AsDouble(value.ptr());
+  if (number != -1 || !PyErr_Occurred()) return number;
+  if (!PyErr_ExceptionMatches(PyExc_OverflowError)) nb::raise_python_error();
+  PyErr_Clear();
+  throw std::invalid_argument(name + " is too large");
+}
+
+std::vector<int32_t> tokens_of(nb::handle sequence) {
+  std::vector<int32_t> tokens;
+  for (nb::handle item : sequence) {
+    const int64_t token = integer_of(item, "a token");
+    if (token != int32_t(token)) throw std::invalid_argument("no token " + std::to_string(token));
+    tokens.push_back(int32_t(token));
+  }
+  return tokens;
+}
+
+// NumPy arrays may lie at any address; the arrays used in place must not.
+template <class T>
+void check_aligned(const T* data) {
+  if (reinterpret_cast<uintptr_t>(data) % alignof(T))
+    throw std::invalid_argument("an array that is not aligned to its elements");
+}
+
+template <class T>
+std::vector<T> copy_of(const Array<T, 1>& array) {
+  std::vector<T> out(array.size());
+  if (!out.empty()) std::memcpy(out.data(), array.data(), out.size() * sizeof(T));
+  return out;
+}
 
 // bfloat16 has no NumPy type: its bits come as uint16.
 Element element_of(const nb::dlpack::dtype& type) {
@@ -46,17 +148,18 @@ Numpy<T, N> owned(T* data, const std::array<size_t, N>& shape) {
   return Numpy<T, N>(data, N, shape.data(), owner);
 }
 
-Numpy<float, 1> array_of(const float* data, int64_t size) {
-  float* out = new float[size_t(size)];
-  std::copy_n(data, size, out);
-  return owned<float, 1>(out, {size_t(size)});
+Numpy<float, 1> array_of(const Floats& values) {
+  float* out = new float[values.size()];
+  std::copy(values.begin(), values.end(), out);
+  return owned<float, 1>(out, {values.size()});
 }
 
 Numpy<float, 1> row_of(const Matrix& matrix, int64_t i) {
-  if (i < 0 || i >= matrix.view().rows) throw std::out_of_range("no such row");
+  if (i < 0 || i >= matrix.view().rows)
+    throw std::out_of_range("no row " + std::to_string(i) + " in a matrix of " + std::to_string(matrix.view().rows));
   Floats row(size_t(matrix.view().cols));
   matrix.row(i, row.data());
-  return array_of(row.data(), int64_t(row.size()));
+  return array_of(row);
 }
 
 // matrix times rows of x [rows, cols] with `threads` threads: what tests and benchmarks of the kernels call.
@@ -66,10 +169,13 @@ void matmul(const Matrix& matrix, const Array<float, 2>& x, nb::ndarray<float, n
   const int64_t rows = int64_t(x.shape(0)), ld = int64_t(out.shape(1));
   check_cols(int64_t(x.shape(1)), matrix.view().cols);
   check_cols(ld, matrix.view().padded_rows());
+  if (int64_t(out.shape(0)) != rows)
+    throw std::invalid_argument(std::to_string(out.shape(0)) + " rows of out for " + std::to_string(rows) + " of x");
+  check_aligned(x.data()), check_aligned(out.data());
   PackedRows packed;
   packed.reserve(round_up(rows, kTile), matrix.view().padded_cols);
   const ActView act = packed.view(matrix, lanes_for(rows));
-  nb::gil_scoped_release release;
+  const GilReleased release;
   ThreadPool(threads).run([&](const Worker& w) {
     const int64_t cols = matrix.view().cols;
     w.for_share(rows, [&](int64_t r) { kernels.pack_activations(act, r, x.data() + r * cols, cols, 0, act.groups()); });
@@ -87,7 +193,7 @@ uint64_t checksum(const Array<uint8_t, 1>& data, int threads) {
   if (n % 512) throw std::invalid_argument("a checksum takes a multiple of 512 bytes");
   const Kernels& kernels = select_kernels("");
   std::vector<uint32_t> parts(static_cast<size_t>(chunks));
-  nb::gil_scoped_release release;
+  const GilReleased release;
   ThreadPool(threads).run([&](const Worker& w) {
     w.parallel_for(chunks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
@@ -102,22 +208,23 @@ uint64_t checksum(const Array<uint8_t, 1>& data, int threads) {
 // The fields of a paceline.config.TargetConfig or DrafterConfig.
 ModelConfig config_of(nb::handle c) {
   const auto integer = [](nb::handle from, const char* name) {
-    return nb::cast<int64_t>(nb::getattr(from, name, nb::int_(0)));  // 0: of the other kind of model
+    return integer_of(nb::getattr(from, name, nb::int_(0)), name);  // 0: of the other kind of model
   };
+  const auto number = [](nb::handle from, const char* name) { return number_of(from.attr(name), name); };
   const auto rope = [&](const char* name) {
     const nb::object rope = c.attr(name);
-    return RopeConfig{nb::cast<double>(rope.attr("theta")), nb::cast<double>(rope.attr("rotary_factor"))};
+    return RopeConfig{number(rope, "theta"), number(rope, "rotary_factor")};
   };
   ModelConfig out;
   out.vocab = integer(c, "vocab_size"), out.hidden = integer(c, "hidden_size"), out.heads = integer(c, "heads");
-  out.window = integer(c, "sliding_window"), out.eps = nb::cast<float>(c.attr("rms_eps"));
+  out.window = integer(c, "sliding_window"), out.eps = float(number(c, "rms_eps"));
   out.rope_sliding = rope("rope_sliding"), out.rope_full = rope("rope_full");
   for (nb::handle layer : c.attr("layers"))
     out.layers.push_back({nb::cast<bool>(layer.attr("sliding")), integer(layer, "head_dim"), integer(layer, "kv_heads"),
                           integer(layer, "intermediate_size"), integer(layer, "kv_source"),
                           nb::cast<bool>(layer.attr("has_v_proj"))});
   const nb::object softcap = nb::getattr(c, "softcap", nb::none()), experts = nb::getattr(c, "experts", nb::none());
-  if (!softcap.is_none()) out.softcap = nb::cast<float>(softcap);
+  if (!softcap.is_none()) out.softcap = float(number_of(softcap, "softcap"));
   out.ple_size = integer(c, "ple_size"), out.ple_vocab = integer(c, "ple_vocab_size");
   if (!experts.is_none())
     out.experts = integer(experts, "count"), out.active_experts = integer(experts, "active"),
@@ -125,6 +232,16 @@ ModelConfig config_of(nb::handle c) {
   out.backbone = integer(c, "backbone_hidden_size"), out.centroids = integer(c, "centroids");
   out.centroid_top_k = integer(c, "centroid_top_k");
   return out;
+}
+
+std::vector<MatrixPtr> matrices_of(const nb::list& list, const std::string& name) {
+  std::vector<MatrixPtr> matrices;
+  for (nb::handle item : list) {
+    if (!nb::isinstance<Matrix>(item))
+      throw std::invalid_argument("the tensor " + name + " is a list of something else than matrices");
+    matrices.push_back(nb::cast<MatrixPtr>(item));
+  }
+  return matrices;
 }
 
 // {name: Matrix, list of them, float32 or int32 vector, or table [rows, cols]}. Tables are used in place.
@@ -136,11 +253,9 @@ Weights weights_of(const nb::dict& tensors) {
     Array<int32_t, 1> integers;
     AnyRows rows;
     if (nb::isinstance<Matrix>(tensor)) weights.add(name, nb::cast<MatrixPtr>(tensor));
-    else if (nb::isinstance<nb::list>(tensor)) weights.add(name, nb::cast<std::vector<MatrixPtr>>(tensor));
-    else if (nb::try_cast(tensor, floats, false))
-      weights.add(name, Floats(floats.data(), floats.data() + floats.size()));
-    else if (nb::try_cast(tensor, integers, false))
-      weights.add(name, std::vector<int32_t>(integers.data(), integers.data() + integers.size()));
+    else if (nb::isinstance<nb::list>(tensor)) weights.add(name, matrices_of(nb::cast<nb::list>(tensor), name));
+    else if (nb::try_cast(tensor, floats, false)) weights.add(name, copy_of(floats));
+    else if (nb::try_cast(tensor, integers, false)) weights.add(name, copy_of(integers));
     else if (nb::try_cast(tensor, rows, false))
       weights.add(name, Table{element_of(rows.dtype()), int64_t(rows.shape(0)), int64_t(rows.shape(1)), rows.data(),
                               std::make_shared<AnyRows>(rows)});
@@ -151,16 +266,24 @@ Weights weights_of(const nb::dict& tensors) {
 
 // The sampling parameters of paceline.types; min-p becomes a distance from the best logit, in nats.
 SamplingParams params_of(nb::handle params) {
-  const auto get = [&](const char* name) { return params.attr(name); };
-  const double min_p = nb::cast<double>(get("min_p"));
-  const nb::object seed = get("seed");
-  return {nb::cast<float>(get("temperature")), nb::cast<int64_t>(get("top_k")), nb::cast<double>(get("top_p")),
-          min_p > 0 ? float(-std::log(min_p)) : std::numeric_limits<float>::infinity(),
+  const auto number = [&](const char* name, double most) {
+    const double value = number_of(params.attr(name), name);
+    if (!(value >= 0 && value <= most)) throw std::invalid_argument(std::string(name) + " is out of range");
+    return value;
+  };
+  constexpr float hottest = std::numeric_limits<float>::max();
+  const double temperature = number("temperature", std::numeric_limits<double>::max());
+  const double min_p = number("min_p", 1);
+  const nb::object seed = params.attr("seed");
+  return {temperature < hottest ? float(temperature) : hottest,
+          check_range("top_k", integer_of(params.attr("top_k"), "top_k"), 0, std::numeric_limits<int64_t>::max()),
+          number("top_p", 1), min_p > 0 ? float(-std::log(min_p)) : std::numeric_limits<float>::infinity(),
           seed.is_none() ? 0 : nb::cast<uint64_t>(seed)};
 }
 
 int32_t sample(const Array<float, 1>& logits, nb::handle params, uint32_t position, const std::string& isa) {
-  if (logits.size() == 0) throw std::invalid_argument("no logits");
+  check_range("the number of logits", int64_t(logits.size()), 1, std::numeric_limits<int32_t>::max());
+  check_aligned(logits.data());
   const Kernels& kernels = select_kernels(isa);
   const SamplingParams native = params_of(params);
   const int64_t n = int64_t(logits.size());
@@ -171,29 +294,26 @@ int32_t sample(const Array<float, 1>& logits, nb::handle params, uint32_t positi
 // A paceline.types.Work. Its constraint is called with the GIL, which a run does not hold otherwise.
 Work work_of(nb::handle given, int64_t vocab) {
   const auto get = [&](const char* name) { return given.attr(name); };
-  Work work{nb::cast<int64_t>(get("slot")), nb::cast<int64_t>(get("position")),
-            nb::cast<std::vector<int32_t>>(get("tokens"))};
+  Work work{integer_of(get("slot"), "slot"), integer_of(get("position"), "position"), tokens_of(get("tokens"))};
   const nb::object params = get("params"), draft = get("draft"), constraint = get("constraint");
   work.samples = !params.is_none();
   if (!work.samples) return work;
   work.params = params_of(params);
-  work.draft = nb::cast<std::vector<int32_t>>(draft.attr("tokens"));
-  work.limit = {nb::cast<int64_t>(draft.attr("length")), nb::cast<std::vector<float>>(draft.attr("floors")),
+  work.draft = tokens_of(draft.attr("tokens"));
+  work.limit = {integer_of(draft.attr("length"), "length"), nb::cast<std::vector<float>>(draft.attr("floors")),
                 nb::cast<std::vector<float>>(draft.attr("acceptance"))};
-  if (!work.limit.floors.empty() && (int64_t(work.limit.floors.size()) != work.limit.length ||
-                                     work.limit.acceptance.size() != size_t(kConfidenceBins)))
-    throw std::invalid_argument("a draft needs a floor for each token, and acceptance by confidence");
   const nb::object simulated = draft.attr("simulated");
-  if (!simulated.is_none()) work.simulated = nb::cast<int64_t>(simulated);
+  if (!simulated.is_none())
+    work.simulated = check_range("simulated", integer_of(simulated, "simulated"), 0, kMostPositions);
   work.logits = nb::cast<bool>(get("logits"));
   if (!constraint.is_none()) {
     work.constrain = [apply = nb::object(constraint.attr("apply")), vocab](float* logits) {
-      const nb::gil_scoped_acquire gil;
-      apply(nb::cast(Numpy<float, 1>(logits, {size_t(vocab)}), nb::rv_policy::reference));
+      const GilHeld gil;
+      call(apply, nb::cast(Numpy<float, 1>(logits, {size_t(vocab)}), nb::rv_policy::reference));
     };
     work.commit = [commit = nb::object(constraint.attr("commit"))](int32_t token) {
-      const nb::gil_scoped_acquire gil;
-      commit(token);
+      const GilHeld gil;
+      call(commit, nb::int_(token));
     };
   }
   return work;
@@ -211,7 +331,7 @@ nb::list run(Decoder& decoder, const nb::typed<nb::sequence, nb::object>& given)
   for (nb::handle work : given) works.push_back(work_of(work, vocab));
   std::vector<Result> results;
   {
-    const nb::gil_scoped_release release;
+    const GilReleased release;
     results = decoder.run(works);
   }
   nb::list out;
@@ -229,29 +349,39 @@ nb::list run(Decoder& decoder, const nb::typed<nb::sequence, nb::object>& given)
 }
 
 void make_decoder(Decoder* self, nb::handle target_config, const nb::dict& target, nb::handle drafter_config,
-                  const nb::dict& drafter, const std::string& isa, int threads, int64_t slots, int64_t context,
-                  int64_t max_rows, bool bf16_cache) {
+                  const nb::dict& drafter, const std::string& isa, int threads, const nb::int_& slots,
+                  const nb::int_& context, const nb::int_& max_rows, bool bf16_cache) {
   auto model = std::make_shared<Target>(config_of(target_config), weights_of(target), select_kernels(isa), threads,
-                                        slots, context, max_rows, bf16_cache);
+                                        integer_of(slots, "slots"), integer_of(context, "context"),
+                                        integer_of(max_rows, "max_rows"), bf16_cache);
   std::unique_ptr<Drafter> pair;
   if (!drafter_config.is_none())
     pair = std::make_unique<Drafter>(config_of(drafter_config), weights_of(drafter), model);
   new (self) Decoder(std::move(model), std::move(pair));
 }
 
+Numpy<float, 1> hidden(const Decoder& decoder, int64_t slot) {
+  Floats state;
+  {
+    const GilReleased release;
+    state = decoder.hidden(slot);
+  }
+  return array_of(state);
+}
+
 nb::tuple last_draft_step(const Decoder& decoder, int64_t row) {
-  const Drafter* drafter = decoder.drafter();
-  if (!drafter) throw std::invalid_argument("no drafter is loaded");
-  Floats logits(size_t(drafter->vocab()));
-  drafter->last_logits(row, logits.data());
-  return nb::make_tuple(array_of(logits.data(), drafter->vocab()),
-                        array_of(drafter->last_hidden(row), drafter->backbone()));
+  std::pair<Floats, Floats> step;
+  {
+    const GilReleased release;
+    step = decoder.last_draft_step(row);
+  }
+  return nb::make_tuple(array_of(step.first), array_of(step.second));
 }
 
 void pack_matrix(Matrix& matrix, const AnyRows& source, int64_t first) {
   check_cols(int64_t(source.shape(1)), matrix.view().cols);
   const Element type = element_of(source.dtype());
-  const nb::gil_scoped_release release;
+  const GilReleased release;
   matrix.pack(type, source.data(), first, int64_t(source.shape(0)));
 }
 
@@ -271,7 +401,7 @@ void bind_matrix(nb::module_& module) {
           "format"_a, "rows"_a, "cols"_a, "packed"_a, nb::keep_alive<0, 4>(), "A matrix over packed bytes, in place.")
       .def("pack", &pack_matrix, "source"_a, "first"_a = 0,
            "Pack rows [count, cols] of a checkpoint tensor from matrix row `first` on.")
-      .def("fill_random", &Matrix::fill_random, "seed"_a, nb::call_guard<nb::gil_scoped_release>(),
+      .def("fill_random", &Matrix::fill_random, "seed"_a, nb::call_guard<GilReleased>(),
            "Fill with plausible values without meaning, for measurements.")
       .def("row", &row_of, "index"_a, "One row, unpacked to float32 [cols].")
       .def(
@@ -284,7 +414,7 @@ void bind_matrix(nb::module_& module) {
 
 void bind_decoder(nb::module_& module) {
   using Snapshot = KvCache::Snapshot;
-  const auto no_gil = nb::call_guard<nb::gil_scoped_release>();
+  const auto no_gil = nb::call_guard<GilReleased>();
   nb::class_<Snapshot>(module, "Snapshot", "The rows of a slot, copied out of a cache.")
       .def_prop_ro("nbytes", [](const Snapshot& s) { return s.rows.bytes(); })
       .def_ro("length", &Snapshot::length, "Positions it holds.")
@@ -293,21 +423,23 @@ void bind_decoder(nb::module_& module) {
   nb::class_<Decoder>(module, "Decoder", "A loaded pair and its KV cache.")
       .def("__init__", &make_decoder, "target_config"_a, "target"_a, "drafter_config"_a.none(), "drafter"_a,
            nb::kw_only(), "isa"_a, "threads"_a, "slots"_a, "context"_a, "max_rows"_a, "bf16_cache"_a,
-           "Configs are paceline.config's, weights are tensors by name: see paceline.backends.cpu.weights.")
-      .def("run", &run, "works"_a, "One step: see paceline.backends.base.Backend.run.")
-      .def("length", &Decoder::length, "slot"_a)
+           "Configs are paceline.config's, weights are tensors by name: see paceline.backends.cpu.weights.\n\n"
+           "ValueError: settings or sizes that no model has, or tensors that do not fit the settings or that they do\n"
+           "not call for. MemoryError: not enough memory. RuntimeError: the system has no more threads.")
+      .def("run", &run, "works"_a,
+           "One step: see paceline.backends.base.Backend.run.\n\n"
+           "ValueError: a work that does not continue its slot or does not fit it. RuntimeError: the process was "
+           "forked\n"
+           "after loading, here and in all methods. Whatever is raised, by a constraint too: no slot has changed.")
+      .def("length", &Decoder::length, "slot"_a, no_gil)
       .def("truncate", &Decoder::truncate, "slot"_a, "length"_a, no_gil)
       .def("clear", &Decoder::clear, "slot"_a, no_gil)
       .def("save", &Decoder::save, "slot"_a, no_gil, "Copy a slot's rows out.")
       .def("restore", &Decoder::restore, "slot"_a, "snapshot"_a, no_gil, "Copy rows into an empty slot.")
-      .def_prop_rw(
-          "threads", [](const Decoder& d) { return d.target().threads(); }, &Decoder::set_threads)
+      .def_prop_rw("threads", &Decoder::threads, &Decoder::set_threads, no_gil)
       .def_prop_ro("isa", [](const Decoder& d) { return d.target().kernels().name; })
       .def_prop_ro("cache_bytes", [](const Decoder& d) { return d.target().cache().bytes(); })
-      .def(
-          "hidden",
-          [](const Decoder& d, int64_t slot) { return array_of(d.hidden(slot), d.target().weights().config.hidden); },
-          "slot"_a, "The target's state [hidden] at the slot's last accepted row.")
+      .def("hidden", &hidden, "slot"_a, "The target's state [hidden] at the slot's last accepted row.")
       .def("last_draft_step", &last_draft_step, "row"_a,
            "Logits [vocab] (-3e38 where the head did not look) and next hidden state of the last draft step.");
 }
@@ -316,6 +448,10 @@ void bind_decoder(nb::module_& module) {
 
 NB_MODULE(_cpu, module) {
   module.doc() = "Native CPU backend: packed matrices, KV cache, target and drafter.";
+  nb::register_exception_translator(&translate);
+  // A process that ends while a thread still generates, or with two Ctrl-C, leaves objects behind. The system takes their
+  // memory; a report of many lines would hide what the user is told.
+  nb::set_leak_warnings(false);
   module.def("usable_isas", &usable_isas, "Instruction sets that work on this processor, best first.");
   module.def("matmul", &matmul, "matrix"_a, "x"_a, "out"_a, "isa"_a = "", "threads"_a = 1,
              "out [rows, padded matrix rows] = x [rows, cols] times the matrix transposed.");

@@ -3,6 +3,7 @@
 //
 // Prints one line an instruction set, `neon: 1234 checks passed`, and exits with 1 if a check failed.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -10,6 +11,7 @@
 #include <limits>
 #include <memory>
 #include <random>
+#include <stdexcept>
 
 #include "kernels/kernels.hpp"
 #include "runtime/threads.hpp"
@@ -480,6 +482,40 @@ void test_thread_pool() {
   }
 }
 
+// An exception on one worker, or on all, ends the run on every worker, and the pool works on.
+void test_failing_runs() {
+  for (int size : {1, 2, 3, 5})
+    for (int run = 0; run < 200; ++run) {
+      ThreadPool pool(size);
+      const int culprit = run % (size + 1), barriers = run / 7 % 4;  // size: all of them
+      const auto fail = [&](const Worker& w) {
+        for (int i = 0; i < 5; ++i) {
+          if (i == barriers && (w.id == culprit || culprit == size)) throw std::runtime_error("failed");
+          w.parallel_for(100, 1, [](int64_t, int64_t) {});
+          w.barrier();
+        }
+      };
+      for (int again = 0; again < 3; ++again) {
+        std::string caught;
+        try {
+          pool.run(fail);
+        } catch (const std::runtime_error& error) {
+          caught = error.what();
+        }
+        std::atomic<int64_t> sum{0};
+        pool.run([&](const Worker& w) {
+          w.parallel_for(100, 1, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; ++i) sum += i;
+          });
+          w.barrier();
+        });
+        // a pool that has left workers out may have left out the culprit
+        check(sum == 4950 && (caught == "failed" || (caught.empty() && culprit > 0 && culprit < size)), "thread pool",
+              std::to_string(size) + " workers, a failure after " + std::to_string(barriers) + " barriers: " + caught);
+      }
+    }
+}
+
 void report(const char* name, int& failed) {
   if (failures) std::printf("%s: %d of %d checks FAILED\n", name, failures, checks);
   else std::printf("%s: %d checks passed\n", name, checks);
@@ -494,6 +530,7 @@ int main() {
     report(isa.c_str(), failed);
   }
   test_thread_pool();
+  test_failing_runs();
   report("thread pool", failed);
   return failed ? 1 : 0;
 }

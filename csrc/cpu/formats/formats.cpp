@@ -139,12 +139,15 @@ struct Quantised {
   }
 };
 
+// The whole number in x, 0 for NaN, infinities and all that is far beyond a byte: damaged weights.
+int whole(float x) { return std::fabs(x) < 1024 ? int(x) : 0; }
+
 // GGUF's Q8_0: scale = max |x| / 127, q = round(x / scale).
 float quantise_q8(const float* x, uint8_t* q) {
   float top = 0;
   for (int i = 0; i < kGroup; ++i) top = std::max(top, std::fabs(x[i]));
   const float scale = top / 127.0f, inverse = scale != 0 ? 1.0f / scale : 0.0f;
-  for (int i = 0; i < kGroup; ++i) q[i] = uint8_t(int(std::round(x[i] * inverse)) + 128);
+  for (int i = 0; i < kGroup; ++i) q[i] = uint8_t(whole(std::round(x[i] * inverse)) + 128);
   return scale;
 }
 
@@ -154,7 +157,7 @@ float quantise_q4(const float* x, uint8_t* q) {
   for (int i = 0; i < kGroup; ++i)
     if (std::fabs(x[i]) > top) top = std::fabs(x[i]), extreme = x[i];
   const float scale = extreme / -8.0f, inverse = scale != 0 ? 1.0f / scale : 0.0f;
-  for (int i = 0; i < kGroup; ++i) q[i] = uint8_t(std::min(15, int(x[i] * inverse + 8.5f)));
+  for (int i = 0; i < kGroup; ++i) q[i] = uint8_t(std::min(15, whole(x[i] * inverse + 8.5f)));
   return scale;
 }
 
@@ -162,12 +165,16 @@ template <class C>
 constexpr BlockCodec codec = {C::pack, C::unpack, C::randomise};
 
 void load_row(Element type, const void* source, int64_t row, int64_t cols, float* out) {
+  const uint8_t* p = static_cast<const uint8_t*>(source) + row * cols * (type == Element::f32 ? 4 : 2);
   if (type == Element::f32) {
-    std::memcpy(out, static_cast<const float*>(source) + row * cols, size_t(cols) * 4);
+    std::memcpy(out, p, size_t(cols) * 4);
     return;
   }
-  const uint16_t* p = static_cast<const uint16_t*>(source) + row * cols;
-  for (int64_t i = 0; i < cols; ++i) out[i] = type == Element::bf16 ? bf16_to_float(p[i]) : half_to_float(p[i]);
+  for (int64_t i = 0; i < cols; ++i) {
+    uint16_t bits;  // rows of a file may lie at odd addresses
+    std::memcpy(&bits, p + 2 * i, 2);
+    out[i] = type == Element::bf16 ? bf16_to_float(bits) : half_to_float(bits);
+  }
 }
 
 }  // namespace

@@ -45,8 +45,16 @@ inline void store_lanes(const ActView& tile, int64_t group, int64_t lane, const 
   for (int i = 0; i < kGroup / Columns; ++i) std::memcpy(p + i * step, static_cast<const uint8_t*>(packed) + 4 * i, 4);
 }
 
-// Pack one group of columns of a row into its lane of a tile.
-inline void pack_group(const ActView& act, int64_t row, int64_t group, f32x16 x0, f32x16 x1) {
+// To the nearest number from -127 to 127, NaN to -127: finite rows are in this range already, and what follows counts on
+// it also where damaged weights have made others.
+inline i32x16 to_int8(f32x16 x) {
+  const f32x16 low = splat(-127.0f), high = splat(127.0f);
+  x = where_greater(x, low, x, low);
+  return convert<i32x16>(round_even(where_greater(high, x, x, high)));
+}
+
+// Pack one group of columns of a row into its lane of a tile. Always inline: its vectors would be passed in memory.
+[[gnu::always_inline]] inline void pack_group(const ActView& act, int64_t row, int64_t group, f32x16 x0, f32x16 x1) {
   static_assert(kGroup == 32);  // x0 and x1
   const int64_t lane = row % act.lanes;
   const ActView tile = act.tile(row / act.lanes);
@@ -64,8 +72,7 @@ inline void pack_group(const ActView& act, int64_t row, int64_t group, f32x16 x0
     const f32x16 zero = splat(0.0f);
     const f32x16 m0 = max(x0, zero - x0), m1 = max(x1, zero - x1);
     const float top = max_lane(max(m0, m1)), scale = top / 127.0f, inverse = top > 1e-30f ? 127.0f / top : 0.0f;
-    const i32x16 q0 = convert<i32x16>(round_even(x0 * splat(inverse)));
-    const i32x16 q1 = convert<i32x16>(round_even(x1 * splat(inverse)));
+    const i32x16 q0 = to_int8(x0 * splat(inverse)), q1 = to_int8(x1 * splat(inverse));
     int8_t packed[kGroup];
     store_bytes(packed, q0);
     store_bytes(packed + 16, q1);

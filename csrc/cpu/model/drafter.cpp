@@ -7,42 +7,55 @@
 
 namespace paceline {
 
+namespace {
+
+ModelConfig checked(const ModelConfig& c) {
+  check_drafter(c);
+  return c;
+}
+
+}  // namespace
+
 DrafterWeights::DrafterWeights(const ModelConfig& c, const Weights& weights)
-    : config(c), pre_projection(weights.matrix("pre_projection.weight", c.hidden, 2 * c.backbone)),
+    : config(checked(c)), pre_projection(weights.matrix("pre_projection.weight", c.hidden, 2 * c.backbone)),
       post_projection(weights.matrix("post_projection.weight", c.backbone, c.hidden)),
       final_norm(weights.vector("norm.weight", c.hidden)), layers(find_layers(c, weights)) {
   if (!c.centroids) {
     head = weights.matrix("embed_tokens.weight", c.vocab, c.hidden);
-    return;
+  } else {
+    const int64_t rows = c.centroids * round_up(c.vocab / c.centroids, kPanel);
+    head = weights.matrix("ordered_head.weight", rows, c.hidden);
+    centroids = weights.matrix("masked_embedding.centroids.weight", c.centroids, c.hidden);
+    tokens = weights.integers("ordered_head.tokens");
+    check_range("the size of the tensor ordered_head.tokens", int64_t(tokens.size()), rows, rows);
+    for (int32_t token : tokens) check_range("a token of ordered_head.tokens", token, -1, c.vocab - 1);
   }
-  const int64_t rows = c.centroids * round_up(c.vocab / c.centroids, kPanel);
-  head = weights.matrix("ordered_head.weight", rows, c.hidden);
-  centroids = weights.matrix("masked_embedding.centroids.weight", c.centroids, c.hidden);
-  tokens = weights.integers("ordered_head.tokens");
-  if (int64_t(tokens.size()) != rows) throw std::invalid_argument("ordered_head.tokens does not fit the head");
+  weights.check_all_used();
 }
 
 Drafter::Drafter(const ModelConfig& config, const Weights& weights, std::shared_ptr<Target> target)
     : weights_(config, weights), target_(std::move(target)), runner_(target_->kernels(), weights_.config) {
+  check_pair();
+  for (const Layer& layer : weights_.layers) views_.push_back(&target_->views(target_->last_layer(layer.sliding)));
+}
+
+// What is read of the target: embeddings, hidden states, K/V, rotary tables.
+void Drafter::check_pair() const {
+  const ModelConfig &ours = weights_.config, &theirs = target_->weights().config;
+  const auto check = [](const std::string& what, int64_t of_drafter, int64_t of_target) {
+    if (of_drafter != of_target)
+      throw std::invalid_argument("the drafter does not fit the target: its " + what + " is " +
+                                  std::to_string(of_drafter) + ", the target's " + std::to_string(of_target));
+  };
+  check("backbone_hidden_size", ours.backbone, theirs.hidden);
+  check("vocab_size", ours.vocab, theirs.vocab);
   for (const Layer& layer : weights_.layers) {
     const int64_t source = target_->last_layer(layer.sliding);
     if (source < 0) throw std::invalid_argument("the target has no cache for one of the drafter's layers");
-    views_.push_back(&target_->views(source));
+    const Layer& cached = target_->weights().layers[size_t(source)];
+    check("head_dim", layer.head_dim, cached.head_dim);
+    check("number of K/V heads", layer.kv_heads, cached.kv_heads);
   }
-}
-
-// The position is that of the newest token, which is not cached; sliding layers see the window of rows before it.
-std::vector<Row> Drafter::check(const std::vector<DraftRequest>& requests) const {
-  std::vector<Row> rows;
-  for (const DraftRequest& r : requests) {
-    const KvCache& cache = target_->cache();
-    if (r.slot < 0 || r.slot >= cache.slots() || r.position < 1 || r.position != cache.length(r.slot) || r.newest < 0 ||
-        r.newest >= target_->weights().config.vocab)
-      throw std::invalid_argument("a draft that does not continue its slot");
-    const int64_t first = std::max(int64_t(0), r.position - target_->weights().config.window);
-    rows.push_back({r.slot, r.position, r.position - 1, first, int64_t(rows.size())});
-  }
-  return rows;
 }
 
 void Drafter::reserve(int64_t rows) {
@@ -52,10 +65,10 @@ void Drafter::reserve(int64_t rows) {
                   act_formats({weights_.post_projection.get(), &first_head()}));
   inputs_.reserve(round_up(rows, kTile), round_up(2 * backbone, kMaxBlock), threads);
   rows_.reserve(rows, round_up(weights_.config.hidden, kMaxBlock));
-  both_.reserve(size_t(threads * rows * 2 * backbone * 4));
-  next_.reserve(size_t(rows * round_up(backbone, kPanel) * 4));
-  x_.reserve(size_t(rows * round_up(weights_.config.hidden, kPanel) * 4));
-  logits_.reserve(size_t(rows * width * 4));
+  both_.reserve(product({threads, rows, 2, backbone, 4}));
+  next_.reserve(product({rows, round_up(backbone, kPanel), 4}));
+  x_.reserve(product({rows, round_up(weights_.config.hidden, kPanel), 4}));
+  logits_.reserve(product({rows, width, 4}));
   clusters_.resize(size_t(rows));
   ids_.resize(size_t(rows));
 }
@@ -63,7 +76,12 @@ void Drafter::reserve(int64_t rows) {
 // All sequences take their steps together until the last one stops; what a stopped one computes is void.
 std::vector<DraftResult> Drafter::draft(const std::vector<DraftRequest>& requests) {
   const int64_t count = int64_t(requests.size());
-  std::vector<Row> rows = check(requests);
+  std::vector<Row> rows;
+  for (const DraftRequest& r : requests) {  // the newest token is not cached; sliding layers see the rows before it
+    const int64_t first = std::max(int64_t(0), r.position - target_->weights().config.window);
+    rows.push_back({r.slot, r.position, r.position - 1, first, int64_t(rows.size())});
+  }
+  drafted_ = 0;
   reserve(count);
   std::vector<Sampled> sampled;
   for (int64_t r = 0; r < count; ++r) {
@@ -94,6 +112,7 @@ std::vector<DraftResult> Drafter::draft(const std::vector<DraftRequest>& request
       }
     }
   });
+  drafted_ = count;
   return results;
 }
 
@@ -198,17 +217,27 @@ void Drafter::centroid_head(const Worker& w, int64_t rows) {
   });
 }
 
-void Drafter::last_logits(int64_t row, float* out) const {
-  const int64_t ld = weights_.head->view().padded_rows();
-  const float* logit = logits_.floats() + row * ld;
-  if (!weights_.centroids) {
-    std::copy_n(logit, weights_.config.vocab, out);
-    return;
-  }
-  std::fill_n(out, weights_.config.vocab, -3e38f);
-  const std::vector<int32_t>& ids = ids_.at(size_t(row));
+void Drafter::check_row(int64_t row) const {
+  if (row < 0 || row >= drafted_)
+    throw std::out_of_range("no row " + std::to_string(row) + " in the last draft, which had " +
+                            std::to_string(drafted_));
+}
+
+Floats Drafter::last_logits(int64_t row) const {
+  check_row(row);
+  const float* logit = logits_.floats() + row * weights_.head->view().padded_rows();
+  if (!weights_.centroids) return Floats(logit, logit + weights_.config.vocab);
+  Floats out(size_t(weights_.config.vocab), -3e38f);
+  const std::vector<int32_t>& ids = ids_[size_t(row)];
   for (size_t i = 0; i < ids.size(); ++i)
-    if (ids[i] >= 0) out[ids[i]] = logit[i];
+    if (ids[i] >= 0) out[size_t(ids[i])] = logit[i];
+  return out;
+}
+
+Floats Drafter::last_hidden(int64_t row) const {
+  check_row(row);
+  const float* hidden = next_.floats() + row * weights_.config.backbone;
+  return Floats(hidden, hidden + weights_.config.backbone);
 }
 
 }  // namespace paceline

@@ -50,21 +50,23 @@ struct DraftResult {
 
 class Drafter {
  public:
+  // Throws std::invalid_argument for settings that no drafter has, that do not fit the target's, or that the tensors do
+  // not fit.
   Drafter(const ModelConfig& config, const Weights& weights, std::shared_ptr<Target> target);
 
-  // One result a request.
+  // One result a request. Requests continue their slots: Decoder checks it.
   std::vector<DraftResult> draft(const std::vector<DraftRequest>& requests);
-  int64_t backbone() const { return weights_.config.backbone; }
-  int64_t vocab() const { return weights_.config.vocab; }
 
   // The last draft step of anchor `row`, for comparison with a reference: its logits [vocab], -3e38 where the head did
   // not look, and the hidden state [backbone] that a next step would start from.
-  void last_logits(int64_t row, float* out) const;
-  const float* last_hidden(int64_t row) const { return next_.floats() + row * weights_.config.backbone; }
+  // Throws std::out_of_range when the last step had no such row.
+  Floats last_logits(int64_t row) const;
+  Floats last_hidden(int64_t row) const;
 
  private:
+  void check_pair() const;
+  void check_row(int64_t row) const;
   void reserve(int64_t rows);
-  std::vector<Row> check(const std::vector<DraftRequest>& requests) const;
   void enter(const Worker& w, const std::vector<Sampled>& newest, int64_t rows);
   void choose(const Worker& w, const std::vector<DraftRequest>& requests, int64_t step, std::vector<Sampled>& sampled);
   Sampled sample(const Logits& logits, const DraftRequest& request, int64_t step) const;
@@ -77,6 +79,7 @@ class Drafter {
   std::vector<const std::vector<CacheView>*> views_;  // [layer]
   std::vector<std::vector<int64_t>> clusters_;        // [row]: the chosen centroids
   std::vector<std::vector<int32_t>> ids_;             // [row]: the tokens of its logits
+  int64_t drafted_ = 0;                               // anchors of the last call of draft
   Buffer both_, x_, next_, logits_;
   PackedRows inputs_, rows_;
 };

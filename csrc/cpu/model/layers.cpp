@@ -41,7 +41,7 @@ Floats router_norm(const Floats& scale) {
 std::shared_ptr<Experts> find_experts(const ModelConfig& c, const std::string& prefix, const Weights& weights) {
   const auto norm = [&](const char* name) { return weights.vector(prefix + name, c.hidden); };
   const std::string experts = prefix + "experts.";
-  return std::make_shared<Experts>(Experts{
+  const auto found = std::make_shared<Experts>(Experts{
       c.active_experts,
       weights.matrix(prefix + "router.proj.weight", c.experts, c.hidden),
       router_norm(norm("router.scale")),
@@ -53,6 +53,10 @@ std::shared_ptr<Experts> find_experts(const ModelConfig& c, const std::string& p
       weights.matrices(experts + "up_proj", c.experts, c.expert_intermediate, c.hidden),
       weights.matrices(experts + "down_proj", c.experts, c.hidden, c.expert_intermediate),
   });
+  if (act_formats({found->gate[0].get(), found->up[0].get()}) > 1)  // rows are packed once for both
+    throw std::invalid_argument("the tensors " + experts +
+                                "gate_proj and up_proj have formats that do not go together");
+  return found;
 }
 
 }  // namespace
@@ -113,9 +117,9 @@ size_t act_formats(std::initializer_list<const Matrix*> matrices) {
 void PackedRows::reserve(int64_t lanes, int64_t padded_cols, int64_t copies) {
   copy_floats_ = lanes * padded_cols;
   copy_groups_ = round_up(lanes * padded_cols / kGroup, 16);
-  data_.reserve(size_t(copies * copy_floats_ * 4));
-  scale_.reserve(size_t(copies * copy_groups_ * 4));
-  start_.reserve(size_t(copies * copy_groups_ * 4));
+  data_.reserve(product({copies, lanes, padded_cols, 4}));
+  scale_.reserve(product({copies, copy_groups_, 4}));
+  start_.reserve(product({copies, copy_groups_, 4}));
 }
 
 ActView PackedRows::view(const Matrix& matrix, int lanes, int64_t copy) const {
@@ -158,16 +162,16 @@ void LayerRunner::reserve(const std::vector<Layer>& layers, int64_t rows, int64_
   packed_[0].reserve(std::max(whole, expert_lanes), widest, copies);
   for (size_t i = 1; i < std::size(packed_); ++i) packed_[i].reserve(i < formats ? whole : 0, hidden, copies);
   inner_.reserve(std::max(whole, expert_lanes), inner);
-  for (Buffer* buffer : {&x_, &t_}) buffer->reserve(size_t(copies * rows * hidden * 4));
-  y_.reserve(size_t(rows * hidden * 4));
-  qkv_.reserve(size_t(rows * qkv_ld_ * 4));
-  attended_.reserve(size_t(rows * attended_ld_ * 4));
+  for (Buffer* buffer : {&x_, &t_}) buffer->reserve(product({copies, rows, hidden, 4}));
+  y_.reserve(product({rows, hidden, 4}));
+  qkv_.reserve(product({rows, qkv_ld_, 4}));
+  attended_.reserve(product({rows, attended_ld_, 4}));
   score_floats_ = std::max(kQueryHeads * round_up(context + 32, 16), 2 * head_dim);
-  scores_.reserve(size_t(threads * score_floats_ * 4));
-  dense_.reserve(size_t(picks ? rows * hidden * 4 : 0));
-  routed_.reserve(size_t(picks ? rows * hidden * 4 : 0));
-  router_.reserve(size_t(picks ? rows * router_ld_ * 4 : 0));
-  expert_out_.reserve(size_t(expert_lanes * expert_ld * 4));
+  scores_.reserve(product({threads, score_floats_, 4}));
+  dense_.reserve(picks ? product({rows, hidden, 4}) : 0);
+  routed_.reserve(picks ? product({rows, hidden, 4}) : 0);
+  router_.reserve(picks ? product({rows, router_ld_, 4}) : 0);
+  expert_out_.reserve(product({expert_lanes, expert_ld, 4}));
 }
 
 void LayerRunner::run(const Worker& w, const Call& call, std::vector<Row>& rows) {

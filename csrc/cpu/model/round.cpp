@@ -8,20 +8,94 @@ namespace paceline {
 
 Decoder::Decoder(std::shared_ptr<Target> target, std::unique_ptr<Drafter> drafter)
     : target_(std::move(target)), drafter_(std::move(drafter)), has_hidden_(size_t(target_->cache().slots()), 0) {
-  hidden_.reserve(size_t(target_->cache().slots() * target_->weights().config.hidden) * 4);
+  hidden_.reserve(product({target_->cache().slots(), target_->weights().config.hidden, 4}));
 }
 
+// Held during a call. Constraints are called inside `run`, so the same thread may come here again: it would wait for
+// itself.
+class Decoder::Lock {
+ public:
+  explicit Lock(const Decoder& decoder) : decoder_(decoder) {
+    decoder.home_.check();
+    if (decoder.holder_ == std::this_thread::get_id())
+      throw std::runtime_error("a constraint has called the decoder that calls it");
+    decoder.busy_.lock();
+    decoder.holder_ = std::this_thread::get_id();
+  }
+  ~Lock() {
+    decoder_.holder_ = std::thread::id();
+    decoder_.busy_.unlock();
+  }
+  Lock(const Lock&) = delete;
+  Lock& operator=(const Lock&) = delete;
+
+ private:
+  const Decoder& decoder_;
+};
+
 std::vector<Result> Decoder::run(std::vector<Work>& works) {
-  const std::lock_guard lock(busy_);
+  const Lock lock(*this);
+  check(works);
+  try {
+    return run_step(works);
+  } catch (...) {  // the rows are in the cache, perhaps; nothing else has changed
+    for (const Work& work : works)
+      if (target_->cache().length(work.slot) > work.position) target_->cache().truncate(work.slot, work.position);
+    throw;
+  }
+}
+
+void Decoder::check(const std::vector<Work>& works) const {
+  const KvCache& cache = target_->cache();
+  const auto refuse = [](const Work& work, const std::string& what) {
+    throw std::invalid_argument("slot " + std::to_string(work.slot) + ": " + what);
+  };
+  const auto check_token = [&](const Work& work, int32_t token) {
+    if (token < 0 || token >= target_->weights().config.vocab) refuse(work, "no token " + std::to_string(token));
+  };
+  std::vector<uint8_t> taken(size_t(cache.slots()), 0);
+  for (const Work& work : works) {
+    if (work.slot < 0 || work.slot >= cache.slots()) refuse(work, "there are " + std::to_string(cache.slots()));
+    if (taken[size_t(work.slot)]++) refuse(work, "two works of one step");
+    if (work.position != cache.length(work.slot))
+      refuse(work, "row at position " + std::to_string(work.position) + " where it continues at " +
+                       std::to_string(cache.length(work.slot)));
+    if (work.tokens.empty()) refuse(work, "a work without tokens");
+    const int64_t rows = int64_t(work.tokens.size() + work.draft.size()), most = cache.max_rows();
+    if (rows > most || work.limit.length < 0 || work.limit.length > most - rows)
+      refuse(work, "more rows than the " + std::to_string(most) + " of a pass");
+    if (rows + work.limit.length > cache.context() - work.position) refuse(work, "position past the context");
+    for (int32_t token : work.tokens) check_token(work, token);
+    for (int32_t token : work.draft) check_token(work, token);
+    if (work.limit.length || !work.limit.floors.empty()) check_draft(work);
+  }
+}
+
+void Decoder::check_draft(const Work& work) const {
+  if (!drafter_) throw std::invalid_argument("no drafter is loaded");
+  if (!work.draft.empty()) throw std::invalid_argument("a draft with tokens and a length");
+  if (work.tokens.size() != 1 || work.position < 1 || !has_hidden_[size_t(work.slot)])
+    throw std::invalid_argument("slot " + std::to_string(work.slot) + " has no sampled token to draft after");
+  const auto& [_, floors, acceptance] = work.limit;
+  if (!floors.empty() && (int64_t(floors.size()) != work.limit.length || acceptance.size() != size_t(kConfidenceBins)))
+    throw std::invalid_argument("a draft needs a floor for each token, and acceptance by confidence");
+}
+
+// Slots are extended by the pass, but what a step means for them is decided for all of them before any is changed.
+std::vector<Result> Decoder::run_step(std::vector<Work>& works) {
   std::vector<Result> results(works.size());
+  std::vector<int64_t> first_rows;  // of the target's output, which holds the rows that are sampled from
   propose(works, results);
   forward(works);
-  int64_t row = 0;  // of the target's output, which holds the rows that are sampled from
+  int64_t row = 0;
   for (size_t i = 0; i < works.size(); ++i) {
+    first_rows.push_back(row);
     if (!works[i].samples) continue;
     verify(works[i], row, results[i]);
     row += int64_t(results[i].drafted.size()) + 1;
   }
+  for (size_t i = 0; i < works.size(); ++i)
+    if (works[i].samples) accept(works[i], first_rows[i], results[i]);
   return results;
 }
 
@@ -33,10 +107,6 @@ void Decoder::propose(std::vector<Work>& works, std::vector<Result>& results) {
   for (size_t i = 0; i < works.size(); ++i) {
     const Work& work = works[i];
     if (!work.limit.length) continue;
-    if (!drafter_) throw std::invalid_argument("no drafter is loaded");
-    if (work.tokens.size() != 1 || work.slot < 0 || work.slot >= target_->cache().slots() ||
-        !has_hidden_[size_t(work.slot)])
-      throw std::invalid_argument("slot " + std::to_string(work.slot) + " has no sampled token to draft after");
     requests.push_back(
         {work.slot, work.position, work.tokens[0], hidden_.floats() + work.slot * hidden, work.params, work.limit});
     owners.push_back(i);
@@ -50,13 +120,13 @@ void Decoder::propose(std::vector<Work>& works, std::vector<Result>& results) {
 }
 
 void Decoder::forward(const std::vector<Work>& works) {
-  std::vector<int32_t> slots, positions, tokens;
+  std::vector<int64_t> slots, positions;
+  std::vector<int32_t> tokens;
   std::vector<uint8_t> sampled;
   for (const Work& work : works) {
     const size_t committed = work.tokens.size(), rows = committed + work.draft.size();
-    if (!committed) throw std::invalid_argument("a work without tokens");
-    slots.insert(slots.end(), rows, int32_t(work.slot));
-    for (size_t i = 0; i < rows; ++i) positions.push_back(int32_t(work.position + int64_t(i)));
+    slots.insert(slots.end(), rows, work.slot);
+    for (size_t i = 0; i < rows; ++i) positions.push_back(work.position + int64_t(i));
     tokens.insert(tokens.end(), work.tokens.begin(), work.tokens.end());
     tokens.insert(tokens.end(), work.draft.begin(), work.draft.end());
     for (size_t i = 0; i < rows; ++i) sampled.push_back(work.samples && i + 1 >= committed);
@@ -64,9 +134,9 @@ void Decoder::forward(const std::vector<Work>& works) {
   target_->forward(slots.data(), positions.data(), tokens.data(), sampled.data(), int64_t(tokens.size()));
 }
 
-// Sample row after row until a token differs from the draft; forget the rows after it.
+// Sample row after row until a token differs from the draft.
 void Decoder::verify(Work& work, int64_t first_row, Result& result) {
-  const int64_t vocab = target_->weights().config.vocab, hidden = target_->weights().config.hidden;
+  const int64_t vocab = target_->weights().config.vocab;
   const int64_t next = work.position + int64_t(work.tokens.size()), drafted = int64_t(work.draft.size());
   for (int64_t i = 0; i <= drafted; ++i) {
     float* logits = target_->logits() + (first_row + i) * target_->logits_ld();
@@ -81,12 +151,17 @@ void Decoder::verify(Work& work, int64_t first_row, Result& result) {
     result.sampled.push_back(token);
     if (i == drafted || token != work.draft[size_t(i)]) break;
   }
-  const int64_t accepted = int64_t(result.sampled.size()) - 1;
-  if (accepted < drafted) target_->cache().truncate(work.slot, next + accepted);
-  std::copy_n(target_->hidden() + (first_row + accepted) * hidden, hidden, hidden_.floats() + work.slot * hidden);
-  has_hidden_[size_t(work.slot)] = 1;
   result.drafted = std::move(work.draft);
   if (!work.limit.length) result.confidence.clear();
+}
+
+// Forget the rows after the last accepted one, and keep its hidden state.
+void Decoder::accept(const Work& work, int64_t first_row, const Result& result) {
+  const int64_t next = work.position + int64_t(work.tokens.size()), hidden = target_->weights().config.hidden;
+  const int64_t accepted = int64_t(result.sampled.size()) - 1;
+  if (accepted < int64_t(result.drafted.size())) target_->cache().truncate(work.slot, next + accepted);
+  std::copy_n(target_->hidden() + (first_row + accepted) * hidden, hidden, hidden_.floats() + work.slot * hidden);
+  has_hidden_[size_t(work.slot)] = 1;
 }
 
 int32_t Decoder::sample(const Work& work, float* logits, int64_t position) const {
@@ -96,30 +171,55 @@ int32_t Decoder::sample(const Work& work, float* logits, int64_t position) const
   return kernels.sample({logits, nullptr, vocab}, work.params, uint32_t(position), false).token;
 }
 
+int64_t Decoder::length(int64_t slot) const {
+  const Lock lock(*this);
+  return target_->cache().length(slot);
+}
+
 void Decoder::truncate(int64_t slot, int64_t length) {
-  const std::lock_guard lock(busy_);
+  const Lock lock(*this);
   target_->cache().truncate(slot, length);
 }
 
 void Decoder::clear(int64_t slot) {
-  const std::lock_guard lock(busy_);
+  const Lock lock(*this);
   target_->cache().clear(slot);
   has_hidden_[size_t(slot)] = 0;
 }
 
-KvCache::Snapshot Decoder::save(int64_t slot) {
-  const std::lock_guard lock(busy_);
+KvCache::Snapshot Decoder::save(int64_t slot) const {
+  const Lock lock(*this);
   return target_->cache().save(slot);
 }
 
 void Decoder::restore(int64_t slot, const KvCache::Snapshot& snapshot) {
-  const std::lock_guard lock(busy_);
+  const Lock lock(*this);
   target_->cache().restore(slot, snapshot);
 }
 
+int Decoder::threads() const {
+  const Lock lock(*this);
+  return target_->threads();
+}
+
 void Decoder::set_threads(int threads) {
-  const std::lock_guard lock(busy_);
+  const Lock lock(*this);
   target_->set_threads(threads);
+}
+
+Floats Decoder::hidden(int64_t slot) const {
+  const Lock lock(*this);
+  target_->cache().check_slot(slot);
+  if (!has_hidden_[size_t(slot)])
+    throw std::invalid_argument("slot " + std::to_string(slot) + " has no hidden state: nothing was sampled in it");
+  const int64_t size = target_->weights().config.hidden;
+  return Floats(hidden_.floats() + slot * size, hidden_.floats() + (slot + 1) * size);
+}
+
+std::pair<Floats, Floats> Decoder::last_draft_step(int64_t row) const {
+  const Lock lock(*this);
+  if (!drafter_) throw std::invalid_argument("no drafter is loaded");
+  return {drafter_->last_logits(row), drafter_->last_hidden(row)};
 }
 
 }  // namespace paceline

@@ -1,9 +1,12 @@
 // One step of a model pair: propose, run one pass of the target, sample and accept, roll back.
 #pragma once
 
+#include <atomic>
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <thread>
+#include <utility>
 #include <vector>
 
 #include "model/drafter.hpp"
@@ -34,31 +37,44 @@ struct Result {
 
 class Decoder {
  public:
-  // `drafter` may be null. All calls may come from any thread; one runs at a time.
+  // `drafter` may be null. All calls may come from any thread; one runs at a time. All throw std::runtime_error in a
+  // process that was forked from the one that made the decoder, and when a constraint calls the decoder that calls it.
+  // Slots that do not exist are std::out_of_range, but in `run`.
   Decoder(std::shared_ptr<Target> target, std::unique_ptr<Drafter> drafter);
 
-  // Throws std::invalid_argument when a work does not continue its slot or does not fit it.
+  // Throws std::invalid_argument, before anything is run, when a work does not continue its slot or does not fit it. If
+  // a constraint throws, or memory runs out, all slots and their hidden states are left as they were before the call.
   std::vector<Result> run(std::vector<Work>& works);
 
-  int64_t length(int64_t slot) const { return target_->cache().length(slot); }
+  int64_t length(int64_t slot) const;
   void truncate(int64_t slot, int64_t length);
   void clear(int64_t slot);
-  KvCache::Snapshot save(int64_t slot);
+  KvCache::Snapshot save(int64_t slot) const;
   void restore(int64_t slot, const KvCache::Snapshot& snapshot);
+  int threads() const;
   void set_threads(int threads);
 
-  // [hidden] the target's state at the slot's last accepted row, which a drafter continues from.
-  const float* hidden(int64_t slot) const { return hidden_.floats() + slot * target_->weights().config.hidden; }
-  const Target& target() const { return *target_; }
-  const Drafter* drafter() const { return drafter_.get(); }
+  // [hidden] the target's state at the slot's last accepted row, which a drafter continues from. Throws
+  // std::invalid_argument when there is none yet.
+  Floats hidden(int64_t slot) const;
+  // Of the last draft step: see Drafter::last_logits and last_hidden.
+  std::pair<Floats, Floats> last_draft_step(int64_t row) const;
+  const Target& target() const { return *target_; }  // what does not change: settings, sizes, kernels
 
  private:
+  class Lock;
+  void check(const std::vector<Work>& works) const;
+  void check_draft(const Work& work) const;
+  std::vector<Result> run_step(std::vector<Work>& works);
   void propose(std::vector<Work>& works, std::vector<Result>& results);
   void forward(const std::vector<Work>& works);
   void verify(Work& work, int64_t first_row, Result& result);
+  void accept(const Work& work, int64_t first_row, const Result& result);
   int32_t sample(const Work& work, float* logits, int64_t position) const;
 
-  std::mutex busy_;
+  HomeProcess home_;
+  mutable std::mutex busy_;
+  mutable std::atomic<std::thread::id> holder_;  // of busy_
   std::shared_ptr<Target> target_;
   std::unique_ptr<Drafter> drafter_;
   Buffer hidden_;                    // [slots][hidden]: the target's state at each slot's last accepted row

@@ -22,18 +22,25 @@ RopeTable rope_table(const ModelConfig& config, bool sliding) {
   return {};
 }
 
+ModelConfig checked(const ModelConfig& c) {
+  check_target(c);
+  return c;
+}
+
 }  // namespace
 
 TargetWeights::TargetWeights(const ModelConfig& c, const Weights& weights)
-    : config(c), embed_scale(weights.vector("embed_tokens.scale", 1)[0]),
+    : config(checked(c)), embed_scale(weights.vector("embed_tokens.scale", 1)[0]),
       embedding(weights.matrix("embed_tokens.weight", c.vocab, c.hidden)),
       final_norm(weights.vector("norm.weight", c.hidden)), layers(find_layers(c, weights)) {
-  if (!c.ple_size) return;
-  const int64_t width = c.ple_size * int64_t(c.layers.size());
-  ple_scale = weights.vector("embed_tokens_per_layer.scale", 1)[0];
-  ple_table = weights.table("embed_tokens_per_layer.weight", c.ple_vocab, width);
-  ple_projection = weights.matrix("per_layer_model_projection.weight", width, c.hidden);
-  ple_norm = weights.vector("per_layer_projection_norm.weight", c.ple_size);
+  if (c.ple_size) {
+    const int64_t width = c.ple_size * int64_t(c.layers.size());
+    ple_scale = weights.vector("embed_tokens_per_layer.scale", 1)[0];
+    ple_table = weights.table("embed_tokens_per_layer.weight", c.ple_vocab, width);
+    ple_projection = weights.matrix("per_layer_model_projection.weight", width, c.hidden);
+    ple_norm = weights.vector("per_layer_projection_norm.weight", c.ple_size);
+  }
+  weights.check_all_used();
 }
 
 Target::Target(const ModelConfig& config, const Weights& weights, const Kernels& kernels, int threads, int64_t slots,
@@ -63,33 +70,13 @@ void Target::embed(int32_t token, float* out) const {
   for (int64_t i = 0; i < weights_.config.hidden; ++i) out[i] *= weights_.embed_scale;
 }
 
-std::vector<Row> Target::check(const int32_t* slots, const int32_t* positions, const int32_t* tokens,
-                               int64_t rows) const {
-  std::vector<Row> out;
-  std::vector<int64_t> next(size_t(cache_.slots()), -1), count(size_t(cache_.slots()), 0);
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t slot = slots[r], position = positions[r];
-    if (slot < 0 || slot >= cache_.slots()) throw std::invalid_argument("no slot " + std::to_string(slot));
-    int64_t& expected = next[size_t(slot)];
-    if (expected < 0) expected = cache_.length(slot);
-    else if (slots[r - 1] != slot)
-      throw std::invalid_argument("the rows of slot " + std::to_string(slot) + " are apart");
-    if (position != expected++)
-      throw std::invalid_argument("row at position " + std::to_string(position) + " where slot " +
-                                  std::to_string(slot) + " continues at " + std::to_string(expected - 1));
-    if (position >= cache_.context()) throw std::invalid_argument("position past the context");
-    if (++count[size_t(slot)] > cache_.max_rows()) throw std::invalid_argument("too many rows of one slot");
-    if (tokens[r] < 0 || tokens[r] >= weights_.config.vocab)
-      throw std::invalid_argument("no token " + std::to_string(tokens[r]));
-    out.push_back({slot, position, position, std::max(int64_t(0), position - weights_.config.window + 1), r});
-  }
-  return out;
-}
-
-int64_t Target::forward(const int32_t* slots, const int32_t* positions, const int32_t* tokens, const uint8_t* selected,
+int64_t Target::forward(const int64_t* slots, const int64_t* positions, const int32_t* tokens, const uint8_t* selected,
                         int64_t count) {
-  std::vector<Row> rows = check(slots, positions, tokens, count);
-  if (rows.empty()) return 0;
+  if (!count) return 0;
+  std::vector<Row> rows;
+  for (int64_t r = 0; r < count; ++r)
+    rows.push_back(
+        {slots[r], positions[r], positions[r], std::max(int64_t(0), positions[r] - weights_.config.window + 1), r});
   const std::vector<uint8_t> keep(selected, selected + count);
   const int64_t kept = std::count_if(keep.begin(), keep.end(), [](uint8_t s) { return s != 0; });
   int64_t top = 0;
@@ -98,10 +85,11 @@ int64_t Target::forward(const int32_t* slots, const int32_t* positions, const in
   rope_full_.cover(top);
   const int64_t ple_row = weights_.config.ple_size * int64_t(weights_.layers.size());
   runner_.reserve(weights_.layers, count, cache_.context(), pool_->size(), kept == count);
-  ple_.reserve(size_t(count * round_up(ple_row, kPanel) * 4));
-  hidden_.reserve(size_t(kept * weights_.config.hidden * 4));
-  logits_.reserve(size_t(kept * logits_ld() * 4));
+  ple_.reserve(product({count, round_up(ple_row, kPanel), 4}));
+  hidden_.reserve(product({kept, weights_.config.hidden, 4}));
+  logits_.reserve(product({kept, logits_ld(), 4}));
 
+  for (const Row& row : rows) cache_.touch(row.slot, row.position + 1);
   pool_->run([&](const Worker& w) {
     embed_rows(w, tokens, count);
     for (size_t i = 0; i < weights_.layers.size(); ++i) {

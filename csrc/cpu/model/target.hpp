@@ -26,12 +26,13 @@ struct TargetWeights {
 
 class Target {
  public:
+  // Throws std::invalid_argument for settings or sizes that no model has, and for tensors that do not fit the settings.
   Target(const ModelConfig& config, const Weights& weights, const Kernels& kernels, int threads, int64_t slots,
          int64_t context, int64_t max_rows, bool bf16_cache);
 
-  // Rows of a slot are adjacent, with positions that continue its cache. Returns how many are selected; their logits
+  // Rows of a slot are adjacent, with positions that continue its cache: Decoder checks it. Returns how many are selected; their logits
   // [selected, logits_ld()] and hidden states [selected, hidden] stay valid until the next call.
-  int64_t forward(const int32_t* slots, const int32_t* positions, const int32_t* tokens, const uint8_t* selected,
+  int64_t forward(const int64_t* slots, const int64_t* positions, const int32_t* tokens, const uint8_t* selected,
                   int64_t rows);
 
   float* logits() { return logits_.floats(); }
@@ -53,7 +54,6 @@ class Target {
   void embed(int32_t token, float* out) const;  // [hidden], scaled
 
  private:
-  std::vector<Row> check(const int32_t* slots, const int32_t* positions, const int32_t* tokens, int64_t rows) const;
   void embed_rows(const Worker& w, const int32_t* tokens, int64_t rows);
   void head(const Worker& w, int64_t rows);
 

@@ -4,10 +4,12 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <set>
 #include <string>
 #include <variant>
 #include <vector>
 
+#include "runtime/kv_cache.hpp"
 #include "runtime/memory.hpp"
 
 namespace paceline {
@@ -40,9 +42,13 @@ struct ModelConfig {
   // Of drafters.
   int64_t backbone = 0;                       // hidden size of the target
   int64_t centroids = 0, centroid_top_k = 0;  // 0: dense head
-
-  bool is_drafter() const { return backbone != 0; }
 };
+
+// Throws std::invalid_argument, naming the setting, when no model has these settings: a count out of range, heads that do
+// not divide, a layer that attends to another one's K/V which does not fit it, a number that is not finite. All that is
+// sized or indexed by a setting counts on this, so it comes first.
+void check_target(const ModelConfig& config);
+void check_drafter(const ModelConfig& config);
 
 // A model's tensors. What a format or a file cannot say is checked here: every access names the shape it needs, and
 // throws std::invalid_argument with the tensor's name when it is missing or of another shape.
@@ -58,11 +64,15 @@ class Weights {
   const Table& table(const std::string& name, int64_t rows, int64_t cols) const;
   const std::vector<int32_t>& integers(const std::string& name) const;
 
+  // Throws when there is a tensor that no access has named: the settings are another model's.
+  void check_all_used() const;
+
  private:
   template <class T>
   const T& get(const std::string& name) const;
 
   std::map<std::string, Tensor> tensors_;
+  mutable std::set<std::string> used_;
 };
 
 }  // namespace paceline

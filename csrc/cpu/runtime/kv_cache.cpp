@@ -10,17 +10,23 @@ namespace paceline {
 
 KvCache::KvCache(const std::vector<LayerShape>& layers, int64_t slots, int64_t context, int64_t window,
                  int64_t max_rows, bool bf16)
-    : context_(context), window_(window), max_rows_(max_rows), bf16_(bf16), length_(size_t(slots), 0),
-      high_(size_t(slots), 0) {
+    : context_(check_range("context", context, 1, kMostPositions)), window_(window),
+      max_rows_(check_range("max_rows", max_rows, 1, kMostPositions)), bf16_(bf16),
+      length_(size_t(check_range("slots", slots, 1, kMostSlots)), 0), high_(size_t(slots), 0) {
   const int64_t whole = round_up(context, 16);
   ring_ = std::min(whole, round_up(window + max_rows, 16));
   for (const LayerShape& layer : layers) {
     const int64_t ring = layer.sliding ? ring_ : whole;
-    const int64_t half = layer.own ? layer.kv_heads * ring * layer.head_dim * (bf16 ? 2 : 4) : 0;
-    places_.push_back({ring, layer.head_dim, half, slot_bytes_});
-    slot_bytes_ += size_t(2 * half);
+    const size_t both = layer.own ? product({2, layer.kv_heads, ring, layer.head_dim, bf16 ? 2 : 4}) : 0;
+    places_.push_back({ring, layer.head_dim, int64_t(both / 2), slot_bytes_});
+    slot_bytes_ += both;
   }
-  memory_.reserve(slot_bytes_ * size_t(slots));
+  memory_.reserve(product({int64_t(slot_bytes_), slots}));
+}
+
+void KvCache::check_slot(int64_t slot) const {
+  if (slot < 0 || slot >= slots())
+    throw std::out_of_range("no slot " + std::to_string(slot) + " in a cache of " + std::to_string(slots()));
 }
 
 CacheView KvCache::view(int64_t layer, int64_t slot) const {
@@ -29,13 +35,24 @@ CacheView KvCache::view(int64_t layer, int64_t slot) const {
   return {bf16_, place.ring, place.head_dim, p, p + place.key_bytes};
 }
 
+void KvCache::touch(int64_t slot, int64_t end) {
+  check_slot(slot);
+  high_[size_t(slot)] = std::max(high_[size_t(slot)], end);
+}
+
 void KvCache::extend(int64_t slot, int64_t length) {
-  length_.at(size_t(slot)) = length;
-  high_[size_t(slot)] = std::max(high_[size_t(slot)], length);
+  touch(slot, length);
+  length_[size_t(slot)] = length;
+}
+
+void KvCache::clear(int64_t slot) {
+  check_slot(slot);
+  length_[size_t(slot)] = high_[size_t(slot)] = 0;
 }
 
 void KvCache::truncate(int64_t slot, int64_t length) {
-  int64_t& current = length_.at(size_t(slot));
+  check_slot(slot);
+  int64_t& current = length_[size_t(slot)];
   if (length < 0 || length > current)
     throw std::invalid_argument("cannot truncate a cache of " + std::to_string(current) + " rows to " +
                                 std::to_string(length));
@@ -47,6 +64,7 @@ void KvCache::truncate(int64_t slot, int64_t length) {
 
 template <class F>
 void KvCache::each_stretch(int64_t high, F f) const {
+  if (!high) return;
   for (const Place& place : places_) {
     // Keys and values of a head are each one stretch: blocks of sixteen positions, or rows, in ascending order.
     const int64_t head = place.ring * place.head_dim * (bf16_ ? 2 : 4);
@@ -56,7 +74,7 @@ void KvCache::each_stretch(int64_t high, F f) const {
 }
 
 KvCache::Snapshot KvCache::save(int64_t slot) const {
-  Snapshot snapshot{{}, length(slot), high_[size_t(slot)]};
+  Snapshot snapshot{places_, context_, window_, bf16_, {}, length(slot), high_[size_t(slot)]};
   if (ring_ < context_ && snapshot.high > ring_)
     snapshot.shortest = std::min(snapshot.length, snapshot.high - ring_ + window_);
   size_t bytes = 0;
@@ -73,6 +91,9 @@ KvCache::Snapshot KvCache::save(int64_t slot) const {
 
 void KvCache::restore(int64_t slot, const Snapshot& snapshot) {
   if (length(slot) != 0) throw std::invalid_argument("slot " + std::to_string(slot) + " is not empty");
+  if (snapshot.places != places_ || snapshot.context != context_ || snapshot.window != window_ ||
+      snapshot.bf16 != bf16_)
+    throw std::invalid_argument("the snapshot is of a cache of another layout");
   const uint8_t* from = snapshot.rows.data();
   uint8_t* to = memory_.data() + size_t(slot) * slot_bytes_;
   each_stretch(snapshot.high, [&](size_t offset, size_t n) {
@@ -94,17 +115,17 @@ RopeTable::RopeTable(double theta, double rotary_factor, int64_t head_dim) {
 }
 
 void RopeTable::cover(int64_t positions) {
-  const int64_t have = pairs() ? int64_t(cos_.size()) / pairs() : positions;
-  if (positions <= have) return;
+  if (positions <= covered_) return;
   const int64_t upto = round_up(positions, 256);
   cos_.resize(size_t(upto * pairs()));
   sin_.resize(cos_.size());
-  for (int64_t p = have; p < upto; ++p)
+  for (int64_t p = covered_; p < upto; ++p)
     for (int64_t i = 0; i < pairs(); ++i) {
       const float angle = float(p) * frequencies_[size_t(i)];  // in float, as the reference does
       cos_[size_t(p * pairs() + i)] = float(std::cos(double(angle)));
       sin_[size_t(p * pairs() + i)] = float(std::sin(double(angle)));
     }
+  covered_ = upto;
 }
 
 }  // namespace paceline

@@ -10,6 +10,9 @@
 
 namespace paceline {
 
+constexpr int64_t kMostPositions = int64_t(1) << 30;  // of a context, a window, a pass
+constexpr int64_t kMostSlots = int64_t(1) << 20;
+
 // Keys and values of every layer that has its own, for a fixed number of slots.
 //
 // Full-attention layers keep every position. Sliding layers keep a ring of window + max_rows positions, so that rows
@@ -20,6 +23,7 @@ class KvCache {
     bool sliding, own;
     int64_t kv_heads, head_dim;
   };
+  // Throws std::invalid_argument for sizes out of range, or whose product is more than memory can hold.
   KvCache(const std::vector<LayerShape>& layers, int64_t slots, int64_t context, int64_t window, int64_t max_rows,
           bool bf16);
 
@@ -27,22 +31,34 @@ class KvCache {
   int64_t slots() const { return int64_t(length_.size()); }
   int64_t context() const { return context_; }
   int64_t max_rows() const { return max_rows_; }
-  int64_t length(int64_t slot) const { return length_.at(size_t(slot)); }
+  int64_t length(int64_t slot) const { return check_slot(slot), length_[size_t(slot)]; }
   size_t bytes() const { return memory_.bytes(); }
 
+  // A slot that does not exist is std::out_of_range here and below.
+  void check_slot(int64_t slot) const;
+  // Rows up to there are about to be written; they count only once the slot is extended.
+  void touch(int64_t slot, int64_t end);
   void extend(int64_t slot, int64_t length);
   // Throws std::invalid_argument when the rings no longer hold what a row at `length` would see.
   void truncate(int64_t slot, int64_t length);
-  void clear(int64_t slot) { length_.at(size_t(slot)) = high_.at(size_t(slot)) = 0; }
+  void clear(int64_t slot);
 
   // The rows of a slot, copied out and back in: whole sliding rings, and full layers as far as they are filled.
+  struct Place {
+    int64_t ring, head_dim, key_bytes;
+    size_t offset;
+    bool operator==(const Place&) const = default;
+  };
   struct Snapshot {
+    std::vector<Place> places;  // of the cache it was taken from, as are the next two
+    int64_t context = 0, window = 0;
+    bool bf16 = false;
     Buffer rows;
     int64_t length = 0, high = 0;
     int64_t shortest = 0;  // the shortest length that it can be cut back to once it is restored
   };
   Snapshot save(int64_t slot) const;
-  // Throws std::invalid_argument when the slot is not empty.
+  // Throws std::invalid_argument when the slot is not empty, or the snapshot is of a cache of another layout.
   void restore(int64_t slot, const Snapshot& snapshot);
 
  private:
@@ -50,10 +66,6 @@ class KvCache {
   template <class F>
   void each_stretch(int64_t high, F f) const;
 
-  struct Place {
-    int64_t ring, head_dim, key_bytes;
-    size_t offset;
-  };
   int64_t context_, window_, max_rows_, ring_;
   bool bf16_;
   size_t slot_bytes_ = 0;
@@ -74,6 +86,7 @@ class RopeTable {
   const float* sin(int64_t position) const { return sin_.data() + position * pairs(); }
 
  private:
+  int64_t covered_ = 0;  // positions
   std::vector<float> frequencies_, cos_, sin_;
 };
 

@@ -1,6 +1,7 @@
 #include "runtime/memory.hpp"
 
 #include <algorithm>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -10,11 +11,29 @@
 
 namespace paceline {
 
+int64_t check_range(const std::string& name, int64_t value, int64_t least, int64_t most) {
+  if (value >= least && value <= most) return value;
+  throw std::invalid_argument(name + " is " + std::to_string(value) + "; it must be from " + std::to_string(least) +
+                              " to " + std::to_string(most));
+}
+
+size_t product(std::initializer_list<int64_t> sizes) {
+  constexpr int64_t most = int64_t(1) << 47;  // what a processor can address
+  int64_t total = 1;
+  bool fits = true;
+  for (int64_t size : sizes) fits = fits && !__builtin_mul_overflow(total, size, &total);
+  if (fits && total >= 0 && total <= most) return size_t(total);
+  std::string text;
+  for (int64_t size : sizes) text += (text.empty() ? "" : " x ") + std::to_string(size);
+  throw std::invalid_argument("a size of " + text + " bytes is too large");
+}
+
 void Buffer::reserve(size_t bytes, bool huge) {
   if (bytes <= bytes_) return;
   const size_t align = huge && bytes >= (size_t(4) << 20) ? size_t(2) << 20 : 4096;
   bytes = (bytes + 4095) / 4096 * 4096;
   memory_.reset();
+  bytes_ = 0;
   memory_.reset(static_cast<uint8_t*>(std::aligned_alloc(align, (bytes + align - 1) / align * align)));
   if (!memory_) throw std::bad_alloc();
   bytes_ = bytes;
@@ -27,6 +46,8 @@ namespace {
 
 MatrixView shape_of(Format format, int64_t rows, int64_t cols) {
   if (rows <= 0 || cols <= 0) throw std::invalid_argument("a matrix needs at least one row and one column");
+  product({rows, cols, 4});
+  product({rows, kMaxBlock, 4}), product({kPanel, cols, 4});  // padded
   return MatrixView(format, rows, cols);
 }
 
@@ -44,14 +65,16 @@ Matrix::Matrix(Format format, int64_t rows, int64_t cols, const uint8_t* packed,
   if (bytes != this->bytes())
     throw std::invalid_argument(std::to_string(bytes) + " packed bytes where " + std::to_string(this->bytes()) +
                                 " are needed");
+  if (reinterpret_cast<uintptr_t>(packed) % kAlign)
+    throw std::invalid_argument("packed bytes at an address that is not a multiple of " + std::to_string(kAlign));
   view_.data = packed;
 }
 
 void Matrix::pack(Element type, const void* source, int64_t first, int64_t count) {
   if (!memory_.data()) throw std::invalid_argument("a mapped matrix cannot be packed");
-  if (first < 0 || count < 0 || first + count > view_.rows)
-    throw std::invalid_argument("rows " + std::to_string(first) + " to " + std::to_string(first + count) +
-                                " of a matrix of " + std::to_string(view_.rows));
+  if (first < 0 || count < 0 || first > view_.rows - count)
+    throw std::invalid_argument(std::to_string(count) + " rows from row " + std::to_string(first) + " of a matrix of " +
+                                std::to_string(view_.rows));
   pack_rows(view_, memory_.data(), type, source, first, count);
 }
 
@@ -61,8 +84,13 @@ void Matrix::fill_random(uint64_t seed) {
 }
 
 float Table::element(int64_t index) const {
-  if (type == Element::f32) return static_cast<const float*>(data)[index];
-  const uint16_t bits = static_cast<const uint16_t*>(data)[index];
+  if (type == Element::f32) {
+    float value;
+    std::memcpy(&value, static_cast<const uint8_t*>(data) + index * 4, 4);
+    return value;
+  }
+  uint16_t bits;
+  std::memcpy(&bits, static_cast<const uint8_t*>(data) + index * 2, 2);
   return type == Element::bf16 ? bf16_to_float(bits) : half_to_float(bits);
 }
 

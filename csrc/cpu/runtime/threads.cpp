@@ -2,6 +2,11 @@
 
 #include <algorithm>
 #include <chrono>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include <unistd.h>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -22,9 +27,23 @@ using Clock = std::chrono::steady_clock;
 constexpr int kSpins = 2000;                              // then yield at each check
 constexpr auto kAwake = std::chrono::microseconds(2000);  // then sleep until the next run
 
+struct Cancelled {};  // unwinds the other workers of a run that failed
+
 }  // namespace
 
-ThreadPool::ThreadPool(int size) : size_(std::clamp(size, 1, 255)), active_(size_) {
+HomeProcess::HomeProcess() : id_(getpid()) {}
+
+bool HomeProcess::is_current() const { return getpid() == id_; }
+
+void HomeProcess::check() const {
+  if (!is_current())
+    throw std::runtime_error(
+        "the process was forked after the model was loaded, and its threads did not come along; "
+        "load the model in the child process, or start processes by spawning");
+}
+
+ThreadPool::ThreadPool(int size) : size_(std::min(size, 255)), active_(size_) {
+  if (size < 1) throw std::invalid_argument("threads is " + std::to_string(size) + "; it must be at least 1");
   try {
     for (int id = 1; id < size_; ++id) threads_.emplace_back([this, id] { work_loop(id); });
   } catch (...) {  // the system has no more threads
@@ -36,6 +55,10 @@ ThreadPool::ThreadPool(int size) : size_(std::clamp(size, 1, 255)), active_(size
 ThreadPool::~ThreadPool() { join(); }
 
 void ThreadPool::join() {
+  if (!home_.is_current()) {  // there is nothing to join, and a std::thread that is not joined ends the process
+    new std::vector<std::thread>(std::move(threads_));
+    return;
+  }
   stop_ = true;
   epoch_.fetch_add(256);
   epoch_.notify_all();
@@ -43,6 +66,7 @@ void ThreadPool::join() {
 }
 
 void ThreadPool::run(const std::function<void(const Worker&)>& work) {
+  home_.check();
   if (backoff_ > 0 && --backoff_ == 0) active_ = size_;
   if (active_ == 1) return work(Worker{*this, 0, 1});
   const auto start = Clock::now();
@@ -50,9 +74,34 @@ void ThreadPool::run(const std::function<void(const Worker&)>& work) {
   stalled_.store(0, std::memory_order_relaxed);
   epoch_.store((epoch_.load(std::memory_order_relaxed) / 256 + 1) * 256 + uint64_t(active_), std::memory_order_release);
   epoch_.notify_all();
-  work(Worker{*this, 0, active_});
-  barrier(active_);
+  run_worker(work, Worker{*this, 0, active_});
+  if (failed_.load(std::memory_order_acquire)) end_failed_run();
   detect_contention(std::chrono::nanoseconds(Clock::now() - start).count());
+}
+
+// The last barrier opens only if no worker has thrown, so either all workers pass it or none does.
+void ThreadPool::run_worker(const std::function<void(const Worker&)>& work, const Worker& worker) {
+  try {
+    work(worker);
+    barrier(worker.size);
+    return;
+  } catch (const Cancelled&) {
+  } catch (...) {
+    const std::lock_guard lock(error_lock_);
+    if (!error_) error_ = std::current_exception();
+    failed_.store(true, std::memory_order_release);
+  }
+  ended_.fetch_add(1, std::memory_order_acq_rel);
+}
+
+// Once all workers have left, the pool is ready for the next run.
+void ThreadPool::end_failed_run() {
+  while (ended_.load(std::memory_order_acquire) < active_) std::this_thread::yield();
+  arrived_.store(0, std::memory_order_relaxed);
+  for (WorkQueue& queue : queues_) queue.next.store(0, std::memory_order_relaxed);
+  ended_.store(0, std::memory_order_relaxed);
+  failed_.store(false, std::memory_order_relaxed);
+  std::rethrow_exception(std::exchange(error_, nullptr));
 }
 
 // If workers waited for a third of a run on average, and not only occasionally, leave one out for some runs, and for
@@ -82,14 +131,20 @@ void ThreadPool::work_loop(int id) {
     // A run does not end before its workers do, but one that this worker is not part of may be over already.
     const int workers = int(epoch % 256);
     if (id >= workers) continue;
-    (*work_)(Worker{*this, id, workers});
-    barrier(workers);
+    run_worker(*work_, Worker{*this, id, workers});
   }
 }
 
-// Sense-reversing barrier: the last to arrive opens the next phase.
+// Sense-reversing barrier: the last to arrive opens the next phase. A worker that is slow to leave may see the failure of
+// the next run, but then it sees that the phase has changed, too.
 void ThreadPool::barrier(int workers) {
+  if (failed_.load(std::memory_order_relaxed)) throw Cancelled{};
   const uint32_t phase = phase_.load(std::memory_order_relaxed);
+  const auto opened = [&] {
+    if (phase_.load(std::memory_order_acquire) != phase) return true;
+    if (failed_.load(std::memory_order_acquire) && phase_.load(std::memory_order_acquire) == phase) throw Cancelled{};
+    return false;
+  };
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) == workers - 1) {
     arrived_.store(0, std::memory_order_relaxed);
     for (WorkQueue& queue : queues_) queue.next.store(0, std::memory_order_relaxed);
@@ -97,11 +152,11 @@ void ThreadPool::barrier(int workers) {
     return;
   }
   for (int spins = 0; spins < kSpins; ++spins) {
-    if (phase_.load(std::memory_order_acquire) != phase) return;
+    if (opened()) return;
     pause();
   }
   const auto start = Clock::now();
-  while (phase_.load(std::memory_order_acquire) == phase) std::this_thread::yield();
+  while (!opened()) std::this_thread::yield();
   stalled_.fetch_add(std::chrono::nanoseconds(Clock::now() - start).count(), std::memory_order_relaxed);
 }
 

@@ -3,18 +3,34 @@
 // A forward pass has hundreds of short parallel stretches, so workers spin at first and sleep only when no run follows.
 // When other programs use the processors too, a worker that is not scheduled delays all others at every barrier; a pool
 // that detects this leaves one worker out for some runs. Results do not depend on the number of workers.
+//
+// An exception that the function throws on any worker ends the run on all of them, and `run` throws it.
 #pragma once
 
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <exception>
 #include <functional>
+#include <mutex>
 #include <thread>
 #include <vector>
 
 namespace paceline {
 
 class ThreadPool;
+
+// The process that made an object. A child of fork() has the object's memory but none of its threads, and locks as they
+// were at that moment: to wait for either would be for ever.
+class HomeProcess {
+ public:
+  HomeProcess();
+  bool is_current() const;
+  void check() const;  // throws std::runtime_error in another process
+
+ private:
+  int64_t id_;
+};
 
 // What the function of a run sees of the pool on one thread.
 struct Worker {
@@ -47,24 +63,28 @@ struct Worker {
 
 class ThreadPool {
  public:
-  explicit ThreadPool(int size);
+  explicit ThreadPool(int size);  // throws std::invalid_argument below 1; more than 255 are 255
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
 
   int size() const { return size_; }
 
-  // Run `work` on every active worker, the caller being worker 0; returns when all are done.
+  // Run `work` on every active worker, the caller being worker 0; returns when all are done. Throws what `work` throws
+  // (of several exceptions the first), and std::runtime_error in another process than the pool's own.
   void run(const std::function<void(const Worker&)>& work);
 
  private:
   friend struct Worker;
   static constexpr int kQueues = 4;
   void work_loop(int id);
+  void run_worker(const std::function<void(const Worker&)>& work, const Worker& worker);
   void barrier(int workers);
+  void end_failed_run();
   void detect_contention(int64_t nanoseconds);
   void join();
 
+  HomeProcess home_;
   int size_;
   int active_;           // workers of the next run
   int64_t backoff_ = 0;  // runs until all workers are active again
@@ -74,6 +94,10 @@ class ThreadPool {
   alignas(64) std::atomic<uint64_t> epoch_{0};  // calls of run, times 256, plus the active workers
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<uint32_t> phase_{0};  // counts barriers
+  std::atomic<bool> failed_{false};             // a worker of this run threw: no barrier will open again
+  std::atomic<int> ended_{0};                   // workers that have left a failed run
+  std::mutex error_lock_;
+  std::exception_ptr error_;  // the first
   struct alignas(64) WorkQueue {
     std::atomic<int64_t> next{0};  // the first item not taken
   };

@@ -1,0 +1,825 @@
+"""What the native code must answer with an exception, never a crash or a hang: settings, tensors, works, forks, exits.
+
+Cases that would corrupt memory if a check were missing run in a forked child, so that a crash is one failed test. Under
+`.ci/sanitize` the same tests find what would not crash. Nothing here needs PyTorch.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+
+from paceline import _cpu
+from paceline.backends.cpu.weights import Weights
+from paceline.bench.random_weights import random_weights
+from paceline.config import DrafterConfig, Experts, Rope, TargetConfig, drafter_config, target_config
+from paceline.quant.formats import FORMATS
+from paceline.types import GREEDY, NO_DRAFT, Draft, SamplingParams, Work
+from tests.fixtures.checkpoints import DRAFTER, TARGET, VOCAB
+
+ISAS = [isa for isa in _cpu.usable_isas() if os.environ.get("PACELINE_ISA", isa) == isa]
+SANITIZED = "PACELINE_SANITIZED" in os.environ
+ALLOWED = (ValueError, TypeError, IndexError, MemoryError, RuntimeError, OverflowError)
+WILD = [0, -1, 1, 2, 3, 7, 15, 17, 255, 2**16, 2**24 + 16, 2**31 - 1, 2**31, -(2**31) - 1, 2**32 + 16]
+WILD += [2**40, 2**58, 2**60, 2**62 + 16, 2**63 - 17, 2**63 - 1, -(2**63), 2**63, 2**64 + 1, -(2**70)]
+LIMIT = 240  # seconds for a child
+
+TARGET_CONFIG, DRAFTER_CONFIG = target_config(TARGET), drafter_config(DRAFTER)
+MOE = replace(TARGET_CONFIG, experts=Experts(count=4, active=2, intermediate_size=32))
+SAMPLED = SamplingParams(temperature=1.0, top_k=20, top_p=0.9, min_p=0.01, seed=7)
+
+
+@cache
+def shared(config: TargetConfig | DrafterConfig, quant: str) -> Weights:
+    return random_weights(config, quant)
+
+
+def tensors(config: TargetConfig | DrafterConfig, quant: str = "q8") -> dict[str, Any]:
+    return dict(shared(config, quant).tensors)
+
+
+def decoder(
+    target: Any = TARGET_CONFIG,
+    target_tensors: Any = None,
+    drafter: Any = None,
+    drafter_tensors: Any = None,
+    quant: str = "q8",
+    isa: str = "",
+    **sizes: Any,
+) -> _cpu.Decoder:
+    if drafter is not None and drafter_tensors is None:
+        drafter_tensors = tensors(drafter, quant)
+    given = tensors(target, quant) if target_tensors is None else target_tensors
+    sizes = {"threads": 2, "slots": 3, "context": 64, "max_rows": 16, "bf16_cache": quant != "f32"} | sizes
+    return _cpu.Decoder(target, given, drafter, drafter_tensors or {}, isa=isa or ISAS[0], **sizes)
+
+
+def pair(**other: Any) -> _cpu.Decoder:
+    return decoder(drafter=DRAFTER_CONFIG, **other)
+
+
+def in_child(work: Callable[[], None]) -> None:
+    """Run `work` in a forked child; fail if it raises, crashes or hangs."""
+    sys.stdout.flush()
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            signal.alarm(LIMIT)
+            work()
+            status = 0
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(status)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+
+
+def attempt(call: Callable[[], Any]) -> Any:
+    """What `call` returns, or None after an exception that a caller may see."""
+    try:
+        return call()
+    except ALLOWED as error:
+        message = str(error)
+    assert not any(part in message for part in ("bad_alloc", "std::", "_M_"))
+    return None
+
+
+# Settings and sizes
+
+
+def with_layer(config: Any, index: int, **fields: Any) -> Any:
+    layers = list(config.layers)
+    layers[index] = replace(layers[index], **fields)
+    return replace(config, layers=tuple(layers))
+
+
+@pytest.mark.parametrize(
+    ("config", "complaint"),
+    [
+        (replace(TARGET_CONFIG, layers=()), "number of layers is 0"),
+        (replace(TARGET_CONFIG, vocab_size=0), "vocab_size is 0"),
+        (replace(TARGET_CONFIG, vocab_size=2**31), "vocab_size is 2147483648"),
+        (replace(TARGET_CONFIG, hidden_size=-32), "hidden_size is -32"),
+        (replace(TARGET_CONFIG, hidden_size=2**64), "hidden_size is too large"),
+        (replace(TARGET_CONFIG, heads=0), "heads is 0"),
+        (replace(TARGET_CONFIG, heads=2**62), "heads is"),
+        (replace(TARGET_CONFIG, sliding_window=2**63 - 17), "sliding_window is"),
+        (replace(TARGET_CONFIG, rms_eps=0.0), "rms_eps"),
+        (replace(TARGET_CONFIG, rms_eps=float("nan")), "rms_eps"),
+        (replace(TARGET_CONFIG, rope_full=Rope(1e6, 100.0)), "rotary_factor"),
+        (replace(TARGET_CONFIG, rope_full=Rope(1e6, 1.5)), "rotary_factor"),
+        (replace(TARGET_CONFIG, rope_sliding=Rope(1e6, 0.0)), "rotary_factor"),
+        (replace(TARGET_CONFIG, rope_sliding=Rope(1e6, float("nan"))), "rotary_factor"),
+        (replace(TARGET_CONFIG, rope_sliding=Rope(0.0)), "theta"),
+        (replace(TARGET_CONFIG, rope_sliding=Rope(float("inf"))), "theta"),
+        (replace(TARGET_CONFIG, rope_sliding=Rope(10**400)), "theta is too large"),  # type: ignore[arg-type]
+        (replace(TARGET_CONFIG, softcap=float("nan")), "softcap"),
+        (replace(TARGET_CONFIG, softcap=-1.0), "softcap"),
+        (replace(TARGET_CONFIG, ple_vocab_size=VOCAB - 1), "ple_vocab_size"),
+        (replace(TARGET_CONFIG, ple_size=2**50), "ple_size"),
+        (replace(MOE, experts=Experts(4, 5, 32)), "active experts is 5"),
+        (replace(MOE, experts=Experts(4, 0, 32)), "active experts is 0"),
+        (replace(MOE, experts=Experts(-4, 2, 32)), "experts is -4"),
+        (with_layer(TARGET_CONFIG, 0, kv_heads=0), "layer 0: kv_heads is 0"),
+        (with_layer(TARGET_CONFIG, 0, kv_heads=-1), "layer 0: kv_heads is -1"),
+        (with_layer(replace(TARGET_CONFIG, heads=3), 0, kv_heads=2), "layer 0: 3 heads over 2"),
+        (with_layer(TARGET_CONFIG, 0, head_dim=0), "layer 0: head_dim is 0"),
+        (with_layer(TARGET_CONFIG, 0, head_dim=48), "layers of one kind with head_dim"),
+        (with_layer(TARGET_CONFIG, 0, intermediate_size=0), "layer 0: intermediate_size is 0"),
+        (with_layer(TARGET_CONFIG, 0, kv_source=1), "layer 0: kv_source is 1"),
+        (with_layer(TARGET_CONFIG, 4, kv_source=99), "layer 4: kv_source is 99"),
+        (with_layer(TARGET_CONFIG, 4, kv_source=-1), "layer 4: kv_source is -1"),
+        (with_layer(TARGET_CONFIG, 4, kv_source=0), "layer 4: kv_source 0, which has other K/V"),
+        (with_layer(TARGET_CONFIG, 3, kv_source=1), "layer 4: kv_source 3, which has no K/V"),
+        (DRAFTER_CONFIG, "kv_source is -1"),
+    ],
+)
+def test_settings_that_no_model_has_are_named(config: Any, complaint: str) -> None:
+    in_child(lambda: refused(config, complaint))
+
+
+def refused(config: Any, complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        decoder(config, tensors(MOE if getattr(config, "experts", None) else TARGET_CONFIG))
+
+
+@pytest.mark.parametrize(
+    ("config", "complaint"),
+    [
+        (replace(DRAFTER_CONFIG, backbone_hidden_size=64), "backbone_hidden_size"),
+        (replace(DRAFTER_CONFIG, vocab_size=VOCAB * 2), "vocab"),
+        (replace(DRAFTER_CONFIG, centroids=7), "7 centroids"),
+        (replace(DRAFTER_CONFIG, centroids=VOCAB + 1), "centroids is"),
+        (replace(DRAFTER_CONFIG, centroid_top_k=9), "centroid_top_k is 9"),
+        (replace(DRAFTER_CONFIG, centroid_top_k=0), "centroid_top_k is 0"),
+        (with_layer(DRAFTER_CONFIG, 0, head_dim=32), "head_dim"),
+        (with_layer(DRAFTER_CONFIG, 1, kv_heads=2), "K/V heads"),
+        (with_layer(DRAFTER_CONFIG, 1, kv_source=1), "kv_source"),
+        (TARGET_CONFIG, "kv_source"),
+    ],
+)
+def test_drafters_that_do_not_fit_are_refused(config: Any, complaint: str) -> None:
+    def work() -> None:
+        given = tensors(DRAFTER_CONFIG)
+        if config.vocab_size >= getattr(config, "centroids", 0):  # tensors of its own
+            given = random_weights(config, "q8").tensors
+        with pytest.raises(ValueError, match=complaint):
+            decoder(drafter=config, drafter_tensors=given)
+
+    in_child(work)
+
+
+@pytest.mark.parametrize("name", ["threads", "slots", "context", "max_rows"])
+@pytest.mark.parametrize("value", [0, -1, 2**31 - 1, 2**31, 2**40, 2**60, 2**63 - 1, 2**63, 2**70, -(2**70), 1.5, "8"])
+def test_sizes_are_bounded(name: str, value: object) -> None:
+    if name == "threads" and value == 2**31 - 1:
+        return  # as many as there can be
+    with pytest.raises((ValueError, TypeError)) as caught:
+        decoder(**{name: value})
+    assert name in str(caught.value)
+
+
+def test_a_cache_too_large_for_memory_is_a_memory_error() -> None:
+    with pytest.raises(MemoryError, match="not enough memory"):
+        decoder(context=2**30, slots=8)
+    with pytest.raises(ValueError, match="too large"):
+        decoder(context=2**30, slots=2**20)
+
+
+def test_wild_settings_never_crash() -> None:
+    in_child(lambda: wild_settings(seed=0, count=40 if SANITIZED else 150))
+
+
+def wild_settings(seed: int, count: int) -> None:
+    random = np.random.default_rng(seed)
+    for _ in range(count):
+        target, drafter = wild_config(random, TARGET_CONFIG), DRAFTER_CONFIG
+        if random.random() < 0.4:
+            target, drafter = TARGET_CONFIG, wild_config(random, DRAFTER_CONFIG)
+        sizes = {"threads": int(random.integers(1, 4)), "slots": 2, "context": 64, "max_rows": 16}
+        if random.random() < 0.3:
+            sizes[str(random.choice([*sizes][1:]))] = WILD[random.integers(len(WILD))]
+        fitting = [attempt(lambda c=c: small_weights(c)) for c in (target, drafter)]
+        given = [fitting[0] or tensors(TARGET_CONFIG), fitting[1] or tensors(DRAFTER_CONFIG)]
+        made = attempt(
+            lambda t=target, d=drafter, g=given, s=sizes: decoder(t, g[0], d, g[1], isa=str(random.choice(ISAS)), **s)
+        )
+        if made:
+            for work in (Work(0, 0, [1, 2, 3], GREEDY), Work(0, 3, [4], SAMPLED, Draft(length=3))):
+                results = attempt(lambda m=made, w=work: m.run([w]))
+                assert results is None or all(0 <= token < target.vocab_size for token in results[0][0])
+
+
+def small_weights(config: Any) -> dict[str, Any]:
+    sizes = [config.vocab_size, config.hidden_size, config.heads, getattr(config, "ple_size", 0)]
+    sizes += [getattr(config, "backbone_hidden_size", 1), getattr(config, "centroids", 0)]
+    for layer in config.layers:
+        sizes += [layer.head_dim, layer.kv_heads, layer.intermediate_size]
+    if max(sizes) > 70000 or min(sizes) < 0 or np.prod([float(max(1, size)) for size in sizes[:3]]) > 1e7:
+        raise ValueError("too large to make")
+    return random_weights(config, "q8").tensors
+
+
+def wild_config(random: np.random.Generator, config: Any) -> Any:
+    top = ["vocab_size", "hidden_size", "heads", "sliding_window", "rms_eps", "rope_full", "rope_sliding"]
+    if isinstance(config, TargetConfig):
+        top += ["softcap", "ple_size", "ple_vocab_size"]
+    else:
+        top += ["backbone_hidden_size", "centroids", "centroid_top_k"]
+    of_layers = ["head_dim", "kv_heads", "intermediate_size", "kv_source"]
+    for _ in range(random.integers(1, 3)):
+        value: Any = WILD[random.integers(len(WILD))]
+        if random.random() < 0.5:
+            index = int(random.integers(len(config.layers)))
+            config = with_layer(config, index, **{str(random.choice(of_layers)): value})
+            continue
+        name = str(random.choice(top))
+        number = random.choice([float("nan"), float("inf"), -1.0, 0.0, 1e-320, 1e30, 1.0, 1.001, 100.0])
+        if name.startswith("rope"):
+            value = Rope(float(number)) if random.random() < 0.5 else Rope(1e4, float(number))
+        elif name in ("rms_eps", "softcap"):
+            value = float(number)
+        config = replace(config, **{name: value})
+    return config
+
+
+# Tensors
+
+
+def without(given: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: tensor for key, tensor in given.items() if key != name}
+
+
+def test_no_tensors_and_other_tensors_are_named() -> None:
+    with pytest.raises(ValueError, match=r"the tensor embed_tokens.scale is missing"):
+        decoder(target_tensors={"x": np.ones(1, np.float32)})
+    with pytest.raises(ValueError, match="is missing"):
+        decoder(drafter=DRAFTER_CONFIG, drafter_tensors={"x": np.ones(1, np.float32)})
+    with pytest.raises(ValueError, match=r"do not call for the tensor layers.0.extra"):
+        decoder(target_tensors=tensors(TARGET_CONFIG) | {"layers.0.extra": np.ones(1, np.float32)})
+    keys_as_values = with_layer(TARGET_CONFIG, 1, has_v_proj=False)
+    with pytest.raises(ValueError, match=r"do not call for the tensor layers.1.self_attn.v_proj.weight"):
+        decoder(keys_as_values, tensors(TARGET_CONFIG))
+    with pytest.raises(ValueError, match="do not call for the tensor"):
+        decoder(drafter=DRAFTER_CONFIG, drafter_tensors=tensors(DRAFTER_CONFIG) | {"x": np.ones(1, np.float32)})
+
+
+@pytest.mark.parametrize(
+    "tensor", [None, 1, "text", [None], [1], [], b"", np.zeros((2, 2, 2), np.float32), np.zeros(3, np.complex64)]
+)
+def test_tensors_of_other_kinds_are_refused(tensor: object) -> None:
+    for name in ("embed_tokens.weight", "norm.weight", "embed_tokens_per_layer.weight", "layers.0.layer_scalar"):
+        with pytest.raises((ValueError, TypeError), match=name):
+            decoder(target_tensors=tensors(TARGET_CONFIG) | {name: tensor})
+    for part in ("gate_proj", "up_proj", "down_proj"):
+        name = f"layers.1.experts.{part}"
+        with pytest.raises((ValueError, TypeError), match=name):
+            decoder(MOE, tensors(MOE) | {name: tensor})
+
+
+def test_experts_are_checked() -> None:
+    given = tensors(MOE)
+    name = "layers.1.experts.up_proj"
+    for experts, complaint in (
+        (given[name][:3], "is 3"),
+        (given[name] * 2, "is 8"),
+        ([*given[name][:3], None], "something else"),
+        ([*given[name][:3], _cpu.Matrix("q8", 32, 64)], "shape"),
+        ([*given[name][:3], _cpu.Matrix("q4", 32, 32)], "different formats"),
+        ([_cpu.Matrix("f32", 32, 32) for _ in range(4)], "do not go together"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            decoder(MOE, given | {name: experts})
+    made = decoder(MOE, given)
+    assert len(made.run([Work(0, 0, [1, 2, 3], GREEDY)])[0][0]) == 1
+
+
+def test_a_drafters_tokens_are_checked() -> None:
+    given = tensors(DRAFTER_CONFIG)
+    order = given["ordered_head.tokens"]
+    for tokens in (order[:-1], np.where(order == 3, VOCAB, order), np.where(order == 3, -2, order), order[:0]):
+        with pytest.raises(ValueError, match=r"ordered_head.tokens"):
+            decoder(drafter=DRAFTER_CONFIG, drafter_tensors=given | {"ordered_head.tokens": tokens.astype(np.int32)})
+
+
+def misaligned(array: np.ndarray, offset: int = 1) -> np.ndarray:
+    """A copy at an address that is not a multiple of two."""
+    memory = np.zeros(array.nbytes + 128, np.uint8)
+    start = -memory.ctypes.data % 64 + offset
+    view = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    view[...] = array
+    return view
+
+
+def test_arrays_at_odd_addresses() -> None:
+    """As a file's header of odd length places them: tables and vectors work, packed matrices are refused."""
+    given = tensors(TARGET_CONFIG)
+    table = np.random.default_rng(0).integers(0x3C00, 0x3F00, given["embed_tokens_per_layer.weight"].shape, np.uint16)
+    works = [Work(0, 0, [1, 2, 3, 4], GREEDY, logits=True)]
+    one = decoder(target_tensors=given | {"embed_tokens_per_layer.weight": table}).run(works)[0]
+    odd = {name: misaligned(tensor) for name, tensor in given.items() if isinstance(tensor, np.ndarray)}
+    odd["embed_tokens_per_layer.weight"] = misaligned(table)
+    other = decoder(target_tensors=given | odd).run(works)[0]
+    np.testing.assert_array_equal(one[3], other[3])
+
+    source = np.random.default_rng(0).standard_normal((20, 40), np.float32)
+    for values in (source, source.astype(np.float16), source.view(np.uint16)[:, :40].copy()):
+        plain, packed = _cpu.Matrix("q8", 20, 40), _cpu.Matrix("q8", 20, 40)
+        plain.pack(values)
+        packed.pack(misaligned(values))
+        np.testing.assert_array_equal(plain.packed(), packed.packed())
+    raw = plain.packed()
+    assert _cpu.Matrix.mapped("q8", 20, 40, misaligned(raw, 0)).shape == (20, 40)
+    for offset in (1, 2, 32):
+        with pytest.raises(ValueError, match="not a multiple of 64"):
+            _cpu.Matrix.mapped("q8", 20, 40, misaligned(raw, offset))
+    with pytest.raises(ValueError, match="not aligned"):
+        _cpu.sample(misaligned(np.ones(20, np.float32)), GREEDY, 0)
+
+
+def test_matrices_and_kernels_check_their_arguments() -> None:
+    for rows, cols in ((0, 1), (-1, 1), (2**62, 4), (4, 2**62), (2**40, 2**40), (2**63 - 1, 1), (1, 2**63 - 1)):
+        with pytest.raises((ValueError, MemoryError)):
+            _cpu.Matrix("q8", rows, cols)
+        with pytest.raises(ValueError):  # noqa: PT011
+            _cpu.Matrix.mapped("q8", rows, cols, np.zeros(64, np.uint8))
+    matrix = _cpu.Matrix("f32", 20, 40)
+    matrix.pack(np.ones((20, 40), np.float32))
+    for first in (-1, 1, 20, 2**63 - 1, -(2**63)):
+        with pytest.raises(ValueError, match="rows from row"):
+            matrix.pack(np.ones((20, 40), np.float32), first)
+    for row in (-1, 20, 2**63 - 1):
+        with pytest.raises(IndexError, match="no row"):
+            matrix.row(row)
+    x = np.ones((3, 40), np.float32)
+    for rows in (0, 1, 2, 4):
+        with pytest.raises(ValueError, match=f"{rows} rows of out for 3"):
+            _cpu.matmul(matrix, x, np.zeros((rows, 32), np.float32))
+    for threads in (0, -1):
+        with pytest.raises(ValueError, match="threads"):
+            _cpu.matmul(matrix, x, np.zeros((3, 32), np.float32), "", threads)
+        with pytest.raises(ValueError, match="threads"):
+            _cpu.checksum(np.zeros(512, np.uint8), threads)
+    for bad in ({"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 1.5}, {"top_p": float("nan")}):
+        params = SamplingParams(seed=0)
+        for name, value in bad.items():
+            object.__setattr__(params, name, value)  # its own checks are not at issue
+        with pytest.raises(ValueError, match="out of range"):
+            _cpu.sample(np.ones(20, np.float32), params, 0)
+    hot = SamplingParams(temperature=1e300, top_p=0.5, seed=0)
+    for isa in ISAS:
+        assert 0 <= _cpu.sample(np.array([-3e38, 3e38, np.nan, np.inf] * 8, np.float32), hot, 0, isa) < 32
+
+
+# Damaged weights: any numbers, no undefined arithmetic
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("quant", FORMATS)
+def test_weights_that_are_no_numbers(quant: str, isa: str) -> None:
+    in_child(lambda: damaged_weights(quant, isa))
+
+
+def damaged_weights(quant: str, isa: str) -> None:
+    random = np.random.default_rng(0)
+    odd = np.array([np.nan, np.inf, -np.inf, 1e38, -1e38, 1e-40, 0.0, 3.4e38], np.float32)
+    for share in (0.002, 0.1, 1.0):
+        both = []
+        for config in (MOE, DRAFTER_CONFIG):
+            given: dict[str, Any] = {}
+            for name, tensor in random_weights(config, quant).tensors.items():
+                if isinstance(tensor, list):
+                    given[name] = [damaged(random, matrix, odd, share) for matrix in tensor]
+                elif isinstance(tensor, _cpu.Matrix):
+                    given[name] = damaged(random, tensor, odd, share)
+                elif tensor.dtype == np.float32:
+                    given[name] = np.where(random.random(tensor.shape) < share / 10, odd[3], tensor).astype(np.float32)
+                else:
+                    given[name] = tensor
+            both.append(given)
+        made = decoder(MOE, both[0], DRAFTER_CONFIG, both[1], quant=quant, isa=isa)
+        for slot, params in enumerate((GREEDY, SAMPLED)):
+            made.run([Work(slot, 0, [1, 2, 3, 4, 5, 6, 7, 8, 9], params)])
+            for draft in (Draft(length=4), Draft(length=3, floors=(0.3,) * 3, acceptance=(0.5,) * 16)):
+                sampled, drafted, _, logits = made.run(
+                    [Work(slot, made.length(slot), [3], params, draft, logits=True)]
+                )[0]
+                assert all(0 <= token < VOCAB for token in (*sampled, *drafted))
+                assert logits.shape == (len(sampled), VOCAB)
+
+
+def damaged(random: np.random.Generator, matrix: _cpu.Matrix, odd: np.ndarray, share: float) -> _cpu.Matrix:
+    rows, cols = matrix.shape
+    values = random.standard_normal((rows, cols), np.float32)
+    values = np.where(random.random((rows, cols)) < share, random.choice(odd, (rows, cols)), values)
+    packed = _cpu.Matrix(matrix.format, rows, cols)
+    packed.pack(values.astype(np.float32))
+    if matrix.format in ("q8", "q4") and share == 1.0:  # a file may hold any bytes
+        memory = misaligned(random.integers(0, 256, packed.nbytes, np.uint8), 0)
+        return _cpu.Matrix.mapped(matrix.format, rows, cols, memory)
+    return packed
+
+
+# Works
+
+
+PROMPT = [3, 14, 15, 92, 65, 35]
+
+
+def greedy(made: _cpu.Decoder, count: int, slot: int = 0) -> list[int]:
+    tokens = list(PROMPT)
+    made.run([Work(slot, 0, PROMPT[:-1])])
+    for position in range(len(PROMPT) - 1, len(PROMPT) + count - 1):
+        tokens += made.run([Work(slot, position, [tokens[-1]], GREEDY)])[0][0]
+    return tokens[len(PROMPT) :]
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        Work(3, 0, [1], GREEDY),
+        Work(-1, 0, [1], GREEDY),
+        Work(2**31, 0, [1], GREEDY),
+        Work(2**32, 5, [1], GREEDY),  # the low half is a slot
+        Work(2**64, 5, [1], GREEDY),
+        Work(0, 4, [1], GREEDY),
+        Work(0, 6, [1], GREEDY),
+        Work(0, -1, [1], GREEDY),
+        Work(0, 2**32 + 5, [1], GREEDY),  # the low half is the position
+        Work(0, 2**64 + 5, [1], GREEDY),
+        Work(0, 5, [], GREEDY),
+        Work(0, 5, [VOCAB], GREEDY),
+        Work(0, 5, [-1], GREEDY),
+        Work(0, 5, [2**32 + 1], GREEDY),
+        Work(0, 5, [1, 2**70], GREEDY),
+        Work(0, 5, [1] * 17, GREEDY),
+        Work(0, 5, [1], GREEDY, Draft((VOCAB,))),
+        Work(0, 5, [1], GREEDY, Draft((-1, 1))),
+        Work(0, 5, [1], GREEDY, Draft((2**32 + 1,))),
+        Work(0, 5, [1], GREEDY, Draft((1,) * 16)),
+        Work(0, 5, [1], GREEDY, Draft((1,), length=1)),
+        Work(0, 5, [1], GREEDY, Draft(length=-1)),
+        Work(0, 5, [1], GREEDY, Draft(length=16)),
+        Work(0, 5, [1], GREEDY, Draft(length=2**31)),
+        Work(0, 5, [1], GREEDY, Draft(length=2**63 - 1)),
+        Work(0, 5, [1], GREEDY, Draft(length=2**64)),
+        Work(0, 5, [1], GREEDY, Draft(length=3, floors=(0.5,) * 2, acceptance=(0.5,) * 16)),
+        Work(0, 5, [1], GREEDY, Draft(length=3, floors=(0.5,) * 3, acceptance=(0.5,) * 15)),
+        Work(0, 5, [1], GREEDY, Draft(floors=(0.5,) * 3, acceptance=(0.5,) * 16)),
+        Work(0, 5, [1], GREEDY, Draft((1,), simulated=-1)),
+        Work(0, 5, [1], GREEDY, Draft((1,), simulated=2**64)),
+        Work(0, 5, [1, 2], GREEDY, Draft(length=3)),
+        Work(1, 0, [1], GREEDY, Draft(length=3)),  # nothing was sampled there
+        Work(0, 5, "ab", GREEDY),  # type: ignore[arg-type]
+        Work(0, 5, [1.5], GREEDY),  # type: ignore[list-item]
+        Work(0, 5, [None], GREEDY),  # type: ignore[list-item]
+        Work(0, "5", [1], GREEDY),  # type: ignore[arg-type]
+        Work(0, 5, [1], "greedy"),  # type: ignore[arg-type]
+        Work(0, 5, [1], GREEDY, None),  # type: ignore[arg-type]
+        Work(0, 5, [1], GREEDY, NO_DRAFT, "constraint"),  # type: ignore[arg-type]
+        None,
+    ],
+)
+def test_works_are_checked_before_anything_runs(work: Any) -> None:
+    def attack() -> None:
+        made, other = pair(), pair()
+        expected = [other.run([Work(slot, 0, [7, 8, 9, 10, 11], GREEDY)])[0] for slot in (0, 2)]
+        for slot in (0, 2):
+            made.run([Work(slot, 0, [7, 8, 9, 10, 11], GREEDY)])
+        hidden = made.hidden(0)
+        good = Work(2, 5, [4], GREEDY, Draft(length=2))
+        for works in ([work], [good, work], [work, good]):
+            with pytest.raises((ValueError, TypeError, AttributeError)):
+                made.run(works)
+        assert [made.length(slot) for slot in range(3)] == [5, 0, 5]
+        np.testing.assert_array_equal(made.hidden(0), hidden)
+        assert made.run([good]) == other.run([good])
+        assert expected
+
+    in_child(attack)
+
+
+def test_a_slot_has_one_work_a_step() -> None:
+    made = decoder()
+    with pytest.raises(ValueError, match="two works"):
+        made.run([Work(0, 0, [1]), Work(0, 1, [2])])
+    with pytest.raises(ValueError, match="two works"):
+        made.run([Work(0, 0, [1]), Work(0, 0, [1])])
+    assert made.length(0) == 0
+    assert made.run([]) == []
+
+
+def test_a_context_is_filled_to_its_last_position_and_no_further() -> None:
+    made = decoder(context=20)
+    made.run([Work(0, 0, [1] * 16)])
+    made.run([Work(0, 16, [1] * 3, GREEDY)])
+    for draft in (Draft((1,)), Draft((1, 2))):
+        with pytest.raises(ValueError, match="past the context"):
+            made.run([Work(0, 19, [1], GREEDY, draft)])
+    made.run([Work(0, 19, [1], GREEDY)])
+    with pytest.raises(ValueError, match="past the context"):
+        made.run([Work(0, 20, [1], GREEDY)])
+
+
+def test_wild_works_never_crash() -> None:
+    in_child(lambda: wild_works(seed=0, count=60 if SANITIZED else 300))
+
+
+def wild_works(seed: int, count: int) -> None:
+    random = np.random.default_rng(seed)
+    made, clean = pair(), pair()
+    expected = greedy(clean, 12)
+
+    def pick(*likely: Any) -> Any:
+        return likely[random.integers(len(likely))] if random.random() < 0.85 else WILD[random.integers(len(WILD))]
+
+    for _ in range(count):
+        works = []
+        for _ in range(random.integers(1, 4)):
+            slot = pick(1, 2)
+            length = made.length(slot) if slot in (1, 2) else 0
+            tokens = [pick(1, 2, 3, 400) for _ in range(random.integers(0, 9) if random.random() < 0.3 else 1)]
+            drafted = pick(0, 1, 3)
+            draft = Draft(tuple(pick(1, 2, 3) for _ in range(random.integers(0, 4))))
+            if random.random() < 0.5:
+                floors = (0.1,) * int(random.integers(0, 5)) if random.random() < 0.2 else ()
+                draft = Draft(length=drafted, floors=floors, acceptance=(0.9,) * 16, simulated=None)
+            params = [GREEDY, SAMPLED, None][random.integers(3)]
+            works.append(Work(slot, pick(length), tokens, params, draft, logits=bool(random.random() < 0.3)))
+        before = [made.length(slot) for slot in range(3)]
+        results = attempt(lambda w=works: made.run(w))
+        if results is None:
+            assert [made.length(slot) for slot in range(3)] == before
+        else:
+            assert all(0 <= token < VOCAB for result in results for token in (*result[0], *result[1]))
+        for slot in (1, 2):
+            if made.length(slot) > 40:
+                made.clear(slot)
+        call, value = [made.truncate, made.clear, made.save, made.hidden][random.integers(4)], pick(1, 2)
+        attempt(lambda c=call, v=value: c(v, pick(0, 5)) if c == made.truncate else c(v))
+    assert greedy(made, 12) == expected
+
+
+# Slots, snapshots, rows
+
+
+@pytest.mark.parametrize("slot", [3, -1, 2**31, 2**63 - 1, -(2**63)])
+def test_slots_that_do_not_exist(slot: int) -> None:
+    made = decoder()
+    snapshot = made.save(0)
+    for call in (
+        made.length,
+        made.clear,
+        made.save,
+        made.hidden,
+        lambda n: made.truncate(n, 0),
+        lambda n: made.restore(n, snapshot),
+    ):
+        with pytest.raises(IndexError, match=f"no slot {slot}"):
+            call(slot)
+    with pytest.raises(TypeError):
+        made.length(2**64)
+
+
+def test_slots_that_cannot_be_cut_or_read() -> None:
+    made = decoder()
+    made.restore(1, made.save(0))  # of nothing
+    with pytest.raises(ValueError, match="no hidden state"):
+        made.hidden(0)
+    made.run([Work(0, 0, [1, 2, 3], GREEDY)])
+    for length in (4, -1, 2**63 - 1, -(2**63)):
+        with pytest.raises(ValueError, match="cannot truncate"):
+            made.truncate(0, length)
+    with pytest.raises(ValueError, match="not empty"):
+        made.restore(0, made.save(0))
+    made.clear(0)
+    with pytest.raises(ValueError, match="no hidden state"):
+        made.hidden(0)
+
+
+def test_rows_of_the_last_draft() -> None:
+    with pytest.raises(ValueError, match="no drafter"):
+        decoder().last_draft_step(0)
+    made = pair()
+    with pytest.raises(IndexError, match="no row 0"):
+        made.last_draft_step(0)
+    made.run([Work(slot, 0, [1, 2], GREEDY) for slot in (0, 1)])
+    made.run([Work(slot, 2, [3], GREEDY, Draft(length=2)) for slot in (0, 1)])
+    assert [part.shape for part in made.last_draft_step(1)] == [(VOCAB,), (32,)]
+    for row in (2, -1, 2**40, 2**63 - 1):
+        with pytest.raises(IndexError, match="no row"):
+            made.last_draft_step(row)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"context": 128},
+        {"max_rows": 32, "context": 256},
+        {"bf16_cache": False},
+        {"target": replace(TARGET_CONFIG, sliding_window=16)},
+        {"target": MOE, "context": 80},
+        {"target": replace(TARGET_CONFIG, heads=4, layers=tuple(replace(x, kv_heads=2) for x in TARGET_CONFIG.layers))},
+    ],
+)
+def test_a_snapshot_of_another_cache_is_refused(other: dict[str, Any]) -> None:
+    def attack() -> None:
+        one, two = decoder(), decoder(**other)
+        one.run([Work(0, 0, [1, 2, 3, 4, 5, 6, 7], GREEDY)])
+        two.run([Work(0, 0, [1, 2, 3, 4, 5, 6, 7], GREEDY)])
+        for source, goal in ((one, two), (two, one)):
+            with pytest.raises(ValueError, match="another layout"):
+                goal.restore(1, source.save(0))
+            assert goal.length(1) == 0
+
+    in_child(attack)
+
+
+def test_objects_that_were_never_made() -> None:
+    def attack() -> None:
+        for kind in (_cpu.Decoder, _cpu.Matrix, _cpu.Snapshot):
+            with pytest.raises((TypeError, RuntimeError)):
+                getattr(kind.__new__(kind), "threads" if kind is _cpu.Decoder else "nbytes")
+        with pytest.raises(TypeError):
+            _cpu.Snapshot()
+        with pytest.raises((TypeError, ValueError)):
+            decoder(None, {})
+        with pytest.raises((TypeError, ValueError, AttributeError)):
+            decoder(object(), {})
+
+    in_child(attack)
+
+
+# A step is a transaction
+
+
+class Failing:
+    """A constraint that raises at its k-th call of all calls; it forbids one token, so that it takes part."""
+
+    def __init__(self, calls: list[int]) -> None:
+        self.calls = calls
+
+    def _count(self) -> None:
+        self.calls[0] -= 1
+        if self.calls[0] == 0:
+            raise KeyError("the constraint fails")
+
+    def apply(self, logits: np.ndarray) -> None:
+        self._count()
+        logits[5] = -np.inf
+
+    def commit(self, token: int) -> None:
+        self._count()
+
+
+def equal(one: list[tuple[Any, ...]], other: list[tuple[Any, ...]]) -> bool:
+    return all(a[:3] == b[:3] and np.array_equal(a[3], b[3]) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED])
+def test_a_step_that_fails_changes_nothing(params: SamplingParams, isa: str) -> None:
+    made, clean = pair(isa=isa), pair(isa=isa)
+    for each in (made, clean):
+        each.run([Work(slot, 0, PROMPT[slot:], params) for slot in range(3)])
+    probe = clean.run([Work(1, 5, [3], params, logits=True)])[0][0]
+    clean.truncate(1, 5)
+    failures = 0
+    for step in range(4):
+        lengths = [made.length(slot) for slot in range(3)]
+
+        def works(calls: list[int], lengths: list[int] = lengths) -> list[Work]:
+            rule = Failing(calls)
+            return [
+                Work(0, lengths[0], [3], params, Draft(length=4), rule, logits=True),
+                Work(1, lengths[1], [3], params, Draft((*probe, 9, 9)), rule, logits=True),
+                Work(2, lengths[2], [3, 4], params, NO_DRAFT, rule, logits=True),
+            ]
+
+        hidden = [made.hidden(slot) for slot in range(3)]
+        expected = clean.run(works([0]))
+        calls = -2 * sum(-len(result[0]) for result in expected)
+        for k in range(1, calls + 1):
+            with pytest.raises(KeyError, match="the constraint fails"):
+                made.run(works([k]))
+            failures += 1
+            assert [made.length(slot) for slot in range(3)] == lengths
+            for slot in range(3):
+                np.testing.assert_array_equal(made.hidden(slot), hidden[slot])
+        assert equal(made.run(works([0])), expected), step
+        assert [made.length(slot) for slot in range(3)] == [clean.length(slot) for slot in range(3)]
+    assert failures >= 24
+
+
+def test_a_constraint_cannot_call_its_decoder() -> None:
+    def attack() -> None:
+        made = decoder()
+
+        class Calling:
+            def __init__(self, call: Callable[[], Any]) -> None:
+                self.call = call
+
+            def apply(self, logits: np.ndarray) -> None:
+                self.call()
+
+            def commit(self, token: int) -> None: ...
+
+        calls: list[Callable[[], Any]] = [
+            lambda: made.run([Work(1, 0, [1])]),
+            lambda: made.clear(0),
+            lambda: made.length(0),
+            lambda: made.threads,
+            lambda: setattr(made, "threads", 1),
+            lambda: made.hidden(0),
+        ]
+        for call in calls:
+            with pytest.raises(RuntimeError, match="called the decoder that calls it"):
+                made.run([Work(0, 0, [1], GREEDY, NO_DRAFT, Calling(call))])
+        assert made.length(0) == 0
+        made.run([Work(0, 0, [1], GREEDY)])
+
+    in_child(attack)
+
+
+# Processes
+
+
+def test_a_forked_child_is_told_so() -> None:
+    holder = [pair(threads=3)]
+    holder[0].run([Work(0, 0, [1, 2], GREEDY)])
+    snapshot = holder[0].save(0)
+
+    def child() -> None:
+        for call in (
+            lambda: holder[0].run([Work(0, 2, [1], GREEDY)]),
+            lambda: holder[0].clear(0),
+            lambda: holder[0].restore(1, snapshot),
+            lambda: setattr(holder[0], "threads", 2),
+            lambda: holder[0].hidden(0),
+        ):
+            with pytest.raises(
+                RuntimeError, match=r"was forked after the model was loaded.*load the model in the child"
+            ):
+                call()
+        own = pair(threads=3)
+        assert own.run([Work(0, 0, [1, 2], GREEDY)])
+
+    in_child(child)
+    holder[0].run([Work(0, 2, [1], GREEDY)])
+
+    def destroy() -> None:
+        holder.clear()  # does not wait for threads that are not there, nor end the process
+        gc.collect()
+
+    in_child(destroy)
+    holder[0].run([Work(0, 3, [1], GREEDY)])
+
+
+PREPARE = """
+import sys, threading, time
+from tests.backends.cpu.test_native_limits import *
+made = pair(threads=2, context=4096)
+
+class Slow:
+    def apply(self, logits):
+        sum(range(20000))
+    def commit(self, token): ...
+
+def generate(constraint=None):
+    made.run([Work(0, 0, [1], GREEDY)])
+    while True:
+        position = made.length(0)
+        if position > 4000:
+            made.truncate(0, position - 2) if position % 2 else made.clear(0)
+            position = made.length(0)
+        made.run([Work(0, position, [3], GREEDY, NO_DRAFT, constraint)])
+"""
+
+
+@pytest.mark.parametrize("constraint", ["None", "Slow()"])
+def test_a_process_ends_while_a_thread_generates(constraint: str) -> None:
+    program = PREPARE + textwrap.dedent(f"""
+        threading.Thread(target=generate, args=({constraint},), daemon=True).start()
+        time.sleep(float(sys.argv[1]))
+    """)
+    for delay in ("0.1", "0.13", "0.17", "0.2"):
+        done = subprocess.run(
+            [sys.executable, "-c", program, delay], capture_output=True, text=True, timeout=LIMIT, check=False
+        )
+        assert (done.returncode, done.stderr) == (0, "")
