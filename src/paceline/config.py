@@ -28,7 +28,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "rms_norm_eps": (1e-30, 1.0),
     "final_logit_softcapping": (1e-3, 1e6),
     "rope_theta": (1.0, 1e15),
-    "partial_rotary_factor": (0.0, 1.0),
+    "partial_rotary_factor": (1e-6, 1.0),
     "hidden_size_per_layer_input": (0, 1 << 14),
     "vocab_size_per_layer_input": (0, 1 << 22),
     "num_experts": (1, 4096),

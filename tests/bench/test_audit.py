@@ -223,7 +223,7 @@ def test_progress_reaches_its_end() -> None:
 
 def test_a_prompt_too_long_is_found_before_the_first_run() -> None:
     seen: list[object] = []
-    with pytest.raises(PromptError, match=r"'xxx.*' has 201 tokens and the context holds 128; shorten it"):
+    with pytest.raises(PromptError, match=r"'xxx.*': the prompt has at least 200 tokens"):
         audit(engine(), ("fine", "x" * 200), 4, lambda *state: seen.append(state))
     assert seen == []
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from paceline.engine.engine import DraftTokens, Engine
 from paceline.engine.scheduler import Scheduler
-from paceline.errors import PromptError
+from paceline.errors import ContextError
 from paceline.types import GREEDY, FinishReason, Float32, Result, SamplingParams, Statistics
 
 PROMPTS = (  # raw text, so that every checkpoint can continue them
@@ -158,7 +158,7 @@ def audit(
         progress: told before each run.
 
     Raises:
-        PromptError: a prompt is empty, or too long for the context.
+        ContextError: a prompt is empty, or too long for the context.
     """
     _check(engine, prompts)
     cases = cases_of(engine)
@@ -199,7 +199,7 @@ def measure_speeds(
         progress: told before each run.
 
     Raises:
-        PromptError: a prompt is empty, or too long for the context.
+        ContextError: a prompt is empty, or too long for the context.
     """
     _check(engine, prompts)
     if not engine.backend.info.has_drafter:
@@ -334,11 +334,10 @@ def top_of(logits: Float32) -> Top:
 def _check(engine: Engine, prompts: Items[str]) -> None:
     """Find prompts that cannot be used before the first run."""
     for prompt in prompts:
-        count, context = len(engine.encode(prompt, raw=True)), engine.backend.info.context
-        if count >= context:
-            raise PromptError(
-                f"the prompt {shortened(prompt)} has {count} tokens and the context holds {context}; shorten it"
-            )
+        try:
+            engine.check_length(engine.encode(prompt, raw=True))
+        except ContextError as error:
+            raise ContextError(f"{shortened(prompt)}: {error}") from error
 
 
 def shortened(prompt: str, length: int = 50) -> str:

@@ -6,6 +6,7 @@ Cases that would corrupt memory if a check were missing run in a forked child, s
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 import signal
@@ -13,7 +14,6 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -23,7 +23,8 @@ import pytest
 from paceline import _cpu
 from paceline.backends.cpu.weights import Weights
 from paceline.bench.random_weights import random_weights
-from paceline.config import DrafterConfig, Experts, Rope, TargetConfig, drafter_config, target_config
+from paceline.checkpoint.config_json import drafter_config, target_config
+from paceline.config import DrafterConfig, Experts, Rope, TargetConfig
 from paceline.quant.formats import FORMATS
 from paceline.types import GREEDY, NO_DRAFT, Draft, SamplingParams, Work
 from tests.fixtures.checkpoints import DRAFTER, TARGET, VOCAB
@@ -35,8 +36,25 @@ WILD = [0, -1, 1, 2, 3, 7, 15, 17, 255, 2**16, 2**24 + 16, 2**31 - 1, 2**31, -(2
 WILD += [2**40, 2**58, 2**60, 2**62 + 16, 2**63 - 17, 2**63 - 1, -(2**63), 2**63, 2**64 + 1, -(2**70)]
 LIMIT = 240  # seconds for a child
 
+
+def replace(settings: Any, **fields: Any) -> Any:
+    """Settings with other fields, but without the checks that they pass when they are made."""
+    changed = copy.copy(settings)
+    for name, value in fields.items():
+        object.__setattr__(changed, name, value)
+    return changed
+
+
+def rope(theta: Any, rotary_factor: Any = 1.0) -> Any:
+    return replace(Rope(1e4), theta=theta, rotary_factor=rotary_factor)
+
+
+def experts(count: Any, active: Any, intermediate_size: Any) -> Any:
+    return replace(Experts(4, 2, 32), count=count, active=active, intermediate_size=intermediate_size)
+
+
 TARGET_CONFIG, DRAFTER_CONFIG = target_config(TARGET), drafter_config(DRAFTER)
-MOE = replace(TARGET_CONFIG, experts=Experts(count=4, active=2, intermediate_size=32))
+MOE = replace(TARGET_CONFIG, experts=experts(count=4, active=2, intermediate_size=32))
 SAMPLED = SamplingParams(temperature=1.0, top_k=20, top_p=0.9, min_p=0.01, seed=7)
 
 
@@ -122,20 +140,20 @@ def with_layer(config: Any, index: int, **fields: Any) -> Any:
         (replace(TARGET_CONFIG, sliding_window=2**63 - 17), "sliding_window is"),
         (replace(TARGET_CONFIG, rms_eps=0.0), "rms_eps"),
         (replace(TARGET_CONFIG, rms_eps=float("nan")), "rms_eps"),
-        (replace(TARGET_CONFIG, rope_full=Rope(1e6, 100.0)), "rotary_factor"),
-        (replace(TARGET_CONFIG, rope_full=Rope(1e6, 1.5)), "rotary_factor"),
-        (replace(TARGET_CONFIG, rope_sliding=Rope(1e6, 0.0)), "rotary_factor"),
-        (replace(TARGET_CONFIG, rope_sliding=Rope(1e6, float("nan"))), "rotary_factor"),
-        (replace(TARGET_CONFIG, rope_sliding=Rope(0.0)), "theta"),
-        (replace(TARGET_CONFIG, rope_sliding=Rope(float("inf"))), "theta"),
-        (replace(TARGET_CONFIG, rope_sliding=Rope(10**400)), "theta is too large"),  # type: ignore[arg-type]
+        (replace(TARGET_CONFIG, rope_full=rope(1e6, 100.0)), "rotary_factor"),
+        (replace(TARGET_CONFIG, rope_full=rope(1e6, 1.5)), "rotary_factor"),
+        (replace(TARGET_CONFIG, rope_sliding=rope(1e6, 0.0)), "rotary_factor"),
+        (replace(TARGET_CONFIG, rope_sliding=rope(1e6, float("nan"))), "rotary_factor"),
+        (replace(TARGET_CONFIG, rope_sliding=rope(0.0)), "theta"),
+        (replace(TARGET_CONFIG, rope_sliding=rope(float("inf"))), "theta"),
+        (replace(TARGET_CONFIG, rope_sliding=rope(10**400)), "theta is too large"),  # type: ignore[arg-type]
         (replace(TARGET_CONFIG, softcap=float("nan")), "softcap"),
         (replace(TARGET_CONFIG, softcap=-1.0), "softcap"),
         (replace(TARGET_CONFIG, ple_vocab_size=VOCAB - 1), "ple_vocab_size"),
         (replace(TARGET_CONFIG, ple_size=2**50), "ple_size"),
-        (replace(MOE, experts=Experts(4, 5, 32)), "active experts is 5"),
-        (replace(MOE, experts=Experts(4, 0, 32)), "active experts is 0"),
-        (replace(MOE, experts=Experts(-4, 2, 32)), "experts is -4"),
+        (replace(MOE, experts=experts(4, 5, 32)), "active experts is 5"),
+        (replace(MOE, experts=experts(4, 0, 32)), "active experts is 0"),
+        (replace(MOE, experts=experts(-4, 2, 32)), "experts is -4"),
         (with_layer(TARGET_CONFIG, 0, kv_heads=0), "layer 0: kv_heads is 0"),
         (with_layer(TARGET_CONFIG, 0, kv_heads=-1), "layer 0: kv_heads is -1"),
         (with_layer(replace(TARGET_CONFIG, heads=3), 0, kv_heads=2), "layer 0: 3 heads over 2"),
@@ -252,7 +270,7 @@ def wild_config(random: np.random.Generator, config: Any) -> Any:
         name = str(random.choice(top))
         number = random.choice([float("nan"), float("inf"), -1.0, 0.0, 1e-320, 1e30, 1.0, 1.001, 100.0])
         if name.startswith("rope"):
-            value = Rope(float(number)) if random.random() < 0.5 else Rope(1e4, float(number))
+            value = rope(float(number)) if random.random() < 0.5 else rope(1e4, float(number))
         elif name in ("rms_eps", "softcap"):
             value = float(number)
         config = replace(config, **{name: value})
