@@ -77,7 +77,9 @@ def test_a_converted_folder_must_match_its_settings(whole: Path, setting: str, v
     if setting == "num_hidden_layers":
         config["text_config"]["layer_types"] = config["text_config"]["layer_types"][:value]
     path.write_text(json.dumps(config))
-    with pytest.raises(PacelineError, match=r"model.paceline: cannot be used .* convert the model again|config.json|tokenizer.json"):
+    with pytest.raises(
+        PacelineError, match=r"model.paceline: cannot be used .* convert the model again|config.json|tokenizer.json"
+    ):
         paceline.load(str(whole / "q8"), drafter="none", context=64)
 
 
