@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import zlib
@@ -43,7 +44,7 @@ Mutator = Callable[[Random, Path, Path], Case]  # random numbers, folder of the 
 
 def wild(dice: Random) -> Any:
     """A value that a setting may have by accident or malice."""
-    return dice.choice(dice.choice((NUMBERS, FLOATS, OTHERS)))
+    return copy.deepcopy(dice.choice(dice.choice((NUMBERS, FLOATS, OTHERS))))
 
 
 def nudged(dice: Random, value: Any) -> Any:
@@ -219,7 +220,7 @@ def tokenizer(dice: Random, root: Path, to: Path) -> Case:
     act = dice.random()
     if act < 0.25:
         part = dice.choice(("normalizer", "pre_tokenizer", "post_processor", "decoder", "model"))
-        tree[part] = dice.choice(COMPONENTS)
+        tree[part] = copy.deepcopy(dice.choice(COMPONENTS))
     elif act < 0.45:
         token = dice.choice(list(tree["model"]["vocab"]))
         tree["model"]["vocab"][token] = dice.choice(NUMBERS)
@@ -307,7 +308,10 @@ def generation_config(dice: Random, root: Path, to: Path) -> Case:
     model = bases.copy(root, dice.choice(("edge", "moe")), to)
     path = model / "generation_config.json"
     names = ("eos_token_id", "temperature", "top_k", "top_p", "min_p", "do_sample", "suppress_tokens")
-    tree = {**bases.GENERATION, **{dice.choice((*names, "repetition_penalty", "bos_token_id")): wild(dice)}}
+    tree = {
+        **copy.deepcopy(bases.GENERATION),
+        **{dice.choice((*names, "repetition_penalty", "bos_token_id")): wild(dice)},
+    }
     if dice.random() < 0.3:
         tree["suppress_tokens"] = dice.choice(([*range(416)], [*range(415)], [-1], [10**9], [1.5], [True], 3))
     if dice.random() < 0.5:
