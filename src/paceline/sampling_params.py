@@ -7,6 +7,7 @@ are made from these declarations. This module imports nothing heavy, because `pa
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -34,7 +35,7 @@ class Parameter:
 
     def check(self, name: str, value: float | None) -> None:
         """Raise `SettingsError` if a value is out of range, infinite or NaN."""
-        if value is not None and (not self.low <= value <= self.high or math.isinf(value)):
+        if value is not None and not self.low <= value <= min(self.high, sys.float_info.max):
             low, high = _shown(self.low), _shown(self.high)
             allowed = f"a number, {low} or more" if self.high == NO_LIMIT else f"between {low} and {high}"
             raise SettingsError(f"{name} is {value}; it must be {allowed}")

@@ -19,6 +19,7 @@ from paceline.types import GREEDY, SamplingParams, Work
 @pytest.mark.parametrize(
     ("settings", "cause"),
     [
+        ({"temperature": 10**400}, "temperature is 1000"),
         ({"temperature": -0.1}, "temperature is -0.1"),
         ({"temperature": math.nan}, "temperature is nan"),
         ({"temperature": math.inf}, "temperature is inf"),
