@@ -440,7 +440,9 @@ def test_a_second_signal_does_not_wait() -> None:
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         url = next(found[1] for line in process.stderr if (found := re.search(r"listening at (http://[^/]+)/", line)))
-        threading.Thread(target=process.stderr.read, daemon=True).start()
+        said: list[str] = []
+        reader = threading.Thread(target=lambda: said.extend(process.stderr), daemon=True)
+        reader.start()
         body = {"prompt": "x = [", "max_tokens": 3000, "n": 8, "stream": True, "logit_bias": {"1": -100, "5": -100}}
         with httpx.stream("POST", f"{url}/v1/completions", json=body) as stream:
             lines = stream.iter_lines()
@@ -450,5 +452,8 @@ def test_a_second_signal_does_not_wait() -> None:
                 process.wait(1.0)
             process.send_signal(signal.SIGTERM)
             process.wait(10)
+        reader.join(10)
+        assert "Shutting down" in "".join(said)
+        assert not [line for line in said if "Traceback" in line or "ERROR" in line or "leak" in line]
     finally:
         process.kill()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any
 
 import h11
@@ -108,6 +109,8 @@ class Server(uvicorn.Server):
         """The first signal stops the server after running requests, a second one at once."""
         self.force_exit = self.should_exit
         self.should_exit = True
+        if self.force_exit:  # requests are cut off, which would be logged as failures, with tracebacks
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
 
     async def shutdown(self, sockets: Any = None) -> None:
         """Refuse what has not arrived, finish what is running."""
