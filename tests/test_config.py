@@ -190,6 +190,10 @@ def assert_no_pair(target: dict[str, Any], drafter: dict[str, Any], *numbers: st
         ({"num_kv_shared_layers": 99}, "num_kv_shared_layers is 99"),
         ({"vocab_size_per_layer_input": 7}, "vocab_size_per_layer_input is 7"),
         ({"eos_token_id": 1.5}, "eos_token_id is 1.5"),
+        ({"eos_token_id": [1, 1 << 31]}, "eos_token_id is 2147483648"),
+        ({"bos_token_id": 2.5}, "bos_token_id is 2.5"),
+        ({"bos_token_id": "x"}, "bos_token_id is 'x'"),
+        ({"bos_token_id": -1}, "bos_token_id is -1"),
         (
             {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 5, "moe_intermediate_size": 8},
             "5 of 4 experts",

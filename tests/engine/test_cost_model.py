@@ -43,6 +43,13 @@ DAMAGED = [
     '{"rounds_ms": {"2": [1, 1]}, "token_ms": 0}',
     '{"rounds_ms": {"1": ["x"]}, "token_ms": 0}',
     '{"rounds_ms": [1, 2], "token_ms": 0}',
+    '{"rounds_ms": {"1": [1, 2], "2": [1, 2, 3]}, "token_ms": 0}',  # of unlike lengths
+    '{"rounds_ms": {"1": [1, 2], "x": [1, 2]}, "token_ms": 0}',
+    '{"rounds_ms": {"1": [1, 1e999]}, "token_ms": 0}',
+    '{"rounds_ms": {"1": [1, NaN]}, "token_ms": 0}',
+    '{"rounds_ms": {"1": [1, 2]}, "token_ms": ' + "9" * 400 + "}",
+    '{"rounds_ms": {"1": [1, 2]}, "token_ms": null}',
+    "[" * 100_000,
 ]
 
 
