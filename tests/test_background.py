@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import gc
-import os
-import subprocess
-import sys
 import threading
 
 import pytest
 
 from paceline.background import Background
 from paceline.errors import BackendError, CheckpointError, PacelineError, shorten, translated
+from tests.fixtures.processes import assert_quiet, in_child
 
 
 def test_calls_run_in_order_on_one_thread_that_is_not_the_callers():
@@ -44,14 +42,12 @@ def test_the_thread_ends_with_the_object():
 
 def test_a_forked_child_is_told():
     background = Background("test")
-    child = os.fork()
-    if child == 0:
-        try:
+
+    def refused() -> None:
+        with pytest.raises(BackendError, match="forked"):
             background.call(lambda: 1)
-        except BackendError as error:
-            os._exit(3 if "forked" in str(error) else 4)
-        os._exit(5)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+
+    in_child(refused)
 
 
 def test_the_interpreter_exits_quietly_while_calls_are_running():
@@ -63,8 +59,7 @@ def test_the_interpreter_exits_quietly_while_calls_are_running():
         "for _ in range(4): threading.Thread(target=ask, daemon=True).start()\n"
         "time.sleep(0.1)\n"
     )
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
-    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+    assert_quiet(program)
 
 
 def test_messages_are_one_line_of_bounded_length():

@@ -29,13 +29,22 @@ class Background:
 
     The thread ends with the object, and before the interpreter does. A process that was forked after the object was
     made has no such thread, and is told so.
+
+    Args:
+        name: of the thread.
+        stack: its bytes; 0 for as many as usual.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, stack: int = 0) -> None:
         self._calls: Calls = SimpleQueue()
         self._process = os.getpid()
         self._thread = threading.Thread(target=_work, args=(self._calls,), name=name, daemon=True)
-        self._thread.start()
+        usual = threading.stack_size(stack) if stack else 0  # of the process: a thread that starts now gets more, too
+        try:
+            self._thread.start()
+        finally:
+            if stack:
+                threading.stack_size(usual)
         weakref.finalize(self, _stop, self._calls, self._thread, self._process)
 
     def call(self, function: Callable[[], T]) -> T:

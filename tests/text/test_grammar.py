@@ -36,7 +36,7 @@ def test_a_model_whose_texts_have_no_end(stop_ids: list[int]) -> None:
 def test_stop_ids_beyond_the_vocabulary_are_left_out() -> None:
     matcher = Grammars(TOKENIZER, 4096, [5000, 1, -7]).regex("a?")
     assert matcher.allowed()[1]
-    matcher._matcher = None  # whatever happens to the matcher, the text can end
+    matcher.failed = True  # whatever happens to the matcher, the text can end
     assert np.flatnonzero(matcher.allowed()).tolist() == [1]
     assert matcher.failed
 
@@ -67,12 +67,12 @@ def test_long_chains_of_rules_do_not_overflow_the_stack() -> None:
     """In a process of its own, which an overflow would end."""
     program = (
         "from tests.text.test_grammar import *\n"
-        "matcher = Grammars(TOKENIZER, 4096, [1]).lark(chain(20_000))\n"
+        "matcher = Grammars(TOKENIZER, 4096, [1]).lark(chain(20_000), composed=True)\n"
         "for _ in range(50): assert matcher.copy().allowed().any(); matcher.advance(matcher.allowed().argmax())\n"
         "string = {'type': 'string'}; schema = string\n"
         "for i in range(9): schema = {'properties': {**{f'p{j}': string for j in range(200)}, 'inner': schema}}\n"
         "grammar = call_grammar([{'name': 'f', 'parameters': schema}], lambda name: 7, several=True)\n"
-        "Grammars(TOKENIZER, 4096, [1]).lark(grammar)\n"
+        "Grammars(TOKENIZER, 4096, [1]).lark(grammar, composed=True)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
@@ -111,8 +111,10 @@ def test_schemas_that_cannot_be_used(name: str, grammars: Grammars) -> None:
 def test_grammars_that_cannot_be_used(grammar: str, grammars: Grammars) -> None:
     with pytest.raises(SettingsError, match="the grammar cannot be used"):
         grammars.lark(grammar)
+    with pytest.raises(SettingsError, match="may have 65536 characters"):
+        grammars.lark("start: " + '"a" ' * 20_000)
     with pytest.raises(SettingsError, match="larger than"):
-        grammars.lark("start: " + '"a" ' * 300_000)
+        grammars.lark("start: " + '"a" ' * 300_000, composed=True)
 
 
 def test_large_schemas_of_ordinary_kinds_compile(grammars: Grammars) -> None:
@@ -157,3 +159,31 @@ def test_several_threads(grammars: Grammars) -> None:
     for thread in threads:
         thread.join()
     assert results == [True] * 320
+
+
+def test_a_panic_ends_the_text_wherever_it_happens(grammars: Grammars) -> None:
+    class Panic(BaseException):
+        pass
+
+    class Panicking:
+        """A matcher that panics in one method."""
+
+        def __init__(self, matcher: Any, name: str) -> None:
+            self._matcher, self._name = matcher, name
+
+        def __getattr__(self, name: str) -> Any:
+            return self._panic if name == self._name else getattr(self._matcher, name)
+
+        def _panic(self, *_: object) -> None:
+            raise Panic
+
+    for name in ("compute_bitmask", "consume_token", "compute_ff_tokens"):
+        matcher = grammars.regex("[a-z]{3}")
+        matcher._matcher = Panicking(matcher._matcher, name)
+        for _ in range(2):
+            matcher.forced()
+            token = int(matcher.allowed().argmax())
+            matcher.advance(token)
+        assert matcher.failed
+        assert matcher.forced() == ()
+        assert np.flatnonzero(matcher.allowed()).tolist() == sorted(matcher._stop_ids)

@@ -10,12 +10,15 @@ import signal
 import socket
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from paceline.cli import options as opt
 from paceline.errors import BackendError, SettingsError
+
+if TYPE_CHECKING:
+    from paceline.server.listening import Server
 
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 KEYS_VARIABLE = "PACELINE_API_KEY"
@@ -72,7 +75,12 @@ def serve(
         raise SettingsError(f"--api-key or {KEYS_VARIABLE} is empty; give a key, or omit it")
     if not grace < 1e6:
         raise SettingsError(f"--grace is {grace}; give a number of seconds")
-    create, settings_of, server_of, limit_arenas = _server()
+    try:
+        from paceline.server.app import ServerSettings, create_app
+        from paceline.server.listening import Server
+        from paceline.server.memory import limit_arenas
+    except ImportError as error:
+        raise SettingsError(f"the server needs {error.name}; pip install 'paceline[server]'") from error
     limit_arenas()  # before there are threads
     listening = _listen(host, port)  # before loading, so that a port in use is reported at once
     engine = opt.load(
@@ -88,7 +96,7 @@ def serve(
         most_waiting=queue,
     )
     engine.warm_up()
-    settings = settings_of(
+    settings = ServerSettings(
         names=tuple(served_name or dict.fromkeys((model, Path(model).name))),
         keys=tuple(key.strip() for key in api_key or ()),
         hosts=(*LOOPBACK_NAMES, host) if _is_loopback(host) else (),
@@ -98,7 +106,7 @@ def serve(
     )
     if not settings.hosts and not settings.keys:
         opt.note(f"anyone who can reach {host} can use the model; set --api-key to restrict access")
-    _run(server_of(create(engine, settings), grace), listening)
+    _run(Server(create_app(engine, settings), grace), listening)
 
 
 def bytes_of(option: str, text: str) -> int:
@@ -111,17 +119,6 @@ def bytes_of(option: str, text: str) -> int:
     if not match:
         raise SettingsError(f"{option} is {text!r}; give a size such as 512M or 2G")
     return int(float(match[1]) * UNITS[match[2].upper()])
-
-
-def _server() -> tuple[Any, Any, Any, Any]:
-    """Import what needs the optional dependencies `server`."""
-    try:
-        from paceline.server.app import ServerSettings, create_app
-        from paceline.server.listening import Server
-        from paceline.server.memory import limit_arenas
-    except ImportError as error:
-        raise SettingsError(f"the server needs {error.name}; pip install 'paceline[server]'") from error
-    return create_app, ServerSettings, Server, limit_arenas
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -145,7 +142,7 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _run(server: Any, listening: socket.socket) -> None:
+def _run(server: Server, listening: socket.socket) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     host, port = listening.getsockname()[:2]
     name = f"[{host}]" if ":" in host else host

@@ -29,8 +29,6 @@ from paceline.text.stops import check_stops
 from paceline.text.tokenizer import Tokenizer
 from paceline.types import MAX_DRAFT, Generation, SamplingParams
 
-MAX_GRAMMAR = 1 << 16  # characters of a grammar; more takes seconds to compile
-
 Prompt = str | Items[int] | Items[Mapping[str, Any]]
 """Text, token ids, or a conversation: messages with `role` and `content`."""
 
@@ -131,8 +129,6 @@ class Engine:
             return self.grammars.json_schema(dict(schema))
         if regex is not None:
             return self.grammars.regex(regex)
-        if lark is not None and len(lark) > MAX_GRAMMAR:
-            raise SettingsError(f"the grammar has {len(lark)} characters; it may have {MAX_GRAMMAR}")
         return None if lark is None else self.grammars.lark(lark)
 
     def generate(self, prompt: Prompt, **settings: Any) -> Generation:

@@ -104,16 +104,19 @@ class Stream:
 
     def cancel(self) -> None:
         """Stop generating before the next step, without waiting for that."""
-        self._scheduler.cancel(self.sequence)
-        self._ended = True
-        self._events.clear()
+        self._end()
         self._background.post(self._scheduler.sweep)
 
     def close(self) -> None:
         """Stop generating and free the slot. May be called again."""
         if not self._ended or self._events:
-            self.cancel()
+            self._end()
             self._background.call(self._scheduler.sweep)
+
+    def _end(self) -> None:
+        self._scheduler.cancel(self.sequence)
+        self._ended = True
+        self._events.clear()
 
     def __enter__(self) -> Stream:
         return self

@@ -12,7 +12,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
-from weakref import WeakSet
 
 from fastapi import FastAPI, Request
 from fastapi.openapi.utils import get_openapi
@@ -24,7 +23,7 @@ from starlette.responses import Response
 
 from paceline import __version__
 from paceline.engine.engine import Engine
-from paceline.errors import PacelineError, SettingsError, StoppingError
+from paceline.errors import PacelineError, SettingsError
 from paceline.sampling_params import PARAMETERS
 from paceline.server.access import AccessMiddleware
 from paceline.server.bodies import Bodies, component_schemas, declared, explain, read_json
@@ -107,7 +106,6 @@ class Service:
         self.preparer = RequestPreparer(self.engine)
         self.runner = Runner(self.engine, self.metrics, self.settings.max_seconds)
         self.bodies = Bodies(self.settings.max_bytes)
-        self._running: WeakSet[RunningRequest] = WeakSet()
         draft = "mtp" if self.engine.backend.info.has_drafter else "plain"
         self.fingerprint = f"paceline-{__version__}-{self.engine.backend.info.quant}-{draft}"
 
@@ -147,18 +145,11 @@ class Service:
         """Start the generation of all choices of some prompts for a client."""
         requests = [(prompt, request) for prompt in prompts for request in prompt.requests]
         running = self.runner.submit([(prompt.tokens, request) for prompt, request in requests], client=client)
-        self._running.add(running)
         choices = [
             Choice(sequence, self.engine.tokenizer, prompt.in_reasoning, plain=not request.marks)
             for sequence, (prompt, request) in zip(running.sequences, requests, strict=True)
         ]
         return running, choices
-
-    def end_running(self) -> None:
-        """End all running requests with an error, after what they have written so far."""
-        for running in list(self._running):
-            running.close()
-            running.put(0, StoppingError("the server has stopped before the answer was complete; try again later"))
 
 
 def create_app(engine: Engine, settings: ServerSettings) -> FastAPI:

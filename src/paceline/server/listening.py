@@ -115,7 +115,7 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: Any = None) -> None:
         """Refuse what has not arrived, finish what is running."""
         self._service.bodies.stop()
-        end = asyncio.get_running_loop().call_later(self._grace, self._service.end_running)
+        end = asyncio.get_running_loop().call_later(self._grace, self._service.runner.abort)
         try:
             await super().shutdown(sockets)
         finally:

@@ -133,7 +133,7 @@ class RequestPreparer:
             raise SettingsError("response_format and a required tool call exclude each other; give one of them")
         several = body.parallel_tool_calls is not False and not isinstance(body.tool_choice, ChosenTool)
         grammar = call_grammar(required, self.engine.tokenizer.token_id, several=several)
-        return self.engine.grammars.lark(grammar.replace("start: ", f"start: {before}", 1) + rules)
+        return self.engine.grammars.lark(grammar.replace("start: ", f"start: {before}", 1) + rules, composed=True)
 
     def _format_grammar(self, response_format: ResponseFormat | None, before: str, rules: str) -> GrammarMatcher | None:
         match response_format:
@@ -145,14 +145,14 @@ class RequestPreparer:
                 schema = described.schema_
             case ResponseFormat(type="regex", regex=pattern) if pattern:
                 if before:
-                    return self.engine.grammars.lark(f"start: {before}{regex_rule(pattern)}{rules}")
+                    return self.engine.grammars.lark(f"start: {before}{regex_rule(pattern)}{rules}", composed=True)
                 return self.engine.grammars.regex(pattern)
             case _:
                 raise SettingsError(
                     f"response_format of type {response_format.type} needs {response_format.type}; add it"
                 )
         if before:
-            return self.engine.grammars.lark(f"start: {before}body{rules}\nbody: {json_rule(schema)}")
+            return self.engine.grammars.lark(f"start: {before}body{rules}\nbody: {json_rule(schema)}", composed=True)
         return self.engine.grammars.json_schema(schema)
 
 

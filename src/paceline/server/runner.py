@@ -109,6 +109,12 @@ class Runner:
             await asyncio.sleep(STOP_SECONDS)
         await self.engine.background.wait(self.engine.scheduler.sweep)
 
+    def abort(self) -> None:
+        """End all running requests with an error, after what was delivered so far."""
+        for running in list(self._requests):
+            running.close()
+            running.put(0, StoppingError("the server has stopped before the answer was complete; try again later"))
+
     def submit(self, prompts: Items[tuple[list[int], Request]], client: str = "") -> RunningRequest:
         """Submit the prompts of a request to the engine, each with its settings.
 

@@ -7,24 +7,23 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 from collections.abc import Callable, Iterable
-from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from paceline.background import Background
 from paceline.errors import SettingsError, translated
-from paceline.text.schema import check_expression, check_schema
+from paceline.text.schema import check_expression, check_grammar, check_schema
 from paceline.types import Bool
 
 if TYPE_CHECKING:
     import llguidance
 
 WHITE_SPACE = r"[ \n\r\t]{1,40}"
-MAX_GRAMMAR = 1 << 20  # characters, of which those made of schemas of the largest size take a part
+MAX_COMPOSED = 1 << 20  # characters of a grammar, those made of schemas of the largest size included
 LEXER_FUEL = 100_000  # llguidance's own limit of a million lets a grammar compile for 45 s
-STACK = 256 << 20  # bytes; llguidance follows rules by recursion, 4 KB each
+STACK = 256 << 20  # bytes where grammars are compiled: llguidance follows rules by recursion, 4 KB each
 T = TypeVar("T")
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
 
@@ -37,25 +36,31 @@ class GrammarMatcher:
         self.failed = False
 
     def allowed(self) -> Bool:
+        bits = self._ask(self._matcher.compute_bitmask)
+        if bits is not None and not self._matcher.is_error():
+            packed = np.frombuffer(bits, np.uint8)
+            mask = np.unpackbits(packed, count=self._vocab_size, bitorder="little").view(np.bool_)
+            if mask.any():
+                return mask
+        self.failed = True  # the matcher has hit a limit: allow only the end
         mask = np.zeros(self._vocab_size, np.bool_)
-        if not self.failed:
-            try:
-                bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-                mask = np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(np.bool_)
-                self.failed = self._matcher.is_error() or not mask.any()
-            except BaseException:  # a panic; no interrupt, for this runs on the engine's thread
-                self.failed = True
-        if self.failed:  # the matcher has hit a limit: allow only the end
-            mask[:] = False
-            mask[list(self._stop_ids)] = True
+        mask[list(self._stop_ids)] = True
         return mask
 
     def advance(self, token: int) -> None:
         if not self._matcher.is_stopped():
-            self._matcher.consume_token(token)
+            self._ask(lambda: self._matcher.consume_token(token))
 
     def forced(self) -> tuple[int, ...]:
-        return tuple(self._matcher.compute_ff_tokens())
+        return tuple(self._ask(self._matcher.compute_ff_tokens) or ())
+
+    def _ask(self, call: Callable[[], T]) -> T | None:
+        """What the matcher answers; None once it has failed: a panic ends this text, and no other."""
+        try:
+            return None if self.failed else call()
+        except BaseException:  # panics are no `Exception`; no interrupt, for this runs on threads that none reaches
+            self.failed = True
+            return None
 
     def copy(self) -> GrammarMatcher:
         """An independent copy."""
@@ -93,6 +98,7 @@ class Grammars:
         ):
             self._limits = llguidance.LLParserLimits(initial_lexer_fuel=LEXER_FUEL)
             self._tokenizer = llguidance.LLTokenizer(tokenizer, n_vocab=vocab_size, eos_token=sorted(self._stop_ids))
+        self._background = Background("grammars", STACK)
 
     def json_schema(self, schema: dict[str, Any]) -> GrammarMatcher:
         """One JSON value that matches the schema.
@@ -113,19 +119,23 @@ class Grammars:
             grammar = self._matcher.grammar_from_regex(pattern)
         return self._compile(grammar, "the regular expression")
 
-    def lark(self, grammar: str) -> GrammarMatcher:
+    def lark(self, grammar: str, *, composed: bool = False) -> GrammarMatcher:
         """Text of a grammar in llguidance's dialect of Lark.
+
+        Args:
+            grammar: the grammar.
+            composed: it was made of parts that were checked, and may be larger than one that somebody wrote.
 
         Raises:
             SettingsError: not a valid one, or too large.
         """
-        return self._compile(grammar, "the grammar")
+        return self._compile(grammar if composed else check_grammar(grammar), "the grammar")
 
     def _compile(self, grammar: str, what: str) -> GrammarMatcher:
-        if len(grammar) > MAX_GRAMMAR:
-            raise SettingsError(f"{what} is larger than {MAX_GRAMMAR} characters; make it smaller")
+        if len(grammar) > MAX_COMPOSED:
+            raise SettingsError(f"{what} is larger than {MAX_COMPOSED} characters; make it smaller")
         with translated(SettingsError, f"{what} cannot be used: {{reason}}"):
-            return _on_large_stack(lambda: self._compiled(grammar))
+            return self._background.call(lambda: self._compiled(grammar))
 
     def _compiled(self, grammar: str) -> GrammarMatcher:
         matcher = self._matcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
@@ -135,35 +145,6 @@ class Grammars:
             if not compiled.failed:
                 return compiled
         raise ValueError(_reason(matcher.get_error() or "it allows no text"))
-
-
-_starting = threading.Lock()
-
-
-def _on_large_stack(function: Callable[[], T]) -> T:
-    """Run a function on a thread of its own, with a stack that grammars of any allowed size fit."""
-    replies: SimpleQueue[tuple[T, None] | tuple[None, BaseException]] = SimpleQueue()
-
-    def run() -> None:
-        try:
-            replies.put((function(), None))
-        except BaseException as error:
-            replies.put((None, error))
-
-    thread = threading.Thread(target=run, name="grammar", daemon=True)
-    with _starting:  # the size is a setting of the process
-        usual = threading.stack_size(STACK)
-        try:
-            thread.start()
-        finally:
-            threading.stack_size(usual)
-    value, error = replies.get()
-    if error:
-        try:
-            raise error
-        finally:
-            del error  # its traceback holds this frame
-    return value  # type: ignore[return-value]  # of the pair that holds no error
 
 
 def json_rule(schema: dict[str, Any]) -> str:

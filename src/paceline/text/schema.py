@@ -1,4 +1,4 @@
-"""Size limits of JSON schemas and regular expressions: they come from clients, and are compiled before any check."""
+"""Size limits of JSON schemas, regular expressions and grammars, which clients send, and which take time to compile."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from paceline.errors import SettingsError
 MAX_NODES, MAX_PROPERTIES, MAX_REFERENCES, MAX_DEPTH = 5_000, 512, 256, 64
 MAX_CHARACTERS = 256 * 1024  # strings and keys together
 MAX_EXPRESSION = 32 * 1024  # characters of regular expressions: compiling them can take time by their square
+MAX_GRAMMAR = 64 * 1024  # characters of a grammar; more takes seconds to compile
 EXPRESSION_KEYS = ("pattern", "patternProperties")
 
 
@@ -54,6 +55,13 @@ def check_expression(pattern: str) -> str:
     if len(pattern) > MAX_EXPRESSION:
         raise SettingsError(f"a regular expression may have {MAX_EXPRESSION} characters; make it shorter")
     return pattern
+
+
+def check_grammar(grammar: str) -> str:
+    """Return a grammar that is not too large to compile, else raise `SettingsError`."""
+    if len(grammar) > MAX_GRAMMAR:
+        raise SettingsError(f"a grammar may have {MAX_GRAMMAR} characters; make it shorter")
+    return grammar
 
 
 def _check_keys(value: Mapping[Any, Any]) -> None:
