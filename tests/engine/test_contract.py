@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import random
-import subprocess
-import sys
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 import paceline
 from paceline.errors import BackendError, PacelineError
+from tests.fixtures.processes import Interrupts, assert_quiet, in_child
 
 PROMPTS = ["def fibonacci(n):", "class Stack:", "import os\n", "for i in range(10):", "# Sort a list\n", "x ="]
 SETTINGS: dict[str, Any] = {"raw": True, "max_tokens": 24}
@@ -33,35 +30,6 @@ def engine() -> paceline.Engine:
 def texts(engine: paceline.Engine) -> list[str]:
     """What each prompt gives when nothing happens meanwhile; the seed is the prompt's number."""
     return [engine.generate(p, sampling=sampling(i), **SETTINGS).text for i, p in enumerate(PROMPTS)]
-
-
-class Interrupts:
-    """Raises KeyboardInterrupt at the n-th instruction of paceline's Python code in this thread."""
-
-    def __init__(self, after: int) -> None:
-        self._left = after
-        self.raised = False
-
-    def __call__(self, frame: Any, event: str, _: Any) -> Any:
-        if "/paceline/" not in frame.f_code.co_filename:
-            return None
-        frame.f_trace_opcodes = True
-        if event == "opcode":
-            self._left -= 1
-            if self._left == 0:
-                self.raised = True
-                raise KeyboardInterrupt
-        return self
-
-    def run(self, function: Callable[[], Any]) -> Any:
-        before = sys.gettrace()
-        sys.settrace(self)
-        try:
-            return function()
-        except KeyboardInterrupt:
-            return None
-        finally:
-            sys.settrace(before)
 
 
 def use(engine: paceline.Engine, number: int, *, streamed: bool) -> str:
@@ -181,17 +149,14 @@ def test_errors_of_coroutines_come_with_the_first_event(engine: paceline.Engine)
 
 
 def forked(engine: paceline.Engine, texts: list[str], count: int) -> None:
+    def refused(number: int) -> None:
+        with pytest.raises(BackendError, match="forked"):
+            use(engine, number % len(PROMPTS), streamed=number % 2 == 0)
+
     stream = engine.stream(PROMPTS[2], sampling=sampling(2), **SETTINGS)
     heard = next(stream).text
     for number in range(count):
-        child = os.fork()
-        if child == 0:
-            try:
-                use(engine, number % len(PROMPTS), streamed=number % 2 == 0)
-            except BackendError as error:
-                os._exit(3 if "forked" in str(error) else 4)
-            os._exit(5)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+        in_child(lambda number=number: refused(number))
         assert use(engine, number % len(PROMPTS), streamed=False) == texts[number % len(PROMPTS)]
     assert heard + "".join(event.text for event in stream) == texts[2]
 
@@ -219,8 +184,7 @@ def test_a_forked_child_loads_its_own_and_ends(engine: paceline.Engine, texts: l
         "    sys.exit(0 if same else 6)\n"
         "sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
     )
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
-    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+    assert_quiet(program)
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -240,5 +204,4 @@ def test_exit_while_threads_generate_is_quiet(streamed: bool) -> None:
         "started.wait()\n"
         "time.sleep(0.05)\n"
     )
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
-    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+    assert_quiet(program)

@@ -15,6 +15,7 @@ import pytest
 
 from paceline.errors import BackendError, PacelineError, PromptError
 from paceline.text import ChatTemplate, template_process
+from tests.fixtures.processes import Interrupts
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 ECHO = "{{ messages[0].content }}"
@@ -134,26 +135,14 @@ def test_several_threads() -> None:
 
 
 def test_interrupts_leave_it_whole() -> None:
-    template, dice, interrupts = ChatTemplate(ECHO, {}), random.Random(1), 0
-
-    def trace(frame: object, event: str, argument: object) -> object:
-        nonlocal left
-        left -= 1
-        if left == 0:
-            raise KeyboardInterrupt
-        return trace
-
+    template, dice, raised = ChatTemplate(ECHO, {}), random.Random(1), 0
     for i in range(300):
-        left = dice.randint(1, 60)
-        sys.settrace(trace)
-        try:
-            template.render([{"content": f"interrupted {i}"}])
-        except KeyboardInterrupt:
-            interrupts += 1
-        finally:
-            sys.settrace(None)
+        interrupts = Interrupts(dice.randint(1, 600))
+        text = interrupts.run(lambda i=i: template.render([{"content": f"interrupted {i}"}]))
+        assert text in (None, f"interrupted {i}")
+        raised += interrupts.raised
         assert template.render([{"content": f"right {i}"}]) == f"right {i}"
-    assert interrupts > 100
+    assert raised > 100
 
 
 def test_the_process_ends_with_the_template() -> None:
