@@ -53,7 +53,7 @@ def serve(
     threads: opt.ThreadsOption = None,
     timeout: Annotated[float, typer.Option(help="Time limit of a request in seconds.", min=1)] = 3600,
     grace: Annotated[
-        float, typer.Option(help="Seconds for running requests to finish after Ctrl-C or SIGTERM.", min=0)
+        float, typer.Option(help="Seconds for running requests to finish after Ctrl-C or SIGTERM.", min=0, max=86400)
     ] = 30,
     max_body: Annotated[str, typer.Option(help="Maximum size of a request body.", metavar="BYTES")] = "4M",
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Log the contents of requests.")] = False,
@@ -73,8 +73,6 @@ def serve(
     max_bytes, memory = bytes_of("--max-body", max_body), bytes_of("--cache-memory", cache_memory)
     if any(not key.strip() for key in api_key or ()) or not os.environ.get(KEYS_VARIABLE, "x").strip():
         raise SettingsError(f"--api-key or {KEYS_VARIABLE} is empty; give a key, or omit it")
-    if not grace < 1e6:
-        raise SettingsError(f"--grace is {grace}; give a number of seconds")
     try:
         from paceline.server.app import ServerSettings, create_app
         from paceline.server.listening import Server
