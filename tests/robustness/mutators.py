@@ -54,7 +54,8 @@ def nudged(dice: Random, value: Any) -> Any:
     if isinstance(value, bool):
         return not value
     if isinstance(value, int | float):
-        steps = (value + 1, value - 1, value * 2, value // 2, value * 3, -value, value + 16, float(value), str(value))
+        inexact = float(value) if abs(value) < 1e300 else 0.5
+        steps = (value + 1, value - 1, value * 2, value // 2, value * 3, -value, value + 16, inexact, str(value))
         return dice.choice(steps)
     if isinstance(value, str):
         return dice.choice((value + "x", value[:-1], value.upper(), "", value * 50, "\x00" + value, "\ud800"))
