@@ -23,7 +23,7 @@ from paceline.engine.proposers import DrafterProposer, GrammarProposer, Proposer
 from paceline.engine.scheduler import Scheduler
 from paceline.errors import BackendError, CheckpointError, SettingsError
 from paceline.files import cache_folder
-from paceline.quant.formats import FORMATS
+from paceline.quant.recipes import RECIPES
 from paceline.sampling_params import check_sampling_params
 from paceline.text.chat import ChatTemplate
 from paceline.text.tokenizer import Tokenizer
@@ -174,7 +174,7 @@ def _on_cpu(parts: Parts) -> Backend:
     sources = [opened(parts.target, parts.quant)]
     weights, pair = sources[0].weights, None
     if parts.drafter:
-        sources.append(opened(parts.drafter, FORMATS[weights.quant].drafter))
+        sources.append(opened(parts.drafter, RECIPES[weights.quant].drafter))
         pair = (parts.drafter[1], sources[1].weights)
     isa = os.environ.get("PACELINE_ISA", "")
     backend = CpuBackend((parts.target[1], weights), pair, threads=threads, isa=isa, **parts.sizes)

@@ -41,7 +41,7 @@ def test_values_are_those_of_the_oracle(fmt: str, rows: int, columns: int, seed:
 
 def test_matrices_can_be_stacked_and_quantised_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = [torch.randn(rows, 96) for rows in (7, 40, 16)]
-    for fmt in ("bf16", "q8", "q4"):
+    for fmt in ("bf16", "q8_0", "q4_0"):
         whole = pack(torch.cat(parts), fmt)
         with monkeypatch.context() as patch:
             patch.setattr(matrix, "SLICE", 16)
@@ -54,8 +54,8 @@ def test_matrices_can_be_stacked_and_quantised_in_slices(monkeypatch: pytest.Mon
 
 
 def test_one_matrix_has_one_format() -> None:
-    with pytest.raises(ValueError, match="different formats in one: q4, q8"):
-        stack([pack(torch.ones(4, 64), fmt) for fmt in ("q8", "q4")])
+    with pytest.raises(ValueError, match="different formats in one: q4_0, q8_0"):
+        stack([pack(torch.ones(4, 64), fmt) for fmt in ("q8_0", "q4_0")])
 
 
 @pytest.mark.parametrize("fmt", FORMATS)

@@ -13,6 +13,7 @@ import transformers as hf
 from paceline import _cpu
 from paceline.backends.base import Backend
 from paceline.checkpoint import Checkpoint, resolve
+from paceline.quant.recipes import RECIPES
 from paceline.types import GREEDY, Draft, Result, Work
 from tests.fixtures import reference_formats
 from tests.fixtures.backends import all_logits, any_backend, only_native, run, sequence
@@ -205,7 +206,7 @@ def test_odd_shapes(tmp_path: Path, odd: dict) -> None:
 
 @only_native
 @pytest.mark.parametrize("isa", _cpu.usable_isas())
-@pytest.mark.parametrize("quant", reference_formats.FORMATS)
+@pytest.mark.parametrize("quant", RECIPES)
 def test_logits_are_exact_integer_sums(tmp_path: Path, quant: str, isa: str) -> None:
     """From the hidden states on, logits are exact integer sums in q8 and q4, up to float rounding."""
     target, _ = write_pair(tmp_path, "e2b", seed=5)
@@ -217,6 +218,6 @@ def test_logits_are_exact_integer_sums(tmp_path: Path, quant: str, isa: str) -> 
     for position, token in enumerate(prompt().tolist()):
         logits.append(feed(backend, slot, np.array([token]), position)[0])
         hidden.append(backend._decoder.hidden(slot))
-    product = reference_formats.matmul(table, np.array(hidden), quant)
+    product = reference_formats.matmul(table, np.array(hidden), RECIPES[quant].format_of("embed_tokens.weight"))
     expected = config.softcap * np.tanh(product / config.softcap) if config.softcap else product
     assert np.abs(np.array(logits) - expected).max() <= 2e-6 * np.abs(expected).max()

@@ -19,7 +19,7 @@ from paceline.engine.scheduler import Scheduler
 from paceline.engine.sequence import Sequence
 from paceline.engine.step import step
 from paceline.errors import BackendError
-from paceline.quant.formats import FORMATS
+from paceline.quant.recipes import RECIPES
 from tests.fixtures.backends import (
     NATIVE,
     KnowingProposer,
@@ -62,7 +62,7 @@ def assert_same(one: Run, other: Run) -> None:
     np.testing.assert_array_equal(one.logits.view(np.uint32), other.logits.view(np.uint32))  # bits, not values
 
 
-@pytest.mark.parametrize("quant", FORMATS)
+@pytest.mark.parametrize("quant", RECIPES)
 @anything
 @given(
     shape=st.sampled_from(SHAPES),
@@ -81,7 +81,7 @@ def test_drafts_chunks_and_threads(
     assert_same(plain, generate(folders, quant, prompt, depth=depth, chunk=chunk, threads=threads))
 
 
-@pytest.mark.parametrize("quant", FORMATS)
+@pytest.mark.parametrize("quant", RECIPES)
 @anything
 @given(
     shape=st.sampled_from(SHAPES),
@@ -105,7 +105,7 @@ def test_any_pattern_of_acceptance(
         assert drafted.statistics.accepted == drafted.statistics.drafted > 0
 
 
-@pytest.mark.parametrize("quant", FORMATS)
+@pytest.mark.parametrize("quant", RECIPES)
 @anything
 @given(
     shape=st.sampled_from(SHAPES),
@@ -121,7 +121,7 @@ def test_batch_invariance(pairs, quant: str, shape: str, requests: list[tuple[li
 
 
 @pytest.mark.parametrize("isa", _cpu.usable_isas() if NATIVE else [""])
-@pytest.mark.parametrize("quant", FORMATS)
+@pytest.mark.parametrize("quant", RECIPES)
 def test_every_depth_on_every_instruction_set(pairs, quant: str, isa: str) -> None:
     prompt = list(range(3, 3 + 2 * WINDOW))
     runs = [generate(pairs("e2b", 0, "centroid"), quant, prompt, depth=depth, chunk=8, isa=isa) for depth in range(9)]
@@ -141,7 +141,7 @@ def test_truncating_too_far_is_refused(pairs) -> None:
     backend.truncate(s.slot, 95)
 
 
-@pytest.mark.parametrize("quant", FORMATS)
+@pytest.mark.parametrize("quant", RECIPES)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_bundled_pair_at_every_depth(quant: str, threads: int) -> None:
     """A trained pair accepts long lines, on a prompt longer than the sliding window, in chunks of any size."""

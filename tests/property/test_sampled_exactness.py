@@ -22,7 +22,7 @@ from paceline.decode.draft_length import MAX_DEPTH, Costs, State
 from paceline.engine.proposers import DrafterProposer, Proposer
 from paceline.engine.sequence import Sequence
 from paceline.engine.step import step
-from paceline.quant.formats import FORMATS
+from paceline.quant.recipes import RECIPES
 from paceline.sampling_params import check_sampling_params
 from paceline.types import GREEDY, Draft, Logprobs, SamplingParams, Work
 from tests.fixtures.backends import NATIVE, KnowingProposer, Run, any_backend, examples, only_native, sequence
@@ -183,7 +183,7 @@ def test_native_drafter(backends, shape: str, head: str) -> None:
 
     @anything(max_examples=EXAMPLES)
     @given(
-        quant=st.sampled_from([*FORMATS]),
+        quant=st.sampled_from([*RECIPES]),
         prompt=prompts,
         sampling=samplings(),
         drafting=draftings(),
@@ -211,7 +211,7 @@ def test_any_pattern_of_acceptance(backends, shape: str, head: str) -> None:
 
     @anything(max_examples=EXAMPLES)
     @given(
-        quant=st.sampled_from([*FORMATS]),
+        quant=st.sampled_from([*RECIPES]),
         prompt=prompts,
         sampling=samplings(),
         drafting=draftings(),
@@ -252,7 +252,7 @@ def test_any_pattern_of_acceptance(backends, shape: str, head: str) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 @anything(max_examples=examples(40))
 @given(
-    quant=st.sampled_from([*FORMATS]),
+    quant=st.sampled_from([*RECIPES]),
     requests=st.lists(st.tuples(prompts, samplings(), draftings()), min_size=2, max_size=4),
     chunk=st.integers(1, 32),
     honesty=st.sampled_from([None, 0.7, 0.9]),

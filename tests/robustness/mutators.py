@@ -347,7 +347,7 @@ def pack_header(path: Path, dice: Random) -> None:
         items[first], items[second] = items[second], items[first]
     elif act < 0.7:
         key = dice.choice(("offset", "bytes", "shape", "format", "dtype", "kind"))
-        value = dice.choice((1, 8, 63, -4096, 4096, 2**40, [1], [1, 1], [16, 2**60], "f32", "q4", "O", "<i4", "table"))
+        value = dice.choice((1, 8, 63, -4096, 4096, 2**40, [1], [1, 1], [16, 2**60], "q4_0", "O", "<i4", "table"))
         items[first][key] = dice.choice((value, items[second].get(key)))
     elif act < 0.8:
         del items[first]

@@ -143,7 +143,7 @@ struct Quantised {
 int whole(float x) { return std::fabs(x) < 1024 ? int(x) : 0; }
 
 // GGUF's Q8_0: scale = max |x| / 127, q = round(x / scale).
-float quantise_q8(const float* x, uint8_t* q) {
+float quantise_q8_0(const float* x, uint8_t* q) {
   float top = 0;
   for (int i = 0; i < kGroup; ++i) top = std::max(top, std::fabs(x[i]));
   const float scale = top / 127.0f, inverse = scale != 0 ? 1.0f / scale : 0.0f;
@@ -152,7 +152,7 @@ float quantise_q8(const float* x, uint8_t* q) {
 }
 
 // GGUF's Q4_0: the value of largest magnitude becomes -8 times the scale, q = floor(x / scale + 8.5), at most 15.
-float quantise_q4(const float* x, uint8_t* q) {
+float quantise_q4_0(const float* x, uint8_t* q) {
   float top = 0, extreme = 0;
   for (int i = 0; i < kGroup; ++i)
     if (std::fabs(x[i]) > top) top = std::fabs(x[i]), extreme = x[i];
@@ -181,8 +181,8 @@ void load_row(Element type, const void* source, int64_t row, int64_t cols, float
 
 const BlockCodec f32_codec = codec<Plain<float, same, same>>;
 const BlockCodec bf16_codec = codec<Plain<uint16_t, float_to_bf16, bf16_to_float>>;
-const BlockCodec q8_codec = codec<Quantised<Bytes, Format::q8, quantise_q8>>;
-const BlockCodec q4_codec = codec<Quantised<Nibbles, Format::q4, quantise_q4>>;
+const BlockCodec q8_0_codec = codec<Quantised<Bytes, Format::q8_0, quantise_q8_0>>;
+const BlockCodec q4_0_codec = codec<Quantised<Nibbles, Format::q4_0, quantise_q4_0>>;
 
 Format format_from(const std::string& name) {
   std::string known;

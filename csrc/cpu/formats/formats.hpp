@@ -6,9 +6,9 @@
 //
 //   f32   32 columns: [k][16] float
 //   bf16  32 columns: [k / 2][16][2] bfloat16
-//   q8    64 columns: scales [2 groups][16] fp16, then [16 fours of k][16][4] uint8 = q + 128          (GGUF's Q8_0)
-//   q4    64 columns: scales [2 groups][16] fp16, then [8 eights of k][16][4] uint8: low nibble k + 0..3,
-//         high nibble k + 4..7, each q + 8                                                              (GGUF's Q4_0)
+//   q8_0  64 columns: scales [2 groups][16] fp16, then [16 fours of k][16][4] uint8 = q + 128
+//   q4_0  64 columns: scales [2 groups][16] fp16, then [8 eights of k][16][4] uint8: low nibble k + 0..3,
+//         high nibble k + 4..7, each q + 8
 //
 // Scales are part of the stream: a second stream in front of the panel cost a third of the bandwidth.
 //
@@ -23,7 +23,7 @@
 
 namespace paceline {
 
-enum class Format : int { f32, bf16, q8, q4 };
+enum class Format : int { f32, bf16, q8_0, q4_0 };
 enum class Element : int { f32, bf16, f16 };  // element types of checkpoint tensors
 
 constexpr int kPanel = 16;  // output rows of a panel
@@ -52,7 +52,7 @@ struct BlockCodec {
   void (*randomise)(uint8_t* block, float spread, uint64_t& state);  // all rows: about `spread` in size
 };
 
-extern const BlockCodec f32_codec, bf16_codec, q8_codec, q4_codec;
+extern const BlockCodec f32_codec, bf16_codec, q8_0_codec, q4_0_codec;
 
 struct FormatTraits {
   const char* name;
@@ -70,8 +70,8 @@ constexpr int64_t quantised_block_bytes(int bits) { return kScaleBytes + 2 * kGr
 inline constexpr FormatTraits kFormats[] = {
     {"f32", 32, 32 * kPanel * 4, {ActFormat::Kind::f32}, &f32_codec},
     {"bf16", 32, 32 * kPanel * 2, {ActFormat::Kind::bf16}, &bf16_codec},
-    {"q8", 2 * kGroup, quantised_block_bytes(8), {ActFormat::Kind::int8, 128}, &q8_codec},
-    {"q4", 2 * kGroup, quantised_block_bytes(4), {ActFormat::Kind::int8, 8}, &q4_codec},
+    {"q8_0", 2 * kGroup, quantised_block_bytes(8), {ActFormat::Kind::int8, 128}, &q8_0_codec},
+    {"q4_0", 2 * kGroup, quantised_block_bytes(4), {ActFormat::Kind::int8, 8}, &q4_0_codec},
 };
 constexpr int kFormatCount = int(std::size(kFormats));
 

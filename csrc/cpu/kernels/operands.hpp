@@ -32,13 +32,13 @@ template <> struct Operands<Format::bf16> {
   using Load = u32x16;
 };
 
-template <> struct Operands<Format::q8> {
+template <> struct Operands<Format::q8_0> {
   static constexpr OperandKind kKind = OperandKind::bytes;
   static constexpr int kCount = 1;  // of a load
   static u8x64 get(u8x64 bytes, int) { return bytes; }
 };
 
-template <> struct Operands<Format::q4> {
+template <> struct Operands<Format::q4_0> {
   static constexpr OperandKind kKind = OperandKind::nibbles;
   static constexpr int kCount = 2;
   static u8x64 get(u8x64 bytes, int i) { return (i ? bits<u8x64>(bits<u32x16>(bytes) >> 4) : bytes) & 15; }

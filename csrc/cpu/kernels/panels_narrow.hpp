@@ -22,7 +22,7 @@ struct Stretch {
   void next_rows(int count) { a += 4 * count, scale += count, start += count, fetch = false; }
 };
 
-// Whole blocks of four kilobytes or a little more: eight of q4, four of q8.
+// Whole blocks of four kilobytes or a little more: eight of q4_0, four of q8_0.
 template <Format F>
 constexpr int64_t kStretchBlocks = (4096 + traits(F).block_bytes - 1) / traits(F).block_bytes;
 template <Format F>

@@ -8,15 +8,15 @@ from pathlib import Path
 from paceline.checkpoint.sizes import weight_bytes
 from paceline.config import DrafterConfig, TargetConfig
 from paceline.errors import SettingsError
-from paceline.quant.formats import FORMATS
+from paceline.quant.recipes import RECIPES
 
 AUTO_SHARE = 0.7  # of the memory at hand that `auto` lets the weights take
 
 
 def check_quant(quant: str) -> None:
     """Raise `SettingsError` unless this is a weight format or auto."""
-    if quant not in (*FORMATS, "auto"):
-        raise SettingsError(f"unknown quantisation {quant!r}; use one of {', '.join(FORMATS)} or auto")
+    if quant not in (*RECIPES, "auto"):
+        raise SettingsError(f"unknown quantisation {quant!r}; use one of {', '.join(RECIPES)} or auto")
 
 
 def choose_quant(config: TargetConfig | DrafterConfig, dtype: str, memory: int) -> str:
@@ -24,7 +24,7 @@ def choose_quant(config: TargetConfig | DrafterConfig, dtype: str, memory: int) 
 
     A checkpoint in bf16 has nothing to gain from f32, which is chosen only where the files hold it.
     """
-    candidates = [name for name in FORMATS if name != "f32" or dtype == "F32"]
+    candidates = [name for name in RECIPES if name != "f32" or dtype == "F32"]
     fitting = (name for name in candidates if weight_bytes(config, name) <= AUTO_SHARE * memory)
     return next(fitting, candidates[-1])
 

@@ -18,7 +18,7 @@ from paceline.bench.shapes import official_drafter, official_target, prompt_mult
 from paceline.checkpoint.sizes import count_parameters
 from paceline.config import TargetConfig
 from paceline.errors import SettingsError
-from paceline.quant.formats import FORMATS
+from paceline.quant.recipes import RECIPES
 
 CHUNK = 256  # prompt rows in one pass
 
@@ -77,8 +77,8 @@ def open_pair(
     Raises:
         SettingsError: an unknown format, or too much room for the model.
     """
-    if quant not in FORMATS and (shape is not None or quant != "auto"):
-        raise SettingsError(f"unknown quantisation {quant!r}; use one of {', '.join(FORMATS)}")
+    if quant not in RECIPES and (shape is not None or quant != "auto"):
+        raise SettingsError(f"unknown quantisation {quant!r}; use one of {', '.join(RECIPES)}")
     if shape is not None:
         config = official_target(shape)
         backend = _random_pair(shape, quant, threads, device, room)
@@ -106,7 +106,7 @@ def _random_pair(shape: str, quant: str, threads: int | None, device: str, room:
         return made
     return CpuBackend(
         (target, random_weights(target, quant)),
-        (drafter, random_weights(drafter, FORMATS[quant].drafter)),
+        (drafter, random_weights(drafter, RECIPES[quant].drafter)),
         threads=threads or default_threads(),
         context=room,
         max_rows=CHUNK,

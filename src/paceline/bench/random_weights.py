@@ -7,9 +7,10 @@ import zlib
 import numpy as np
 
 from paceline import _cpu
-from paceline.backends.cpu.weights import Tensor, Weights, embedding_scales, format_of, native_shapes
+from paceline.backends.cpu.weights import Tensor, Weights, embedding_scales, native_shapes
 from paceline.checkpoint.names import PLE_TABLE
 from paceline.config import DrafterConfig, TargetConfig
+from paceline.quant.recipes import RECIPES
 
 
 def random_weights(config: TargetConfig | DrafterConfig, quant: str) -> Weights:
@@ -21,7 +22,7 @@ def random_weights(config: TargetConfig | DrafterConfig, quant: str) -> Weights:
     """
     weights = Weights(quant, embedding_scales(config, lambda _: True))
     for name, shape in native_shapes(config).items():
-        fmt = format_of(name, quant)
+        fmt = RECIPES[quant].format_of(name)
         if name == PLE_TABLE:
             tensor: Tensor = np.zeros(shape, np.uint16)
         elif name == "ordered_head.tokens":

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from paceline.checkpoint.names import PLE_TABLE, TOKEN_ORDERING, expected_tensors
 from paceline.config import DrafterConfig, TargetConfig
 from paceline.quant.formats import FORMATS, GROUP
+from paceline.quant.recipes import RECIPES
 
 CACHE_BYTES = 2  # bf16
 
@@ -40,7 +41,8 @@ def weight_bytes(config: TargetConfig | DrafterConfig, quant: str) -> int:
     for name, shape in expected_tensors(config).items():
         if name == PLE_TABLE:
             continue
-        total += math.prod(shape) * (4 * GROUP if len(shape) == 1 else FORMATS[quant].group_bytes) // GROUP
+        group_bytes = 4 * GROUP if len(shape) == 1 else FORMATS[RECIPES[quant].format_of(name)].group_bytes
+        total += math.prod(shape) * group_bytes // GROUP
     return total
 
 

@@ -12,7 +12,8 @@ import typer
 
 from paceline.cli.options import DeviceOption, ThreadsOption
 from paceline.errors import SettingsError
-from paceline.quant.formats import FORMATS, METAVAR
+from paceline.quant.formats import FORMATS
+from paceline.quant.recipes import METAVAR
 
 bench = typer.Typer(
     help="Measure kernels, decoding and prefill. The last line on stdout is JSON.", no_args_is_help=True

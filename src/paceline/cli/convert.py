@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from paceline.cli import options as opt
-from paceline.quant.formats import METAVAR
+from paceline.quant.recipes import METAVAR
 
 
 def convert(

@@ -105,9 +105,9 @@ def _shape(config: TargetConfig) -> dict[str, Any]:
 
 def _memory(config: TargetConfig | DrafterConfig) -> dict[str, int]:
     from paceline.checkpoint.sizes import weight_bytes
-    from paceline.quant.formats import FORMATS
+    from paceline.quant.recipes import RECIPES
 
-    return {quant: weight_bytes(config, quant) for quant in FORMATS}
+    return {quant: weight_bytes(config, quant) for quant in RECIPES}
 
 
 def _cache(config: TargetConfig) -> dict[str, int]:
@@ -141,7 +141,7 @@ def _drafter(target: TargetConfig, folder: Path) -> dict[str, Any]:
     from paceline.checkpoint.sizes import count_parameters, weight_bytes
     from paceline.config import check_pair
     from paceline.errors import PairError
-    from paceline.quant.formats import FORMATS
+    from paceline.quant.recipes import RECIPES
 
     checkpoint = Checkpoint.open(folder)
     config = checkpoint.drafter_config()
@@ -161,7 +161,7 @@ def _drafter(target: TargetConfig, folder: Path) -> dict[str, Any]:
         "centroids": config.centroids,
         "parameters": count_parameters(config).total,
         "files": _file_sizes(checkpoint),
-        "memory": {quant: weight_bytes(config, f.drafter) for quant, f in FORMATS.items()},
+        "memory": {quant: weight_bytes(config, f.drafter) for quant, f in RECIPES.items()},
     }
 
 

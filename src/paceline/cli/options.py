@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from paceline.errors import PromptError, SettingsError
-from paceline.quant.formats import FORMATS, METAVAR
+from paceline.quant.recipes import METAVAR, RECIPES
 
 if TYPE_CHECKING:
     from paceline import Engine
@@ -37,7 +37,7 @@ MaxTokensOption = Annotated[int, typer.Option(help="Maximum number of generated 
 QuantOption = Annotated[
     str,
     typer.Option(
-        help=f"Weight format in memory: {', '.join(f'{f.name} {f.summary}' for f in FORMATS.values())}; "
+        help=f"Weight format in memory: {', '.join(f'{f.name} {f.summary}' for f in RECIPES.values())}; "
         "auto is the most precise one that fits into memory.",
         metavar=f"auto|{METAVAR}",
     ),

@@ -76,7 +76,7 @@ def test_a_row_does_not_depend_on_its_company(
     np.testing.assert_array_equal(times(matrix, x[::-1].copy(), isa), together[::-1])
 
 
-@pytest.mark.parametrize("fmt", ["q8", "q4"])
+@pytest.mark.parametrize("fmt", ["q8_0", "q4_0"])
 def test_empty_and_extreme_groups(fmt: str) -> None:
     weights = np.zeros((3, 96), np.float32)
     weights[1, :32], weights[2, 40] = 1e-42, -6e4
@@ -94,13 +94,13 @@ def test_checkpoint_types_pack_like_their_values(dtype: str) -> None:
     else:
         raw = values.astype(np.float16)
         exact = raw.astype(np.float32)
-    matrix = _cpu.Matrix("q8", 20, 40)
+    matrix = _cpu.Matrix("q8_0", 20, 40)
     matrix.pack(raw)
-    assert matrix.packed().tobytes() == reference_formats.pack(exact, "q8")
+    assert matrix.packed().tobytes() == reference_formats.pack(exact, "q8_0")
 
 
 def test_bad_arguments_are_refused() -> None:
-    matrix = _cpu.Matrix("q4", 16, 32)
+    matrix = _cpu.Matrix("q4_0", 16, 32)
     with pytest.raises(ValueError, match="unknown weight format"):
         _cpu.Matrix("q1", 16, 32)
     with pytest.raises(ValueError, match="columns"):

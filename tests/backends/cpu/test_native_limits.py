@@ -14,7 +14,7 @@ import pytest
 from paceline import _cpu
 from paceline.bench.random_weights import random_weights
 from paceline.config import TargetConfig
-from paceline.quant.formats import FORMATS
+from paceline.quant.recipes import RECIPES
 from paceline.types import GREEDY, Draft, SamplingParams, Work
 from tests.fixtures.checkpoints import VOCAB
 from tests.fixtures.native import (
@@ -234,8 +234,8 @@ def test_experts_are_checked() -> None:
         (given[name][:3], "is 3"),
         (given[name] * 2, "is 8"),
         ([*given[name][:3], None], "something else"),
-        ([*given[name][:3], _cpu.Matrix("q8", 32, 64)], "shape"),
-        ([*given[name][:3], _cpu.Matrix("q4", 32, 32)], "different formats"),
+        ([*given[name][:3], _cpu.Matrix("q8_0", 32, 64)], "shape"),
+        ([*given[name][:3], _cpu.Matrix("q4_0", 32, 32)], "different formats"),
         ([_cpu.Matrix("f32", 32, 32) for _ in range(4)], "do not go together"),
     ):
         with pytest.raises(ValueError, match=complaint):
@@ -274,15 +274,15 @@ def test_arrays_at_odd_addresses() -> None:
 
     source = np.random.default_rng(0).standard_normal((20, 40), np.float32)
     for values in (source, source.astype(np.float16), source.view(np.uint16)[:, :40].copy()):
-        plain, packed = _cpu.Matrix("q8", 20, 40), _cpu.Matrix("q8", 20, 40)
+        plain, packed = _cpu.Matrix("q8_0", 20, 40), _cpu.Matrix("q8_0", 20, 40)
         plain.pack(values)
         packed.pack(misaligned(values))
         np.testing.assert_array_equal(plain.packed(), packed.packed())
     raw = plain.packed()
-    assert _cpu.Matrix.mapped("q8", 20, 40, misaligned(raw, 0)).shape == (20, 40)
+    assert _cpu.Matrix.mapped("q8_0", 20, 40, misaligned(raw, 0)).shape == (20, 40)
     for offset in (1, 2, 32):
         with pytest.raises(ValueError, match="not a multiple of 64"):
-            _cpu.Matrix.mapped("q8", 20, 40, misaligned(raw, offset))
+            _cpu.Matrix.mapped("q8_0", 20, 40, misaligned(raw, offset))
     with pytest.raises(ValueError, match="not aligned"):
         _cpu.sample(misaligned(np.ones(20, np.float32)), GREEDY, 0)
 
@@ -290,9 +290,9 @@ def test_arrays_at_odd_addresses() -> None:
 def test_matrices_and_kernels_check_their_arguments() -> None:
     for rows, cols in ((0, 1), (-1, 1), (2**62, 4), (4, 2**62), (2**40, 2**40), (2**63 - 1, 1), (1, 2**63 - 1)):
         with pytest.raises((ValueError, MemoryError)):
-            _cpu.Matrix("q8", rows, cols)
+            _cpu.Matrix("q8_0", rows, cols)
         with pytest.raises(ValueError):  # noqa: PT011
-            _cpu.Matrix.mapped("q8", rows, cols, np.zeros(64, np.uint8))
+            _cpu.Matrix.mapped("q8_0", rows, cols, np.zeros(64, np.uint8))
     matrix = _cpu.Matrix("f32", 20, 40)
     matrix.pack(np.ones((20, 40), np.float32))
     for first in (-1, 1, 20, 2**63 - 1, -(2**63)):
@@ -325,7 +325,7 @@ def test_matrices_and_kernels_check_their_arguments() -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("quant", FORMATS)
+@pytest.mark.parametrize("quant", RECIPES)
 def test_weights_that_are_no_numbers(quant: str, isa: str) -> None:
     in_child(lambda: damaged_weights(quant, isa))
 
@@ -364,7 +364,7 @@ def damaged(random: np.random.Generator, matrix: _cpu.Matrix, odd: np.ndarray, s
     values = np.where(random.random((rows, cols)) < share, random.choice(odd, (rows, cols)), values)
     packed = _cpu.Matrix(matrix.format, rows, cols)
     packed.pack(values.astype(np.float32))
-    if matrix.format in ("q8", "q4") and share == 1.0:  # a file may hold any bytes
+    if matrix.format in ("q8_0", "q4_0") and share == 1.0:  # a file may hold any bytes
         memory = misaligned(random.integers(0, 256, packed.nbytes, np.uint8), 0)
         return _cpu.Matrix.mapped(matrix.format, rows, cols, memory)
     return packed

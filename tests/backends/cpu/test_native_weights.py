@@ -42,7 +42,7 @@ def logits(folder: Path, mix: Mix | None = None) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    "mix", [("q8", "q4", "bf16"), ("f32", "q8", "q4"), ("bf16", "f32", "q8"), ("q4", "bf16", "f32")]
+    "mix", [("q8_0", "q4_0", "bf16"), ("f32", "q8_0", "q4_0"), ("bf16", "f32", "q8_0"), ("q4_0", "bf16", "f32")]
 )
 def test_each_matrix_gets_activations_of_its_format(tmp_path: Path, mix: Mix) -> None:
     weights = target_weights()
@@ -60,7 +60,7 @@ def test_each_matrix_gets_activations_of_its_format(tmp_path: Path, mix: Mix) ->
     ("name", "tensor", "complaint"),
     [
         ("layers.1.mlp.up_proj.weight", None, "is missing"),
-        ("layers.1.mlp.up_proj.weight", ("q8", 64, 64), r"shape \[64, 64\] where \[64, 32\]"),
+        ("layers.1.mlp.up_proj.weight", ("q8_0", 64, 64), r"shape \[64, 64\] where \[64, 32\]"),
         ("layers.0.self_attn.q_norm.weight", np.ones(17, np.float32), r"shape \[17\] where \[16\]"),
         ("norm.weight", ("f32", 1, 32), "another kind"),
         ("embed_tokens_per_layer.weight", np.zeros((416, 32), np.uint16), r"where \[416, 160\]"),

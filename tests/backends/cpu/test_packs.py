@@ -19,7 +19,7 @@ from paceline.backends.formats import choose_quant
 from paceline.bench.shapes import official_target
 from paceline.checkpoint import Checkpoint, resolve
 from paceline.errors import CheckpointError, SettingsError
-from paceline.quant.formats import FORMATS
+from paceline.quant.recipes import RECIPES
 from tests.fixtures.backends import cpu_backend, run, sequence
 from tests.fixtures.pairs import write_pair
 
@@ -54,7 +54,7 @@ def opened(folder: Path, path: Path, mark: str | None = None) -> Weights:
     return open_pack(path, config, 1, fingerprint=mark, tensors=resolve(checkpoint, config))
 
 
-@pytest.mark.parametrize("quant", FORMATS)
+@pytest.mark.parametrize("quant", RECIPES)
 def test_what_is_mapped_is_what_was_packed(pair: tuple[Path, Path], tmp_path: Path, quant: str) -> None:
     weights = packed(pair[0], tmp_path / "x.pack", quant)
     again = opened(pair[0], tmp_path / "x.pack", "mark")
@@ -174,7 +174,7 @@ def test_a_changed_checkpoint_is_noticed(tmp_path: Path, kept: Path, monkeypatch
     assert new != old
 
 
-@pytest.mark.parametrize("quant", FORMATS)
+@pytest.mark.parametrize("quant", RECIPES)
 def test_a_converted_folder_stands_alone(pair: tuple[Path, Path], tmp_path: Path, quant: str) -> None:
     from paceline.backends.cpu.convert import convert
 

@@ -82,13 +82,13 @@ def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(("outputs", "columns"), [(256, 1536), (5376, 21504), (43008, 5376), (262144, 1536)])
-@pytest.mark.parametrize("fmt", ["bf16", "q8", "q4"])
+@pytest.mark.parametrize("fmt", ["bf16", "q8_0", "q4_0"])
 def test_products_use_one_instruction_and_fetch_ahead(compiled: list, outputs: int, columns: int, fmt: str) -> None:
     blocks = columns // 64
     values = {
         "bf16": empty(outputs, columns),
-        "q8": empty(blocks, outputs, 64, dtype=torch.int8),
-        "q4": empty(blocks, outputs, 32, dtype=torch.uint8),
+        "q8_0": empty(blocks, outputs, 64, dtype=torch.int8),
+        "q4_0": empty(blocks, outputs, 32, dtype=torch.uint8),
     }[fmt]
     scales = None if fmt == "bf16" else empty(blocks, outputs, 2, dtype=torch.float16)
     matmul.matmul(empty(16, columns), values, scales, fmt)
@@ -110,7 +110,7 @@ def test_experts(compiled: list) -> None:
     matmul.experts(x, weights, chosen, *plain[0], *plain[1], 128)
     scales = [empty(n, outputs, 2, dtype=torch.float16) for n, outputs in ((44, 128 * 1408), (11, 128 * 2816))]
     q4 = [empty(*s.shape[:2], 32, dtype=torch.uint8) for s in scales]
-    matmul.experts(x, weights, chosen, q4[0], scales[0], "q4", q4[1], scales[1], "q4", 128)
+    matmul.experts(x, weights, chosen, q4[0], scales[0], "q4_0", q4[1], scales[1], "q4_0", 128)
     assert len(compiled) == 6
     assert sum("mma.sync" in kernel.asm["ptx"] for kernel in compiled) == 4
 

@@ -15,7 +15,7 @@ from paceline.checkpoint.checkpoint import PACKED_NAME
 from paceline.checkpoint.hub import DRAFTER_FOLDER
 from paceline.config import check_pair
 from paceline.errors import CheckpointError, SettingsError
-from paceline.quant.formats import FORMATS
+from paceline.quant.recipes import RECIPES
 
 TEXT_FILES = (
     "config.json",
@@ -40,7 +40,7 @@ def convert(
         target: checkpoint folder.
         drafter: its drafter's folder, or None.
         out: the folder to make; it must not exist. It appears when it is whole.
-        quant: weight format; the drafter is packed in the one that `quant.formats` names beside it.
+        quant: recipe; the drafter is packed in the one that `quant.recipes` names beside it.
         threads: for the checksums.
         progress: called with the file bytes of every tensor packed.
 
@@ -49,8 +49,8 @@ def convert(
         PairError: the drafter is another target's.
         SettingsError: unknown format, or `out` exists.
     """
-    if quant not in FORMATS:
-        raise SettingsError(f"unknown quantisation {quant!r}; use one of {', '.join(FORMATS)}")
+    if quant not in RECIPES:
+        raise SettingsError(f"unknown quantisation {quant!r}; use one of {', '.join(RECIPES)}")
     if out.exists():
         raise SettingsError(f"{out}: exists already; name a new folder")
     try:
@@ -80,7 +80,7 @@ def _convert_pair(
     if draft_checkpoint:
         draft_config = draft_checkpoint.drafter_config()
         draft_tensors = resolve(draft_checkpoint, draft_config)
-        draft_weights = pack_checkpoint(draft_tensors, draft_config, FORMATS[quant].drafter, progress)
+        draft_weights = pack_checkpoint(draft_tensors, draft_config, RECIPES[quant].drafter, progress)
         (out / DRAFTER_FOLDER).mkdir()
         _write(draft_checkpoint, draft_weights, out / DRAFTER_FOLDER, threads)
 

@@ -23,7 +23,8 @@ from paceline.checkpoint.names import PLE_TABLE, TOKEN_ORDERING, expected_tensor
 from paceline.config import DrafterConfig, TargetConfig
 from paceline.errors import CheckpointError
 from paceline.quant.bf16 import from_bf16, to_bf16
-from paceline.quant.formats import FORMATS, PANEL
+from paceline.quant.formats import PANEL
+from paceline.quant.recipes import RECIPES
 
 EMBEDDING = "embed_tokens.weight"
 CENTROIDS = "masked_embedding.centroids.weight"
@@ -37,7 +38,7 @@ Tensor = _cpu.Matrix | list[_cpu.Matrix] | NDArray[Any]
 class Weights:
     """A model's native tensors by name."""
 
-    quant: str  # the format of matrices that need no other
+    quant: str  # the recipe that the matrices' formats come from
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -80,7 +81,7 @@ def check_weights(weights: Weights, config: TargetConfig | DrafterConfig) -> Non
         ValueError: names the tensor that is missing, unknown, or another than it must be.
     """
     expected = native_shapes(config) | dict.fromkeys(embedding_scales(config, lambda _: False), (1,))
-    if weights.quant not in FORMATS:
+    if weights.quant not in RECIPES:
         raise ValueError(f"{weights.quant!r} is no weight format")
     odd = sorted(expected.keys() ^ weights.tensors.keys())
     if odd:
@@ -98,11 +99,6 @@ def check_weights(weights: Weights, config: TargetConfig | DrafterConfig) -> Non
             right, shape = name != PLE_TABLE, tensor.shape
         if not right or shape != expected[name]:
             raise ValueError(f"{name} is {list(shape)} where config.json calls for {list(expected[name])}")
-
-
-def format_of(name: str, quant: str) -> str:
-    """The format of a native matrix: the model's, but a router, which decides what runs, keeps its precision."""
-    return "bf16" if name.endswith("router.proj.weight") and quant != "f32" else quant
 
 
 def embedding_scales(config: TargetConfig | DrafterConfig, in_bf16: Callable[[str], bool]) -> dict[str, Tensor]:
@@ -134,7 +130,7 @@ def pack_checkpoint(
     Args:
         tensors: checked tensors.
         config: the model's.
-        quant: weight format.
+        quant: recipe.
         progress: called with the file bytes of each tensor packed.
         formats: other formats of single matrices, by native name.
 
@@ -143,7 +139,7 @@ def pack_checkpoint(
     """
     weights = Weights(quant, embedding_scales(config, lambda name: tensors[name].dtype == "BF16"))
     for name, shape in native_shapes(config).items():
-        fmt = (formats or {}).get(name) or format_of(name, quant)
+        fmt = (formats or {}).get(name) or RECIPES[quant].format_of(name)
         if name == PLE_TABLE:
             tensor: Tensor = tensors[name].map()
         elif name == "ordered_head.weight":

@@ -15,7 +15,7 @@ from paceline.checkpoint import Checkpoint, resolve
 from paceline.checkpoint.names import PLE_TABLE
 from paceline.config import DrafterConfig, TargetConfig
 from paceline.errors import BackendError
-from paceline.quant.formats import FORMATS
+from paceline.quant.recipes import RECIPES
 
 __all__ = ["device_name", "load_backend", "open_device", "random_backend"]
 
@@ -59,8 +59,8 @@ def load_backend(
     pair = None
     if drafter:
         draft_tensors = resolve(*drafter)
-        pair = drafter[1], CheckpointSource(draft_tensors, FORMATS[quant].drafter, where, progress)
-    source = CheckpointSource(tensors, quant, where, progress)
+        pair = drafter[1], CheckpointSource(draft_tensors, _format(RECIPES[quant].drafter), where, progress)
+    source = CheckpointSource(tensors, _format(quant), where, progress)
     with enough_memory(device, quant, slots * context):
         return TorchBackend((target[1], source), pair, quant=quant, context=context, slots=slots, max_rows=max_rows)
 
@@ -74,10 +74,15 @@ def random_backend(
         BackendError: no such device here, or it has too little memory.
     """
     where = open_device(device)
-    pair = drafter, RandomSource(drafter, FORMATS[quant].drafter, where)
-    source = RandomSource(target, quant, where)
+    pair = drafter, RandomSource(drafter, _format(RECIPES[quant].drafter), where)
+    source = RandomSource(target, _format(quant), where)
     with enough_memory(device, quant, context):
         return TorchBackend((target, source), pair, quant=quant, context=context, max_rows=max_rows)
+
+
+def _format(quant: str) -> str:
+    """The format that all matrices of a recipe have here."""
+    return RECIPES[quant].uniform
 
 
 @contextmanager

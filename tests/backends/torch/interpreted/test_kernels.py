@@ -18,7 +18,7 @@ from paceline.decode.sampler import sample as reference_sample
 from paceline.models.matrix import pack
 from paceline.types import SamplingParams
 
-FORMATS = ("f32", "bf16", "q8", "q4")
+FORMATS = ("f32", "bf16", "q8_0", "q4_0")
 DTYPES = (torch.float32, torch.bfloat16)
 EPS = 1e-6
 anything = settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -102,7 +102,7 @@ def test_choose(active: int) -> None:
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("rows", [16, 32])
 def test_experts(fmt: str, rows: int) -> None:
-    down_fmt = {"q4": "q8"}.get(fmt, fmt)  # the two may differ
+    down_fmt = {"q4_0": "q8_0"}.get(fmt, fmt)  # the two may differ
     count, hidden, width, active = 6, 96, 40, 2
     x = random(rows, hidden, dtype=dtype_of(fmt))
     gate_up = pack(random(count * 2 * width, hidden, seed=1) / hidden**0.5, fmt)
