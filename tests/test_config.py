@@ -109,7 +109,8 @@ def test_a_text_only_checkpoint() -> None:
     [
         ({"hidden_activation": "silu"}, "hidden_activation"),
         ({"attention_bias": True}, "attention_bias"),
-        ({"tie_word_embeddings": False}, "tie_word_embeddings"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
         ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention"),
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"layer_types": ["full_attention"]}, "layer_types"),
@@ -117,6 +118,10 @@ def test_a_text_only_checkpoint() -> None:
         ({"num_key_value_heads": 3}, "8 heads over 3"),
         ({"num_kv_shared_layers": 34}, "shares"),
         ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "yarn"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "proportional", "factor": 8.0}}}, "proportional"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "linear", "partial_rotary_factor": 0.5}}}, "linear"),
+        ({"per_layer_config": {"3": 7}}, "per_layer_config of layer 3"),
+        ({"per_layer_config": {"3": {"intermediate_size": 0}}}, "intermediate_size is 0"),
         ({"enable_moe_block": True}, "num_experts"),
     ],
 )
@@ -126,6 +131,32 @@ def test_what_is_not_supported_is_refused(text: dict[str, Any], says: str) -> No
     with pytest.raises(CheckpointError, match=says) as caught:
         target_config(config)
     assert "\n" not in str(caught.value)
+
+
+def test_widths_of_single_layers() -> None:
+    """Fine-tunes with padded feed-forward layers; a layer's own width is final, double-wide or not."""
+    config = copy.deepcopy(shapes.target("E2B"))
+    config["text_config"]["per_layer_config"] = {
+        "3": {"intermediate_size": 100},
+        "04": {"intermediate_size": 200},
+        "20": {"intermediate_size": 300},
+    }
+    config["text_config"].pop("global_head_dim")
+    widths = [layer.intermediate_size for layer in target_config(config).layers]
+    assert widths == [6144] * 3 + [100, 200] + [6144] * 10 + [12288] * 5 + [300] + [12288] * 14
+
+
+def test_heads_of_their_own() -> None:
+    config = shapes.target("E2B")
+    assert target_config(config).tied_head
+    untied = config | {"text_config": config["text_config"] | {"tie_word_embeddings": False}}
+    assert not target_config(untied).tied_head
+    text = {key: value for key, value in config["text_config"].items() if key != "tie_word_embeddings"}
+    assert not target_config(config | {"text_config": text, "tie_word_embeddings": False}).tied_head
+    drafter = shapes.drafter("E2B")
+    drafter["text_config"]["tie_word_embeddings"] = False
+    with pytest.raises(CheckpointError, match="tie_word_embeddings"):
+        drafter_config(drafter)
 
 
 def test_drafter_facts() -> None:
@@ -211,6 +242,9 @@ def test_values_that_make_no_sense_are_refused(setting: dict[str, Any], says: st
 def test_every_setting_has_a_least_and_a_most(name: str) -> None:
     drafts = name in DRAFTER_SETTINGS
     whole = copy.deepcopy(shapes.drafter("E2B") if drafts else shapes.target("E2B"))
+    if name in ("query_pre_attn_scalar", "sliding_window_pattern"):
+        whole |= {"model_type": "gemma3"}
+        whole["text_config"]["layer_types"] = None
     read, text = (drafter_config, whole) if drafts else (target_config, whole["text_config"])
     if name in ("num_experts", "top_k_experts", "moe_intermediate_size"):
         text |= {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 64}
@@ -219,8 +253,9 @@ def test_every_setting_has_a_least_and_a_most(name: str) -> None:
     least, most = LIMITS[name]
     for value in (least - 1, -(2**63), most * 2, 2**63 - 17, 2**64, 10**400):
         value = value if isinstance(least, int) else float(min(value, 1e308))
-        if name in ("rope_theta", "partial_rotary_factor"):
-            text["rope_parameters"] = {"full_attention": {"rope_type": "proportional", name: value}}
+        if name in ("rope_theta", "partial_rotary_factor", "factor"):
+            kind = "linear" if name == "factor" else "proportional"
+            text["rope_parameters"] = {"full_attention": {"rope_type": kind, name: value}}
         else:
             text[name] = value
         with pytest.raises(CheckpointError, match=name):
@@ -289,6 +324,7 @@ def test_settings_that_no_file_spells_pass_the_same_gate() -> None:
         {"heads": 0},
         {"stop_ids": (1 << 31,)},
         {"bos_id": -1},
+        {"query_pre_attn_scalar": 0.0},
         {"sliding_window": 2**63 - 17},
     ):
         with pytest.raises(CheckpointError):

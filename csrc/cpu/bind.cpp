@@ -213,7 +213,7 @@ ModelConfig config_of(nb::handle c) {
   const auto number = [](nb::handle from, const char* name) { return number_of(from.attr(name), name); };
   const auto rope = [&](const char* name) {
     const nb::object rope = c.attr(name);
-    return RopeConfig{number(rope, "theta"), number(rope, "rotary_factor")};
+    return RopeConfig{number(rope, "theta"), number(rope, "rotary_factor"), number(rope, "scaling")};
   };
   ModelConfig out;
   out.vocab = integer(c, "vocab_size"), out.hidden = integer(c, "hidden_size"), out.heads = integer(c, "heads");
@@ -223,6 +223,9 @@ ModelConfig config_of(nb::handle c) {
     out.layers.push_back({nb::cast<bool>(layer.attr("sliding")), integer(layer, "head_dim"), integer(layer, "kv_heads"),
                           integer(layer, "intermediate_size"), integer(layer, "kv_source"),
                           nb::cast<bool>(layer.attr("has_v_proj"))});
+  out.attention_scale = number(c, "attention_scale");
+  out.value_norm = nb::cast<bool>(c.attr("value_norm")), out.layer_scalar = nb::cast<bool>(c.attr("layer_scalar"));
+  out.tied_head = nb::cast<bool>(nb::getattr(c, "tied_head", nb::bool_(true)));
   const nb::object softcap = nb::getattr(c, "softcap", nb::none()), experts = nb::getattr(c, "experts", nb::none());
   if (!softcap.is_none()) out.softcap = float(number_of(softcap, "softcap"));
   out.ple_size = integer(c, "ple_size"), out.ple_vocab = integer(c, "ple_vocab_size");

@@ -1,4 +1,4 @@
-"""Model settings: Gemma 4 targets and their MTP drafters, resolved layer by layer.
+"""Model settings: Gemma 3 and Gemma 4 targets, and MTP drafters, resolved layer by layer.
 
 Whatever kind of file settings come from, they are checked here, when the object is made: every number against the least
 and the most that it may be, and what must agree. So no other module meets a size that wraps or an index out of range.
@@ -24,11 +24,14 @@ LIMITS: dict[str, tuple[float, float]] = {
     "head_dim": (2, 4096),
     "global_head_dim": (2, 4096),
     "sliding_window": (1, 1 << 24),
+    "sliding_window_pattern": (1, 1024),
     "max_position_embeddings": (2, 1 << 24),
     "rms_norm_eps": (1e-30, 1.0),
     "final_logit_softcapping": (1e-3, 1e6),
     "rope_theta": (1.0, 1e15),
     "partial_rotary_factor": (1e-6, 1.0),
+    "factor": (1.0, 1e6),
+    "query_pre_attn_scalar": (1.0, 1e6),
     "hidden_size_per_layer_input": (0, 1 << 14),
     "vocab_size_per_layer_input": (0, 1 << 22),
     "num_experts": (1, 4096),
@@ -45,15 +48,17 @@ class Rope:
     """Rotary position embedding of one layer type.
 
     The first `rotary_factor` of the head's frequency pairs rotate, spaced over the whole head ("proportional"); the
-    others stay. A factor of 1 is ordinary RoPE.
+    others stay. A rotary factor of 1 is ordinary RoPE. Positions are divided by `scaling` ("linear").
     """
 
     theta: float
     rotary_factor: float = 1.0
+    scaling: float = 1.0
 
     def __post_init__(self) -> None:
         check_limit("rope_theta", self.theta)
         check_limit("partial_rotary_factor", self.rotary_factor)
+        check_limit("factor", self.scaling)
 
     def rotating_pairs(self, head_dim: int) -> int:
         return int(self.rotary_factor * head_dim // 2)
@@ -96,7 +101,11 @@ class Layer:
 
 @dataclass(frozen=True)
 class Stack:
-    """The fields that targets and drafters have in common."""
+    """The fields that targets and drafters have in common.
+
+    `query_pre_attn_scalar`, `value_norm` and `layer_scalar` tell the layers of Gemma 3 (256 or so, False, False) from
+    those of Gemma 4 (1, True, True).
+    """
 
     vocab_size: int
     hidden_size: int
@@ -106,6 +115,9 @@ class Stack:
     rms_eps: float
     rope_sliding: Rope
     rope_full: Rope
+    query_pre_attn_scalar: float  # attention scores are divided by its root
+    value_norm: bool  # values are normed, without a weight
+    layer_scalar: bool  # a layer's output is multiplied by a weight [1]
 
     def __post_init__(self) -> None:
         check_limit("num_hidden_layers", len(self.layers))
@@ -114,9 +126,15 @@ class Stack:
         check_limit("num_attention_heads", self.heads)
         check_limit("sliding_window", self.sliding_window)
         check_limit("rms_norm_eps", self.rms_eps)
+        check_limit("query_pre_attn_scalar", self.query_pre_attn_scalar)
         for index, layer in enumerate(self.layers):
             if self.heads % layer.kv_heads:
                 raise CheckpointError(f"layer {index} has {self.heads} heads over {layer.kv_heads} K/V heads")
+
+    @property
+    def attention_scale(self) -> float:
+        """The factor of attention scores."""
+        return float(self.query_pre_attn_scalar**-0.5)
 
     def rope(self, layer: Layer) -> Rope:
         return self.rope_sliding if layer.sliding else self.rope_full
@@ -129,7 +147,7 @@ class Stack:
 
 @dataclass(frozen=True)
 class TargetConfig(Stack):
-    """The text part of a Gemma 4 model."""
+    """The text part of a Gemma 3 or Gemma 4 model."""
 
     model_type: str
     softcap: float | None  # final logits: cap * tanh(x / cap)
@@ -139,6 +157,8 @@ class TargetConfig(Stack):
     experts: Experts | None
     stop_ids: tuple[int, ...]
     bos_id: int | None
+    tied_head: bool  # the LM head is the embedding; False: it is a matrix of its own, lm_head.weight
+    norms_include_one: bool  # False: the files hold norm weights less 1, as safetensors files of Gemma 3 do
 
     def __post_init__(self) -> None:
         super().__post_init__()

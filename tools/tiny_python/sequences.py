@@ -27,6 +27,10 @@ class PlainWeights:
 
     tensors: Mapping[str, Tensor]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensors["norm.weight"].dtype
+
     def matrix(self, *names: str, precise: bool = False) -> Matrix:
         parts = [self.tensors[name].flatten(0, -2) for name in names]
         return Matrix(torch.cat(parts) if len(parts) > 1 else parts[0], None, FORMAT_OF[parts[0].dtype])
@@ -52,8 +56,9 @@ class Dense:
     batch: int  # B
 
     def heads(self, block: Block, x: Tensor, angles: tuple[Tensor, Tensor], heads: int, eps: float) -> Tensor:
-        kv_heads = block.layer.kv_heads
-        queries, keys, values = ops.split_heads(x, block.query_norm, block.key_norm, *angles, heads, kv_heads, eps)
+        queries, keys, values = ops.split_heads(
+            x, block.query_norm, block.key_norm, *angles, heads, block.layer.kv_heads, eps, block.value_norm
+        )
         if keys is not None and values is not None:
             keys, values = (part.view(self.batch, -1, *part.shape[1:]).transpose(1, 2) for part in (keys, values))
             if self.cache.length:

@@ -67,13 +67,15 @@ Layer::Layer(const ModelConfig& c, int64_t index, const Weights& weights) {
   const int64_t queries = c.heads * layer.head_dim, keys = layer.kv_heads * layer.head_dim;
   const auto norm = [&](const char* name) { return weights.vector(prefix + name, c.hidden); };
   sliding = layer.sliding, head_dim = layer.head_dim, kv_heads = layer.kv_heads, kv_source = layer.kv_source;
-  scalar = weights.vector(prefix + "layer_scalar", 1)[0];
+  value_norm = c.value_norm;
+  if (c.layer_scalar) scalar = weights.vector(prefix + "layer_scalar", 1)[0];
   input_norm = norm("input_layernorm.weight");
   post_attention_norm = norm("post_attention_layernorm.weight");
   pre_feedforward_norm = norm("pre_feedforward_layernorm.weight");
   post_feedforward_norm = norm("post_feedforward_layernorm.weight");
   q = weights.matrix(attention + "q_proj.weight", queries, c.hidden);
   q_norm = weights.vector(attention + "q_norm.weight", head_dim);
+  for (float& weight : q_norm) weight *= float(c.attention_scale);
   o = weights.matrix(attention + "o_proj.weight", c.hidden, queries);
   gate = weights.matrix(prefix + "mlp.gate_proj.weight", layer.intermediate, c.hidden);
   up = weights.matrix(prefix + "mlp.up_proj.weight", layer.intermediate, c.hidden);
@@ -234,7 +236,7 @@ void LayerRunner::project_qkv(const Worker& w, const Layer& layer, int64_t rows)
   w.barrier();
 }
 
-// Keys are normed and rotated, values are normed.
+// Keys are normed and rotated; values are normed in Gemma 4.
 void LayerRunner::append_kv(const Worker& w, const Call& call, const std::vector<Row>& rows) const {
   const Layer& layer = call.layer;
   const int64_t dim = layer.head_dim, heads = layer.kv_heads;
@@ -243,7 +245,8 @@ void LayerRunner::append_kv(const Worker& w, const Call& call, const std::vector
     const Row& row = rows[size_t(i / heads)];
     const float* k = qkv_.floats() + i / heads * qkv_ld_ + padded(layer.q) + i % heads * dim;
     const float* v = layer.v ? k + padded(layer.k) : k;
-    kernels_.rms_norm(v, nullptr, dim, config_.eps, value);
+    if (layer.value_norm) kernels_.rms_norm(v, nullptr, dim, config_.eps, value);
+    else std::copy_n(v, dim, value);
     kernels_.rms_norm(k, layer.k_norm.data(), dim, config_.eps, key);
     kernels_.rope(key, dim, call.rope.cos(row.position), call.rope.sin(row.position), call.rope.pairs());
     kernels_.append(call.views[size_t(row.slot)], i % heads, row.position, key, value);

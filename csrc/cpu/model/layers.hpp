@@ -30,7 +30,9 @@ struct Layer {
   int64_t head_dim = 0, kv_heads = 0;
   int64_t kv_source = 0;  // the target layer whose KV cache it attends to
   float scalar = 1.0f;
-  Floats input_norm, post_attention_norm, pre_feedforward_norm, post_feedforward_norm, q_norm;
+  bool value_norm = true;
+  Floats input_norm, post_attention_norm, pre_feedforward_norm, post_feedforward_norm;
+  Floats q_norm;  // times the scale of attention scores
   MatrixPtr q, o, gate, up, down;
   Floats k_norm;                       // layers with K/V of their own
   MatrixPtr k, v;                      // v is empty where values are the k projection

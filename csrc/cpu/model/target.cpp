@@ -18,7 +18,7 @@ std::vector<KvCache::LayerShape> cache_layers(const TargetWeights& weights) {
 RopeTable rope_table(const ModelConfig& config, bool sliding) {
   const RopeConfig& rope = sliding ? config.rope_sliding : config.rope_full;
   for (const LayerConfig& layer : config.layers)
-    if (layer.sliding == sliding) return RopeTable(rope.theta, rope.rotary_factor, layer.head_dim);
+    if (layer.sliding == sliding) return RopeTable(rope.theta, rope.rotary_factor, rope.scaling, layer.head_dim);
   return {};
 }
 
@@ -32,6 +32,7 @@ ModelConfig checked(const ModelConfig& c) {
 TargetWeights::TargetWeights(const ModelConfig& c, const Weights& weights)
     : config(checked(c)), embed_scale(weights.vector("embed_tokens.scale", 1)[0]),
       embedding(weights.matrix("embed_tokens.weight", c.vocab, c.hidden)),
+      head(c.tied_head ? embedding : weights.matrix("lm_head.weight", c.vocab, c.hidden)),
       final_norm(weights.vector("norm.weight", c.hidden)), layers(find_layers(c, weights)) {
   if (c.ple_size) {
     const int64_t width = c.ple_size * int64_t(c.layers.size());
@@ -139,8 +140,8 @@ void Target::head(const Worker& w, int64_t rows) {
   const int64_t hidden = weights_.config.hidden;
   runner_.norm_rows(w, rows, weights_.final_norm);
   w.for_share(rows, [&](int64_t r) { std::copy_n(runner_.temporary(w, r), hidden, hidden_.floats() + r * hidden); });
-  const ActView act = runner_.pack_activations(w, *weights_.embedding, rows, runner_.temporary(w, 0), hidden);
-  const MatrixView& matrix = weights_.embedding->view();
+  const ActView act = runner_.pack_activations(w, *weights_.head, rows, runner_.temporary(w, 0), hidden);
+  const MatrixView& matrix = weights_.head->view();
   w.parallel_for(matrix.units(), 1, [&](int64_t begin, int64_t end) {
     kernels_.matmul(matrix, act, rows, begin, end, logits_.floats(), logits_ld());
     if (weights_.config.softcap == 0) return;

@@ -1,4 +1,4 @@
-// A Gemma 4 target: one forward pass over a ragged batch of rows.
+// A Gemma 3 or Gemma 4 target: one forward pass over a ragged batch of rows.
 #pragma once
 
 #include <memory>
@@ -13,7 +13,7 @@ struct TargetWeights {
 
   ModelConfig config;
   float embed_scale;
-  MatrixPtr embedding;  // also the LM head
+  MatrixPtr embedding, head;  // the same where the head is tied
   Floats final_norm;
   std::vector<Layer> layers;
 

@@ -42,6 +42,7 @@ void check_rope(const std::string& name, const RopeConfig& rope) {
   check_positive(name + " theta", rope.theta);
   if (!(rope.rotary_factor > 0 && rope.rotary_factor <= 1))
     refuse(name + " rotary_factor " + text(rope.rotary_factor) + ", which is not in (0, 1]");
+  check_positive(name + " scaling", rope.scaling);
 }
 
 bool same_kv(const LayerConfig& a, const LayerConfig& b) {
@@ -71,6 +72,7 @@ void check_stack(const ModelConfig& c) {
   check_range("sliding_window", c.window, 1, kMostPositions);
   check_range("number of layers", int64_t(c.layers.size()), 1, kMostLayers);
   check_positive("rms_eps", c.eps);
+  check_positive("attention_scale", c.attention_scale);
   check_rope("rope_sliding", c.rope_sliding);
   check_rope("rope_full", c.rope_full);
   for (size_t i = 0; i < c.layers.size(); ++i) check_layer(c, i);

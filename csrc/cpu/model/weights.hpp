@@ -18,6 +18,7 @@ using Floats = std::vector<float>;
 
 struct RopeConfig {
   double theta = 1e4, rotary_factor = 1;  // the share of the head's frequency pairs that rotate
+  double scaling = 1;                     // positions are divided by it
 };
 
 struct LayerConfig {
@@ -33,9 +34,12 @@ struct ModelConfig {
   float eps;
   RopeConfig rope_sliding, rope_full;
   std::vector<LayerConfig> layers;
+  double attention_scale = 1;  // of the scores
+  bool value_norm = true, layer_scalar = true;
 
   // Of targets: 0 for none.
   float softcap = 0;
+  bool tied_head = true;  // the LM head is the embedding
   int64_t ple_size = 0, ple_vocab = 0;
   int64_t experts = 0, active_experts = 0, expert_intermediate = 0;
 

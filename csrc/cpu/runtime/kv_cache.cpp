@@ -104,13 +104,13 @@ void KvCache::restore(int64_t slot, const Snapshot& snapshot) {
   high_[size_t(slot)] = snapshot.high;
 }
 
-RopeTable::RopeTable(double theta, double rotary_factor, int64_t head_dim) {
+RopeTable::RopeTable(double theta, double rotary_factor, double scaling, int64_t head_dim) {
   const int64_t pairs = int64_t(rotary_factor * double(head_dim)) / 2;
   // Rounded to float at the places where the reference rounds. The power is taken in double: a library's float power may
   // depend on the processor in its last bit.
   for (int64_t i = 0; i < pairs; ++i) {
     const float exponent = float(2 * i) / float(head_dim);
-    frequencies_.push_back(1.0f / float(std::pow(theta, double(exponent))));
+    frequencies_.push_back(1.0f / float(std::pow(theta, double(exponent))) / float(scaling));
   }
 }
 

@@ -78,8 +78,8 @@ class KvCache {
 class RopeTable {
  public:
   RopeTable() = default;
-  // Of the pairs that rotate: theta^(-2 i / head_dim) for the first rotary_factor * head_dim / 2 of them.
-  RopeTable(double theta, double rotary_factor, int64_t head_dim);
+  // Of the pairs that rotate: theta^(-2 i / head_dim) / scaling for the first rotary_factor * head_dim / 2 of them.
+  RopeTable(double theta, double rotary_factor, double scaling, int64_t head_dim);
   void cover(int64_t positions);
   int64_t pairs() const { return int64_t(frequencies_.size()); }
   const float* cos(int64_t position) const { return cos_.data() + position * pairs(); }

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from paceline.checkpoint.config_json import DRAFTER_TYPES, TARGET_TYPES, drafter_config, target_config, token_ids
+from paceline.checkpoint.names import with_head
 from paceline.checkpoint.safetensors import TensorRef, read_header
 from paceline.config import DrafterConfig, TargetConfig
 from paceline.errors import CheckpointError
@@ -85,12 +86,14 @@ class Checkpoint:
         return SamplingParams(**numbers, suppressed=suppressed)
 
     def target_config(self) -> TargetConfig:
-        """The config of a target.
+        """The config of a target, with the head that its tensors hold.
 
         Raises:
             CheckpointError: this is a drafter, or a setting is missing or unsupported.
         """
-        return self._resolve(target_config)
+        if self.packed:
+            return self._resolve(target_config)
+        return self._resolve(lambda config: with_head(target_config(config), self.tensors))
 
     def drafter_config(self) -> DrafterConfig:
         """The config of a drafter.

@@ -7,17 +7,27 @@ Canonical names are those of the official files without their prefix: `layers.3.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
-from paceline.checkpoint.checkpoint import Checkpoint
+import numpy as np
+from numpy.typing import NDArray
+
 from paceline.checkpoint.safetensors import FLOATING, INTEGER, TensorRef
 from paceline.config import DrafterConfig, Stack, TargetConfig
 from paceline.errors import CheckpointError
+from paceline.quant.bf16 import from_bf16
+
+if TYPE_CHECKING:
+    from paceline.checkpoint.checkpoint import Checkpoint
 
 Shapes = dict[str, tuple[int, ...]]
 
-PREFIXES = ("model.language_model.", "model.")
+# What wraps a text model leaves its name before those of the tensors: classes of transformers, PEFT, torch.compile.
+PREFIX = re.compile(r"(?:(?:model|language_model|base_model|_orig_mod)\.)+")
+EMBEDDING = "embed_tokens.weight"
+HEAD = "lm_head.weight"
 PLE_TABLE = "embed_tokens_per_layer.weight"
 TOKEN_ORDERING = "masked_embedding.token_ordering"
 
@@ -25,10 +35,13 @@ TOKEN_ORDERING = "masked_embedding.token_ordering"
 SKIPPED_PARTS = {
     "vision_tower.": "vision",
     "embed_vision.": "vision",
+    "multi_modal_projector.": "vision",
     "vision_embedder.": "vision",
     "audio_tower.": "audio",
     "embed_audio.": "audio",
 }
+COMPARED_BYTES = 32 << 20  # read at a time to compare two tensors
+COMPARED_ROWS = 64  # first, one by one: tensors that differ do so in some of them
 SHARED_KV = re.compile(r"layers\.(\d{1,4})\.self_attn\.(?:[kv]_proj|[kv]_norm)\.weight")
 ROTARY_BUFFER = re.compile(r"(?:layers\.\d+\.self_attn\.)?rotary_emb\.\w*inv_freq")
 
@@ -39,9 +52,22 @@ class Tensors:
 
     refs: Mapping[str, TensorRef]
     skipped: Mapping[str, str]  # name in the file -> why it is not needed
+    norm_offset: float = 0.0  # what the files' norm weights lack
 
     def __getitem__(self, name: str) -> TensorRef:
         return self.refs[name]
+
+    def vector(self, name: str) -> NDArray[Any]:
+        """A tensor of one dimension: float32, of norms the values to multiply by; int32 or int64 as in the file.
+
+        Raises:
+            CheckpointError: the file has shrunk since its header was read.
+        """
+        values = self.refs[name].read()
+        if self.refs[name].dtype in INTEGER:
+            return values
+        values = from_bf16(values) if values.dtype == np.uint16 else values.astype(np.float32)
+        return values + np.float32(self.norm_offset) if self.norm_offset and "norm" in name else values
 
 
 def expected_tensors(config: TargetConfig | DrafterConfig) -> Shapes:
@@ -52,7 +78,9 @@ def expected_tensors(config: TargetConfig | DrafterConfig) -> Shapes:
 def target_tensors(config: TargetConfig) -> Shapes:
     """Names and shapes of every tensor of a target's text model."""
     hidden, ple, layers = config.hidden_size, config.ple_size, len(config.layers)
-    shapes: Shapes = {"embed_tokens.weight": (config.vocab_size, hidden), "norm.weight": (hidden,)}
+    shapes: Shapes = {EMBEDDING: (config.vocab_size, hidden), "norm.weight": (hidden,)}
+    if not config.tied_head:
+        shapes[HEAD] = (config.vocab_size, hidden)
     if ple:
         shapes |= {
             "embed_tokens_per_layer.weight": (config.ple_vocab_size, layers * ple),
@@ -72,7 +100,7 @@ def drafter_tensors(config: DrafterConfig) -> Shapes:
     """Names and shapes of every tensor of a drafter."""
     hidden, backbone = config.hidden_size, config.backbone_hidden_size
     shapes: Shapes = {
-        "embed_tokens.weight": (config.vocab_size, hidden),
+        EMBEDDING: (config.vocab_size, hidden),
         "norm.weight": (hidden,),
         "pre_projection.weight": (hidden, 2 * backbone),
         "post_projection.weight": (backbone, hidden),
@@ -93,7 +121,6 @@ def _layer(config: Stack, index: int) -> Shapes:
         "post_attention_layernorm.weight": (hidden,),
         "pre_feedforward_layernorm.weight": (hidden,),
         "post_feedforward_layernorm.weight": (hidden,),
-        "layer_scalar": (1,),
         "self_attn.q_proj.weight": (queries, hidden),
         "self_attn.q_norm.weight": (layer.head_dim,),
         "self_attn.o_proj.weight": (hidden, queries),
@@ -101,6 +128,8 @@ def _layer(config: Stack, index: int) -> Shapes:
         "mlp.up_proj.weight": (layer.intermediate_size, hidden),
         "mlp.down_proj.weight": (hidden, layer.intermediate_size),
     }
+    if config.layer_scalar:
+        shapes["layer_scalar"] = (1,)
     if layer.kv_source == index:
         shapes["self_attn.k_proj.weight"] = (keys, hidden)
         shapes["self_attn.k_norm.weight"] = (layer.head_dim,)
@@ -139,15 +168,17 @@ def _under_layer(index: int, shapes: Shapes) -> Shapes:
 def resolve(checkpoint: Checkpoint, config: TargetConfig | DrafterConfig) -> Tensors:
     """Match a checkpoint's tensors with the expected ones: none missing or unknown, all of the right shape and type.
 
+    Where files hold `experts.gate_proj` and `experts.up_proj` apart, they take the place of `experts.gate_up_proj`.
+
     Raises:
         CheckpointError: names the tensor that is missing, duplicate, unknown, or of the wrong shape or type.
     """
-    expected = expected_tensors(config)
+    expected = _experts_apart(expected_tensors(config), {canonical_name(name) for name in checkpoint.tensors})
     refs: dict[str, TensorRef] = {}
     skipped: dict[str, str] = {}
     leftover: list[TensorRef] = []
     for name, ref in checkpoint.tensors.items():
-        canonical = _canonical(name)
+        canonical = canonical_name(name)
         if canonical in refs:
             raise CheckpointError(f"{ref.path}: the tensors {name} and {refs[canonical].name} are the same one")
         if canonical in expected:
@@ -169,19 +200,65 @@ def resolve(checkpoint: Checkpoint, config: TargetConfig | DrafterConfig) -> Ten
             f"{leftover[0].path}: the tensor {leftover[0].name} {list(leftover[0].shape)} is unknown{_more(leftover)}; "
             "this is not the checkpoint that its config.json describes, so download both again"
         )
-    return Tensors(refs, skipped)
+    whole = isinstance(config, DrafterConfig) or config.norms_include_one
+    return Tensors(refs, skipped, norm_offset=0.0 if whole else 1.0)
 
 
-def _canonical(name: str) -> str:
-    prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
-    return name.removeprefix(prefix)
+def with_head(config: TargetConfig, tensors: Mapping[str, TensorRef]) -> TargetConfig:
+    """Settings with the LM head that a checkpoint's tensors hold, whatever they say themselves.
+
+    Fine-tunes have heads of their own with settings that call them tied, and copies of the embedding with settings that
+    do not. Reads both tensors whole only where they seem to be the same.
+
+    Raises:
+        CheckpointError: the head is not tied, and missing.
+    """
+    heads = [ref for name, ref in tensors.items() if canonical_name(name) == HEAD]
+    embedding = next((ref for name, ref in tensors.items() if canonical_name(name) == EMBEDDING), None)
+    if not heads:
+        if not config.tied_head:
+            raise CheckpointError(
+                f"tie_word_embeddings is false, and the files have no {HEAD}: parts of the checkpoint are missing; "
+                "take all its files, or set tie_word_embeddings to true if it has no head of its own"
+            )
+        return config
+    if heads[0].shape != (config.vocab_size, config.hidden_size):
+        return config  # `resolve` says what is wrong with it
+    tied = len(heads) == 1 and embedding is not None and _same_bytes(heads[0], embedding)
+    return replace(config, tied_head=tied)
+
+
+def canonical_name(name: str) -> str:
+    """A tensor's name in the files without the prefixes that wrappers of the text model give it."""
+    prefix = PREFIX.match(name)
+    return name[prefix.end() :] if prefix else name
+
+
+def _same_bytes(one: TensorRef, other: TensorRef) -> bool:
+    if (one.dtype, one.shape, one.bytes) != (other.dtype, other.shape, other.bytes):
+        return False
+    some = max(1, one.rows // COMPARED_ROWS)
+    slices = [(row, row + 1) for row in range(0, one.rows, some)]
+    step = max(1, COMPARED_BYTES * one.rows // max(1, one.bytes))
+    slices += [(row, min(row + step, one.rows)) for row in range(0, one.rows, step)]
+    return all(one.read(*part).tobytes() == other.read(*part).tobytes() for part in slices)
+
+
+def _experts_apart(expected: Shapes, present: Collection[str]) -> Shapes:
+    """The expected tensors, with gate and up projections of experts apart where the files have them so."""
+    for fused in [name for name in expected if name.endswith(".experts.gate_up_proj") and name not in present]:
+        apart = [fused.replace("gate_up_proj", part) for part in ("gate_proj", "up_proj")]
+        if any(name in present for name in apart):
+            count, rows, columns = expected.pop(fused)
+            expected |= dict.fromkeys(apart, (count, rows // 2, columns))
+    return expected
 
 
 def _why_skipped(canonical: str, ref: TensorRef, config: TargetConfig | DrafterConfig) -> str | None:
     for part, reason in SKIPPED_PARTS.items():
         if canonical.startswith(part):
             return reason
-    if canonical == "lm_head.weight" and ref.shape == (config.vocab_size, config.hidden_size):
+    if canonical == HEAD and ref.shape == (config.vocab_size, config.hidden_size):
         return "head tied to the embedding"
     if match := SHARED_KV.fullmatch(canonical):
         index = int(match[1])

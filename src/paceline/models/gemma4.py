@@ -1,11 +1,11 @@
-"""The text part of a Gemma 4 target, in execution order.
+"""The text part of a Gemma 4 or Gemma 3 target, in execution order.
 
 Functions over M rows of any sequences, written once for training, parity tests and the PyTorch backend. Three things
 are arguments: the weights (`load_target` collects them by canonical name), the operations (`models.ops`, or the
 operators of `backends.torch.ops`), and the KV cache with the places of the rows in it (`KeysValues`). H is the hidden
 size. Nothing here looks at the contents of a tensor, so that a pass can be recorded as a CUDA graph.
 
-Source of the architecture: the Gemma 4 implementation in transformers 5.17.0, which parity tests compare with.
+Source of the architecture: the implementations in transformers 5.17.0, which parity tests compare with.
 """
 
 from __future__ import annotations
@@ -27,11 +27,15 @@ Angles = dict[bool, tuple[Tensor, Tensor]]  # cos and sin [M, head_dim / 2] by `
 class TensorSource(Protocol):
     """A model's weights by canonical name; see `checkpoint.names`."""
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations, and of K/V."""
+
     def matrix(self, *names: str, precise: bool = False) -> Matrix:
         """The matrices of these names, one below the other, experts' too; `precise` ones are never quantised."""
 
     def vector(self, name: str) -> Tensor:
-        """A tensor that is no matrix."""
+        """A tensor that is no matrix: in float32, or of whole numbers. Norms are the values to multiply by."""
 
 
 class KeysValues(Protocol):
@@ -77,21 +81,22 @@ class MoE:
 
 @dataclass(frozen=True)
 class Block:
-    """A decoder layer. Norms are [H], those of heads [head_dim]."""
+    """A decoder layer. Norms are [H], those of heads [head_dim], in float32: 1 + w of Gemma 3 must not be rounded."""
 
     layer: Layer
     kv_source: int  # the target's layer whose keys and values it attends to
     input_norm: Tensor
     qkv: Matrix  # queries alone where it has no K/V of its own; no values where they are the keys
-    query_norm: Tensor
+    query_norm: Tensor  # times the scale of attention scores
     key_norm: Tensor | None  # None: it has no K/V of its own
+    value_norm: bool  # values are normed
     out: Matrix
     attention_norm: Tensor  # after attention
     feedforward_norm: Tensor  # before the MLP
     gate_up: Matrix
     down: Matrix
     branch_norm: Tensor  # after the MLP
-    scale: Tensor  # [1]
+    scale: Tensor | None  # [1]
     moe: MoE | None = None
     ple: PerLayer | None = None
 
@@ -104,6 +109,7 @@ class Decoder:
     blocks: tuple[Block, ...]
     norm: Tensor
     frequencies: dict[bool, Tensor]  # [head_dim / 2] by `sliding`
+    dtype: torch.dtype  # of activations
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,8 @@ class Target:
     """A whole target."""
 
     config: TargetConfig
-    embedding: Matrix  # and LM head
+    embedding: Matrix
+    head: Matrix  # the embedding, where it is tied
     decoder: Decoder
     ple_table: Matrix | None = None
     ple_projection: Matrix | None = None
@@ -138,13 +145,13 @@ def run(target: Target, ops: ModuleType, tokens: Tensor, kv: KeysValues, keep: T
 
 def logits(target: Target, ops: ModuleType, states: Tensor) -> Tensor:
     """[W, H] -> [W, vocabulary], float32, after the soft cap."""
-    out: Tensor = ops.scores(states, *target.embedding, target.config.softcap or 0.0)
+    out: Tensor = ops.scores(states, *target.head, target.config.softcap or 0.0)
     return out
 
 
 def embed(target: Target, tokens: Tensor) -> Tensor:
     """[M] -> [M, H]"""
-    return _scaled_rows(target.embedding, tokens, target.config.hidden_size, target.decoder.norm.dtype)
+    return _scaled_rows(target.embedding, tokens, target.config.hidden_size, target.decoder.dtype)
 
 
 def per_layer_inputs(target: Target, ops: ModuleType, tokens: Tensor, x: Tensor) -> Tensor | None:
@@ -228,9 +235,11 @@ def load_target(config: TargetConfig, w: TensorSource) -> Target:
     """Collect a target's weights; the router and the per-layer table keep their precision."""
     blocks = tuple(load_block(config, index, layer.kv_source, w) for index, layer in enumerate(config.layers))
     ple = bool(config.ple_size)
+    embedding = w.matrix("embed_tokens.weight")
     return Target(
         config=config,
-        embedding=w.matrix("embed_tokens.weight"),
+        embedding=embedding,
+        head=embedding if config.tied_head else w.matrix("lm_head.weight"),
         decoder=load_decoder(config, blocks, w),
         ple_table=w.matrix("embed_tokens_per_layer.weight", precise=True) if ple else None,
         ple_projection=w.matrix("per_layer_model_projection.weight") if ple else None,
@@ -239,15 +248,18 @@ def load_target(config: TargetConfig, w: TensorSource) -> Target:
 
 
 def load_decoder(config: Stack, blocks: tuple[Block, ...], w: TensorSource) -> Decoder:
-    """Decoder layers with the final norm and the inverse frequencies of RoPE: theta^(-2 i / head_dim), or 0."""
+    """Decoder layers with the final norm and the inverse frequencies of RoPE.
+
+    They are theta^(-2 i / head_dim) / scaling, or 0 for pairs that do not rotate.
+    """
     norm, frequencies = w.vector("norm.weight"), {}
     for layer in {layer.sliding: layer for layer in config.layers}.values():
         rope = config.rope(layer)
         pairs = rope.rotating_pairs(layer.head_dim)
         table = torch.zeros(layer.head_dim // 2)
-        table[:pairs] = 1.0 / rope.theta ** (torch.arange(0, 2 * pairs, 2).float() / layer.head_dim)
+        table[:pairs] = 1.0 / rope.theta ** (torch.arange(0, 2 * pairs, 2).float() / layer.head_dim) / rope.scaling
         frequencies[layer.sliding] = table.to(norm.device)
-    return Decoder(config, blocks, norm, frequencies)
+    return Decoder(config, blocks, norm, frequencies, w.dtype)
 
 
 def load_block(config: Stack, index: int, kv_source: int, w: TensorSource) -> Block:
@@ -260,15 +272,16 @@ def load_block(config: Stack, index: int, kv_source: int, w: TensorSource) -> Bl
         kv_source=kv_source,
         input_norm=w.vector(at + "input_layernorm.weight"),
         qkv=w.matrix(*(f"{at}self_attn.{name}.weight" for name in projections)),
-        query_norm=w.vector(at + "self_attn.q_norm.weight"),
+        query_norm=w.vector(at + "self_attn.q_norm.weight") * config.attention_scale,
         key_norm=w.vector(at + "self_attn.k_norm.weight") if owns_kv else None,
+        value_norm=config.value_norm,
         out=w.matrix(at + "self_attn.o_proj.weight"),
         attention_norm=w.vector(at + "post_attention_layernorm.weight"),
         feedforward_norm=w.vector(at + "pre_feedforward_layernorm.weight"),
         gate_up=w.matrix(at + "mlp.gate_proj.weight", at + "mlp.up_proj.weight"),
         down=w.matrix(at + "mlp.down_proj.weight"),
         branch_norm=w.vector(at + "post_feedforward_layernorm.weight"),
-        scale=w.vector(at + "layer_scalar"),
+        scale=w.vector(at + "layer_scalar").to(w.dtype) if config.layer_scalar else None,
         moe=_load_moe(config, at, w) if isinstance(config, TargetConfig) and config.experts else None,
         ple=PerLayer(
             gate=w.matrix(at + "per_layer_input_gate.weight"),
@@ -283,7 +296,7 @@ def load_block(config: Stack, index: int, kv_source: int, w: TensorSource) -> Bl
 def _load_moe(config: TargetConfig, at: str, w: TensorSource) -> MoE:
     assert config.experts is not None
     return MoE(
-        router_norm=w.vector(at + "router.scale").float() * config.hidden_size**-0.5,
+        router_norm=w.vector(at + "router.scale") * config.hidden_size**-0.5,
         router=w.matrix(at + "router.proj.weight", precise=True),
         expert_scale=w.vector(at + "router.per_expert_scale"),
         active=config.experts.active,

@@ -62,6 +62,7 @@ def split_heads(
     heads: int,
     kv_heads: int,
     eps: float,
+    value_norm: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Norm and rotate the heads in x [M, (queries + keys + values) * head_dim].
 
@@ -74,6 +75,7 @@ def split_heads(
         heads: of the queries.
         kv_heads: of keys and of values.
         eps: of the norms.
+        value_norm: whether values are normed.
 
     Returns:
         Queries [M, heads, head_dim], and keys and values, each [M, kv_heads, head_dim].
@@ -84,7 +86,8 @@ def split_heads(
         return queries, None, None
     keys = split[:, heads : heads + kv_heads]
     values = split[:, -kv_heads:]  # the keys where x ends with them
-    return queries, rotate(norm(keys, key_norm, eps), cos, sin), normalise(values.float(), eps).to(x.dtype)
+    values = normalise(values.float(), eps).to(x.dtype) if value_norm else values
+    return queries, rotate(norm(keys, key_norm, eps), cos, sin), values
 
 
 def mix(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:

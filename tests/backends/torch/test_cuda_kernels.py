@@ -120,8 +120,8 @@ def test_attention(compiled: list, count: int, kv_heads: int, size: int, window:
     keys, at = empty(2, kv_heads, 4096, size), [empty(16, dtype=torch.int64)] * 2
     norm, angles = empty(size), empty(16, size // 2)
     x = empty(16, (count + 2 * kv_heads) * size)
-    queries = attention.heads(x, norm, norm, angles, angles, keys, keys, *at, count, 1e-6)
-    attention.heads(x[:, : count * size], norm, None, angles, angles, keys, keys, *at, count, 1e-6)
+    queries = attention.heads(x, norm, norm, angles, angles, keys, keys, *at, count, 1e-6, True)
+    attention.heads(x[:, : count * size], norm, None, angles, angles, keys, keys, *at, count, 1e-6, True)
     attention.attend(queries, keys, keys, *at, window, 4096)
     assert len(compiled) == 4
     assert "wgmma" not in "".join(kernel.asm["ptx"] for kernel in compiled)

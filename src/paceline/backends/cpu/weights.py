@@ -151,8 +151,7 @@ def pack_checkpoint(
         elif len(shape) == 2:
             tensor = _matrix(tensors, name, fmt, progress)
         else:
-            values = tensors[name].read()
-            tensor = from_bf16(values) if values.dtype == np.uint16 else np.asarray(values, np.float32)
+            tensor = tensors.vector(name)
         weights.tensors[name] = tensor
     return weights
 

@@ -66,8 +66,7 @@ class TorchBackend:
             check_pair(config, drafter[0])
         self._target = gemma4.load_target(*target)
         self._drafter = drafters.load_drafter(drafter[0], config, drafter[1]) if drafter else None
-        like = self._target.decoder.norm
-        self.device, self._dtype = like.device, like.dtype
+        self.device, self._dtype = self._target.decoder.norm.device, self._target.decoder.dtype
         self.info = BackendInfo(
             vocab_size=config.vocab_size,
             context=context,

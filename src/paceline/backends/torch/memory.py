@@ -114,7 +114,8 @@ class SlotRows:
     def heads(self, block: Block, x: Tensor, angles: tuple[Tensor, Tensor], heads: int, eps: float) -> Tensor:
         cache = self.caches[block.kv_source]
         at = self.slots, self.last
-        queries: Tensor = ops.heads(x, block.query_norm, block.key_norm, *angles, *cache, *at, heads, eps)
+        norms = block.query_norm, block.key_norm
+        queries: Tensor = ops.heads(x, *norms, *angles, *cache, *at, heads, eps, block.value_norm)
         return queries
 
     def attend(self, block: Block, queries: Tensor, window: int) -> Tensor:

@@ -48,6 +48,7 @@ def heads(
     positions: Tensor,
     count: int,
     eps: float,
+    value_norm: bool,
 ) -> Tensor:
     """Norm and rotate the heads in x, see `models.ops.split_heads`, and store keys and values.
 
@@ -63,11 +64,12 @@ def heads(
         positions: [M].
         count: of query heads.
         eps: of the norms.
+        value_norm: whether values are normed.
 
     Returns:
         Queries [M, count * head_dim].
     """
-    queries, *new = plain.split_heads(x, query_norm, key_norm, cos, sin, count, keys.shape[1], eps)
+    queries, *new = plain.split_heads(x, query_norm, key_norm, cos, sin, count, keys.shape[1], eps, value_norm)
     valid = (positions >= 0).nonzero()[:, 0]
     at = slots[valid], slice(None), positions[valid] % keys.shape[2]
     for stored, rows in zip((keys, values), new, strict=True):

@@ -32,13 +32,17 @@ class CheckpointSource:
     device: torch.device
     progress: Callable[[int], None] = lambda _: None
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return PLAIN[plain_format(self.fmt)]
+
     def matrix(self, *names: str, precise: bool = False) -> Matrix:
         fmt = plain_format(self.fmt) if precise else self.fmt
         return stack(pack(self._read(name).flatten(0, -2), fmt) for name in names)
 
     def vector(self, name: str) -> Tensor:
-        tensor = self._read(name)
-        return tensor.to(PLAIN[plain_format(self.fmt)]) if tensor.is_floating_point() else tensor
+        self.progress(self.tensors.refs[name].bytes)
+        return torch.from_numpy(self.tensors.vector(name)).to(self.device)
 
     def _read(self, name: str) -> Tensor:
         ref = self.tensors.refs[name]
@@ -58,6 +62,10 @@ class RandomSource:
     def __init__(self, config: TargetConfig | DrafterConfig, fmt: str, device: torch.device) -> None:
         self.device, self._fmt, self._shapes = device, fmt, expected_tensors(config)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return PLAIN[plain_format(self._fmt)]
+
     def matrix(self, *names: str, precise: bool = False) -> Matrix:
         fmt = plain_format(self._fmt) if precise else self._fmt
         shapes = [self._shapes[name] for name in names]
@@ -68,4 +76,4 @@ class RandomSource:
         if name == TOKEN_ORDERING:
             return torch.arange(*shape, device=self.device)
         value = 0.05 if "post_" in name and "norm" in name else 1.0
-        return torch.full(shape, value, dtype=PLAIN[plain_format(self._fmt)], device=self.device)
+        return torch.full(shape, value, device=self.device)

@@ -121,8 +121,9 @@ def memory(slots: int, kv_heads: int, ring: int, size: int, dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value_norm", [True, False])
 @pytest.mark.parametrize(("stores", "has_values"), [(True, True), (True, False), (False, True)])
-def test_heads(dtype: torch.dtype, stores: bool, has_values: bool) -> None:
+def test_heads(dtype: torch.dtype, stores: bool, has_values: bool, value_norm: bool) -> None:
     count, kv_heads, size, rows = 6, 2, 32, 5
     total = count + (kv_heads * (1 + has_values) if stores else 0)
     x = random(rows, total * size, dtype=dtype)
@@ -131,7 +132,7 @@ def test_heads(dtype: torch.dtype, stores: bool, has_values: bool) -> None:
     rotate = angles.cos().to(dtype), angles.sin().to(dtype)
     slots, positions = torch.tensor([2, 2, 0, 0, 0]), torch.tensor([9, 10, 3, -1, -1])
     kept = [memory(3, kv_heads, 8, size, dtype) for _ in range(2)]
-    at = slots, positions, count, EPS
+    at = slots, positions, count, EPS, value_norm
     close(ops.heads(x, *norms, *rotate, *kept[0], *at), twin(ops.heads, x, *norms, *rotate, *kept[1], *at))
     for ours, theirs in zip(*kept, strict=True):
         close(ours, theirs)

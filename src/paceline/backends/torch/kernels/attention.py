@@ -22,7 +22,7 @@ AT_A_TIME = 16  # splits combined at a time
 @triton.jit
 def heads_kernel(
     x, query_norm, key_norm, cos, sin, queries, keys, values, slots, positions, ring, count, kv_heads, eps,
-    STORES: tl.constexpr, HAS_VALUES: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr,
+    STORES: tl.constexpr, HAS_VALUES: tl.constexpr, VALUE_NORM: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """One head of one row: normed, rotated, and stored where it belongs. Halves of SIZE / 2 in blocks of HALF."""
     row, head = tl.program_id(0), tl.program_id(1)
@@ -33,15 +33,16 @@ def heads_kernel(
     first = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(source + SIZE // 2, mask=inside, other=0.0).to(tl.float32)
     scale = tl.rsqrt((tl.sum(first * first, 0) + tl.sum(second * second, 0)) / SIZE + eps)
-    first, second = first * scale, second * scale
     kind = queries.dtype.element_ty
     position, slot = tl.load(positions + row), tl.load(slots + row)
     place = ((slot * kv_heads + (head - count) % kv_heads) * ring + position % ring) * SIZE + at
     is_value = head >= count + kv_heads
     if STORES:  # noqa: SIM102
         if (position >= 0) & (is_value | ((head >= count) & (not HAS_VALUES))):
-            tl.store(values + place, first.to(kind), mask=inside)
-            tl.store(values + place + SIZE // 2, second.to(kind), mask=inside)
+            factor = scale if VALUE_NORM else 1.0
+            tl.store(values + place, (first * factor).to(kind), mask=inside)
+            tl.store(values + place + SIZE // 2, (second * factor).to(kind), mask=inside)
+    first, second = first * scale, second * scale
     if not is_value:
         weight = query_norm + at
         if STORES:  # noqa: SIM102
@@ -162,14 +163,15 @@ def heads(
     positions: Tensor,
     count: int,
     eps: float,
+    value_norm: bool,
 ) -> Tensor:
     rows, size, kv_heads = len(x), query_norm.shape[0], keys.shape[1]
     has_values = x.shape[1] > (count + kv_heads) * size
     queries = torch.empty((rows, count * size), dtype=x.dtype, device=x.device)
     heads_kernel[(rows, x.shape[1] // size)](
         x, query_norm, key_norm, cos, sin, queries, keys, values, slots, positions, keys.shape[2], count, kv_heads,
-        eps, STORES=key_norm is not None, HAS_VALUES=has_values, SIZE=size, HALF=triton.next_power_of_2(size // 2),
-        num_warps=2, **FUSED,
+        eps, STORES=key_norm is not None, HAS_VALUES=has_values, VALUE_NORM=value_norm, SIZE=size,
+        HALF=triton.next_power_of_2(size // 2), num_warps=2, **FUSED,
     )  # fmt: skip
     return queries
 
