@@ -9,6 +9,7 @@ import pytest
 
 from paceline.checkpoint import Checkpoint, Tensors, drafter_tensors, resolve, target_tensors
 from paceline.checkpoint.config_json import drafter_config, target_config
+from paceline.checkpoint.sizes import count_parameters
 from paceline.config import TargetConfig
 from paceline.errors import CheckpointError
 from tests.fixtures import shapes
@@ -80,6 +81,96 @@ def test_official_extras_are_skipped(tmp_path: Path) -> None:
     weights = target_weights() | {name: np.zeros(shape, np.float32) for name, shape in extras.items()}
     weights["lm_head.weight"] = weights[PREFIX + "embed_tokens.weight"]
     assert set(load(write(tmp_path, TARGET, weights)).skipped) >= set(extras)
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "",
+        "model.",
+        "model.language_model.",
+        "language_model.",
+        "language_model.model.",
+        "base_model.model.",
+        "base_model.model.model.",
+        "base_model.model.model.language_model.",
+        "_orig_mod.",
+        "_orig_mod.model.",
+        "model._orig_mod.language_model.",
+    ],
+)
+def test_prefixes_of_wrappers(tmp_path: Path, prefix: str) -> None:
+    weights = {name.replace(PREFIX, prefix): array for name, array in target_weights().items()}
+    tensors = load(write(tmp_path, TARGET, weights))
+    assert tensors.refs.keys() == target_tensors(target_config(TARGET)).keys()
+    weights["model.model.norm.weight"] = weights[prefix + "norm.weight"]
+    assert "are the same one" in refused(write(tmp_path, TARGET, weights))
+
+
+def test_experts_apart(tmp_path: Path) -> None:
+    """Two tensors for gate and up projections, as some files have them, in some layers or all."""
+    config = changed(TARGET, enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=24)
+    weights = target_weights(config)
+    for layer in (1, 4):
+        at = f"{PREFIX}layers.{layer}.experts."
+        fused = weights.pop(at + "gate_up_proj")
+        weights |= {at + "gate_proj": fused[:, :24].copy(), at + "up_proj": fused[:, 24:].copy()}
+    tensors = load(write(tmp_path, config, weights))
+    assert tensors["layers.0.experts.gate_up_proj"].shape == (4, 48, 32)
+    assert "layers.1.experts.gate_up_proj" not in tensors.refs
+    for part in ("gate_proj", "up_proj"):
+        name = f"layers.4.experts.{part}"
+        assert np.array_equal(tensors[name].read(), weights[PREFIX + name])
+    assert "unknown" in refused(write(tmp_path, config, weights | {at + "gate_up_proj": fused}))
+    assert "shape [4, 23, 32]" in refused(write(tmp_path, config, weights | {at + "up_proj": fused[:, 25:].copy()}))
+    del weights[at + "up_proj"]
+    assert f"{at.removeprefix(PREFIX)}up_proj is missing" in refused(write(tmp_path, config, weights))
+
+
+HEAD = "lm_head.weight"
+UNTIED = changed(TARGET, tie_word_embeddings=False)
+
+
+@pytest.mark.parametrize("config", [TARGET, UNTIED])
+@pytest.mark.parametrize("name", [HEAD, "language_model." + HEAD, "base_model.model." + HEAD])
+def test_the_head_is_what_the_files_hold(tmp_path: Path, config: dict[str, Any], name: str) -> None:
+    """Whatever the settings say: a copy of the embedding is skipped, and a head of its own is used."""
+    weights = target_weights()
+    copy = weights[PREFIX + "embed_tokens.weight"].copy()
+    checkpoint = Checkpoint.open(write(tmp_path, config, weights | {name: copy}))
+    settings = checkpoint.target_config()
+    assert settings.tied_head
+    assert resolve(checkpoint, settings).skipped[name] == "head tied to the embedding"
+    own = {"all": copy + 1, "last element": copy.copy(), "type": copy.astype(np.float16)}
+    own["last element"][-1, -1] += 1
+    for head in own.values():
+        checkpoint = Checkpoint.open(write(tmp_path, config, weights | {name: head}))
+        settings = checkpoint.target_config()
+        assert not settings.tied_head
+        assert np.array_equal(resolve(checkpoint, settings)[HEAD].read(), head)
+        assert count_parameters(settings).total == count_parameters(target_config(TARGET)).total + copy.size
+
+
+def test_a_head_of_its_own_that_is_missing(tmp_path: Path) -> None:
+    message = refused(write(tmp_path, UNTIED, target_weights()))
+    assert "config.json: tie_word_embeddings is false" in message
+    assert "have no lm_head.weight" in message
+
+
+def test_a_head_of_another_size(tmp_path: Path) -> None:
+    head = np.zeros((417, 32), np.float32)
+    assert "shape [417, 32]" in refused(write(tmp_path, UNTIED, target_weights() | {HEAD: head}))
+
+
+def test_two_heads(tmp_path: Path) -> None:
+    head = np.zeros((416, 32), np.float32)
+    message = refused(write(tmp_path, TARGET, target_weights() | {HEAD: head, "language_model." + HEAD: head}))
+    assert "are the same one" in message
+
+
+def test_a_drafter_keeps_its_tied_head(tmp_path: Path) -> None:
+    weights = drafter_weights() | {HEAD: np.ones((416, 32), np.float32)}
+    assert load(write(tmp_path, DRAFTER, weights)).skipped[HEAD] == "head tied to the embedding"
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from paceline.checkpoint import Checkpoint, resolve
 from paceline.quant.recipes import RECIPES
 from paceline.types import GREEDY, Draft, Result, Work
 from tests.fixtures import reference_formats
-from tests.fixtures.backends import all_logits, any_backend, only_native, run, sequence
+from tests.fixtures.backends import all_logits, any_backend, only_native, run, sequence, torch_backend
 from tests.fixtures.pairs import SHAPES, VOCABULARY, WINDOW, _randomise, write_pair
 from tests.models.test_parity import head_of, read_pair
 
@@ -172,8 +172,9 @@ def test_bfloat16_checkpoints(tmp_path: Path, shape: str) -> None:
         {"hidden_size_per_layer_input": 512, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 16},
         {"hidden_size_per_layer_input": 48, "hidden_size": 80, "intermediate_size": 72, "head_dim": 48},
         {"vocab_size": 497, "vocab_size_per_layer_input": 497, "sliding_window": 1, "intermediate_size": 20},
+        {"tie_word_embeddings": False},
     ],
-    ids=["wide per-layer embeddings", "odd widths", "odd vocabulary, window of one"],
+    ids=["wide per-layer embeddings", "odd widths", "odd vocabulary, window of one", "a head of its own"],
 )
 def test_odd_shapes(tmp_path: Path, odd: dict) -> None:
     settings = {
@@ -197,8 +198,8 @@ def test_odd_shapes(tmp_path: Path, odd: dict) -> None:
     model.save_pretrained(tmp_path)
     tokens = prompt() % 497
     theirs = model(input_ids=torch.from_numpy(tokens).long()[None]).logits[0]
-    for chunk in (1, 7, 16):
-        backend = any_backend(tmp_path, None, max_rows=ROWS, threads=2)
+    for chunk, make in ((1, any_backend), (7, any_backend), (16, any_backend), (16, torch_backend)):
+        backend = make(tmp_path, None, max_rows=ROWS, **({} if make is torch_backend else {"threads": 2}))
         slot = backend.open_slot()
         parts = [feed(backend, slot, tokens[i : i + chunk], i) for i in range(0, ROWS, chunk)]
         assert_close(np.concatenate(parts), theirs)

@@ -63,6 +63,10 @@ def with_layer(config: Any, index: int, **fields: Any) -> Any:
         (replace(TARGET_CONFIG, rope_sliding=rope(0.0)), "theta"),
         (replace(TARGET_CONFIG, rope_sliding=rope(float("inf"))), "theta"),
         (replace(TARGET_CONFIG, rope_sliding=rope(10**400)), "theta is too large"),  # type: ignore[arg-type]
+        (replace(TARGET_CONFIG, rope_sliding=rope(1e4, 1.0, 0.0)), "scaling"),
+        (replace(TARGET_CONFIG, rope_full=rope(1e4, 1.0, float("nan"))), "scaling"),
+        (replace(TARGET_CONFIG, query_pre_attn_scalar=float("nan")), "attention_scale"),
+        (replace(TARGET_CONFIG, query_pre_attn_scalar=float("inf")), "attention_scale"),
         (replace(TARGET_CONFIG, softcap=float("nan")), "softcap"),
         (replace(TARGET_CONFIG, softcap=-1.0), "softcap"),
         (replace(TARGET_CONFIG, ple_vocab_size=VOCAB - 1), "ple_vocab_size"),
@@ -186,7 +190,9 @@ def wild_config(random: np.random.Generator, config: Any) -> Any:
         name = str(random.choice(top))
         number = random.choice([float("nan"), float("inf"), -1.0, 0.0, 1e-320, 1e30, 1.0, 1.001, 100.0])
         if name.startswith("rope"):
-            value = rope(float(number)) if random.random() < 0.5 else rope(1e4, float(number))
+            fields = [1e4, 1.0, 1.0]
+            fields[random.integers(3)] = float(number)
+            value = rope(*fields)
         elif name in ("rms_eps", "softcap"):
             value = float(number)
         config = replace(config, **{name: value})
@@ -203,6 +209,8 @@ def without(given: dict[str, Any], name: str) -> dict[str, Any]:
 def test_no_tensors_and_other_tensors_are_named() -> None:
     with pytest.raises(ValueError, match=r"the tensor embed_tokens.scale is missing"):
         decoder(target_tensors={"x": np.ones(1, np.float32)})
+    with pytest.raises(ValueError, match=r"the tensor lm_head.weight is missing"):
+        decoder(replace(TARGET_CONFIG, tied_head=False), tensors(TARGET_CONFIG))
     with pytest.raises(ValueError, match="is missing"):
         decoder(drafter=DRAFTER_CONFIG, drafter_tensors={"x": np.ones(1, np.float32)})
     with pytest.raises(ValueError, match=r"do not call for the tensor layers.0.extra"):

@@ -21,6 +21,7 @@ from paceline.checkpoint import Checkpoint, resolve
 from paceline.errors import CheckpointError, SettingsError
 from paceline.quant.recipes import RECIPES
 from tests.fixtures.backends import cpu_backend, run, sequence
+from tests.fixtures.checkpoints import PREFIX, TARGET, changed, target_weights, write
 from tests.fixtures.pairs import write_pair
 
 PROMPT = list(range(3, 30))
@@ -186,6 +187,26 @@ def test_a_converted_folder_stands_alone(pair: tuple[Path, Path], tmp_path: Path
     plain = cpu_backend(*pair, quant)
     (expected,) = run(plain, [sequence(plain, PROMPT, max_tokens=12)])
     assert list(engine.generate(PROMPT, sampling=paceline.SamplingParams(), max_tokens=12).tokens) == expected.tokens
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_converted_folder_says_whose_its_head_is(tmp_path: Path, own: bool) -> None:
+    """Settings may be wrong about the head beside the files, and there is nothing to compare with once it is packed."""
+    from paceline.backends.cpu.convert import convert
+
+    weights = target_weights()
+    embedding = weights[PREFIX + "embed_tokens.weight"]
+    weights["lm_head.weight"] = embedding[::-1].copy() if own else embedding.copy()
+    folder = write(tmp_path / "in", changed(TARGET, tie_word_embeddings=own), weights)
+    convert(folder, None, tmp_path / "out", "f32", threads=1)
+    converted = Checkpoint.open(tmp_path / "out")
+    config = converted.target_config()
+    assert config.tied_head == (not own)
+    assert converted.packed
+    tensors = open_pack(converted.packed, config, 1).tensors
+    assert ("lm_head.weight" in tensors) == own
+    if own:
+        assert np.array_equal(tensors["lm_head.weight"].row(0), embedding[-1])
 
 
 def test_converting_refuses_what_it_cannot_do(pair: tuple[Path, Path], tmp_path: Path) -> None:

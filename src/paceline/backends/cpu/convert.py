@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from paceline.backends.cpu.packfile import write_pack
 from paceline.backends.cpu.weights import Weights, pack_checkpoint
 from paceline.checkpoint import Checkpoint, resolve
 from paceline.checkpoint.checkpoint import PACKED_NAME
 from paceline.checkpoint.hub import DRAFTER_FOLDER
-from paceline.config import check_pair
+from paceline.config import TargetConfig, check_pair
 from paceline.errors import CheckpointError, SettingsError
 from paceline.quant.recipes import RECIPES
 
@@ -77,6 +79,7 @@ def _convert_pair(
     if draft_checkpoint:
         check_pair(config, draft_checkpoint.drafter_config())
     _write(checkpoint, pack_checkpoint(resolve(checkpoint, config), config, quant, progress), out, threads)
+    (out / "config.json").write_text(json.dumps(_with_head(checkpoint.config, config), indent=2))
     if draft_checkpoint:
         draft_config = draft_checkpoint.drafter_config()
         draft_tensors = resolve(draft_checkpoint, draft_config)
@@ -90,6 +93,12 @@ def _open(folder: Path) -> Checkpoint:
     if checkpoint.packed:
         raise SettingsError(f"{folder}: is converted already; convert the original checkpoint")
     return checkpoint
+
+
+def _with_head(settings: Mapping[str, Any], config: TargetConfig) -> dict[str, Any]:
+    """The settings of a `config.json`, with the head that the files were found to hold."""
+    text, head = settings.get("text_config"), {"tie_word_embeddings": config.tied_head}
+    return {**settings, **({"text_config": {**text, **head}} if isinstance(text, Mapping) else head)}
 
 
 def _write(checkpoint: Checkpoint, weights: Weights, out: Path, threads: int) -> None:
