@@ -206,14 +206,15 @@ class _Dims:
         self._overrides = {str(key).lstrip("0") or "0": value for key, value in (overrides or {}).items()}
 
     def layer(self, index: int, *, full: bool, kv_source: int, has_v_proj: bool, wide: int = 1) -> Layer:
+        override = self._overrides.get(str(index)) or {}  # transformers pads the keys of deeper models: "04"
+        if not isinstance(override, Mapping):
+            raise CheckpointError(f"per_layer_config of layer {index} is {override!r}, not an object")
         head_dim, kv_heads = self._head_dim, self._kv_heads
         if full:
-            override = self._overrides.get(str(index)) or {}  # transformers pads the keys of deeper models: "04"
-            if not isinstance(override, Mapping):
-                raise CheckpointError(f"per_layer_config of layer {index} is {override!r}, not an object")
             head_dim = _int(override, "head_dim", self._full_head_dim)
             kv_heads = _int(override, "num_key_value_heads", self._full_kv_heads)
-        return Layer(not full, head_dim, kv_heads, wide * self._intermediate, kv_source, has_v_proj)
+        intermediate = _int(override, "intermediate_size", wide * self._intermediate)
+        return Layer(not full, head_dim, kv_heads, intermediate, kv_source, has_v_proj)
 
 
 def _rope(text: Mapping[str, Any], layer_type: str, default: Rope) -> Rope:
