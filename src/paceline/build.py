@@ -109,8 +109,11 @@ def load(
     if draft_config:
         check_pair(config, draft_config)
     # Small files come before the weights, so that what is missing is reported at once.
-    template = ChatTemplate.open(checkpoint.chat_template_path, checkpoint.tokenizer_config)  # its process starts
-    tokenizer = Tokenizer.open(checkpoint.tokenizer_path, checkpoint.tokenizer_config, config.bos_id, config.vocab_size)
+    where = str(checkpoint.where("tokenizer_config.json"))
+    template = ChatTemplate.open(
+        checkpoint.chat_template_path, checkpoint.tokenizer_config, where
+    )  # its process starts
+    tokenizer = Tokenizer.open(checkpoint.tokenizer, checkpoint.tokenizer_config, config.bos_id, config.vocab_size)
     if template:
         template.check()
     stop_ids = frozenset(_stop_ids(checkpoint, config))
@@ -200,7 +203,7 @@ def _on_torch(parts: Parts, device: str) -> Backend:
     loader = torch_backends(device)
     folder = parts.target[0]
     if folder.packed:
-        raise CheckpointError(f"{folder.folder}: converted folders are for --device cpu; give the model as published")
+        raise CheckpointError(f"{folder.path}: converted folders are for --device cpu; give the model as published")
     name = device.removeprefix("torch:")
     backend: Backend = loader.load_backend(
         parts.target,
@@ -216,8 +219,10 @@ def _on_torch(parts: Parts, device: str) -> Backend:
 
 
 def _stop_ids(checkpoint: Checkpoint, config: TargetConfig) -> tuple[int, ...]:
-    name = "generation_config.json: eos_token_id"
-    return token_ids(checkpoint.generation.get("eos_token_id", config.stop_ids), f"{checkpoint.folder}/{name}")
+    name = "generation_config.json"
+    return token_ids(
+        checkpoint.generation.get("eos_token_id", config.stop_ids), f"{checkpoint.where(name)}: eos_token_id"
+    )
 
 
 def _open_drafter(model: str, folder: Path, choice: str, notify: Callable[[str], None]) -> Checkpoint | None:

@@ -348,7 +348,7 @@ def test_other_files(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(tmp_path)
     assert checkpoint.generation == {"eos_token_id": [1, 106]}
     assert checkpoint.tokenizer_config == {"bos_token": "<bos>"}
-    assert checkpoint.tokenizer_path == tmp_path / "tokenizer.json"
+    assert checkpoint.tokenizer == tmp_path / "tokenizer.json"
     (tmp_path / "generation_config.json").write_text("{")
     assert "generation_config.json" in refused(tmp_path)
 

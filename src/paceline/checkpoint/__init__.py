@@ -3,7 +3,8 @@
 from paceline.checkpoint.checkpoint import Checkpoint
 from paceline.checkpoint.hub import locate, locate_drafter
 from paceline.checkpoint.names import Tensors, drafter_tensors, resolve, target_tensors
-from paceline.checkpoint.safetensors import TensorRef, read_header
+from paceline.checkpoint.safetensors import read_header
+from paceline.checkpoint.tensors import TensorRef
 
 __all__ = [
     "Checkpoint",

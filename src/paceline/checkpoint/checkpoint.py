@@ -1,4 +1,7 @@
-"""A model folder: its configs, tensors and text files. Opening it reads only JSON and headers."""
+"""A model: a folder with its configs, tensors and text files, or a GGUF file, which holds all of that.
+
+Opening it reads only JSON and headers. What follows sees no difference: a GGUF file is read into the same fields.
+"""
 
 from __future__ import annotations
 
@@ -9,61 +12,111 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from paceline.checkpoint.config_json import DRAFTER_TYPES, TARGET_TYPES, drafter_config, target_config, token_ids
+from paceline.checkpoint.gguf import SHARD, read_gguf
+from paceline.checkpoint.gguf_model import read_model
+from paceline.checkpoint.gguf_text import generation_settings, read_vocabulary, token_settings, tokenizer_settings
 from paceline.checkpoint.names import with_head
-from paceline.checkpoint.safetensors import TensorRef, read_header
+from paceline.checkpoint.safetensors import read_header
+from paceline.checkpoint.tensors import TensorRef
 from paceline.config import DrafterConfig, TargetConfig
 from paceline.errors import CheckpointError
 from paceline.files import read_json
 from paceline.sampling_params import PARAMETERS, SamplingParams
+from paceline.vocabulary import Vocabulary
 
 Config = TypeVar("Config")
+DRAFTER_MARKS = ("mtp-", "-mtp", "assistant", "dflash", "eagle3")  # in names of GGUF files
 PACKED_NAME = "model.paceline"  # packed weights, in a folder that `paceline convert` made
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened model folder, target or drafter."""
+    """An opened model, target or drafter."""
 
-    folder: Path
+    path: Path  # the folder, or the GGUF file
     config: Mapping[str, Any]  # config.json
     generation: Mapping[str, Any]  # generation_config.json, empty if there is none
     tokenizer_config: Mapping[str, Any]  # tokenizer_config.json, empty if there is none
-    tensors: Mapping[str, TensorRef]  # by name in the files; empty in a converted folder
+    tensors: Mapping[str, TensorRef]  # by name in the files, or canonical; empty in a converted folder
+    vocabulary: Vocabulary | None = None  # of a GGUF file
 
     @classmethod
-    def open(cls, folder: Path) -> Checkpoint:
-        """Open a model folder.
+    def open(cls, path: Path) -> Checkpoint:
+        """Open a model folder, a GGUF file, or a folder that holds one.
 
         Raises:
-            CheckpointError: the folder or a file is missing, damaged, or not of a Gemma 4 model.
+            CheckpointError: the folder or a file is missing, damaged, or not of a Gemma model.
         """
-        if not folder.is_dir():
-            raise CheckpointError(f"{folder}: no such folder; give a model folder or a hub id such as org/name")
-        config = read_json(folder / "config.json")
+        if path.is_file() and path.suffix != ".safetensors":
+            return cls._open_gguf(path)
+        if not path.is_dir():
+            raise CheckpointError(
+                f"{path}: no such folder; give a model folder, a GGUF file or a hub id such as org/name"
+                if not path.exists()
+                else f"{path}: is one file of a model; give the folder that holds it with its config.json"
+            )
+        if not _has_weights(path) and (file := gguf_in(path)):
+            return cls._open_gguf(file)
+        config = read_json(path / "config.json")
         kind = config.get("model_type")
         if kind not in TARGET_TYPES + DRAFTER_TYPES:
             raise CheckpointError(
-                f"{folder / 'config.json'}: not a Gemma 4 model (model_type {kind!r}); "
+                f"{path / 'config.json'}: not a Gemma 4 model (model_type {kind!r}); "
                 f"give a folder whose model_type is one of {', '.join(TARGET_TYPES + DRAFTER_TYPES)}"
             )
-        optional = [folder / name for name in ("generation_config.json", "tokenizer_config.json")]
-        generation, tokenizer = (read_json(path) if os.path.lexists(path) else {} for path in optional)
-        return cls(folder, config, generation, tokenizer, _read_tensors(folder))
+        optional = [path / name for name in ("generation_config.json", "tokenizer_config.json")]
+        generation, tokenizer = (read_json(file) if os.path.lexists(file) else {} for file in optional)
+        return cls(path, config, generation, tokenizer, _read_tensors(path))
+
+    @classmethod
+    def _open_gguf(cls, path: Path) -> Checkpoint:
+        file = read_gguf(path)
+        config, tensors = read_model(file)
+        vocabulary = read_vocabulary(file)
+        config |= token_settings(file, vocabulary)
+        settings = tokenizer_settings(file, vocabulary)
+        return cls(path, config, generation_settings(file), settings, tensors, vocabulary)
 
     @property
     def packed(self) -> Path | None:
         """The packed weights of a converted folder."""
-        path = self.folder / PACKED_NAME
+        path = self.path / PACKED_NAME
         return path if path.exists() else None
 
     @property
-    def tokenizer_path(self) -> Path:
-        return self.folder / "tokenizer.json"
+    def is_gguf(self) -> bool:
+        return self.path.is_file()
 
     @property
-    def chat_template_path(self) -> Path:
-        """Path of the template file; older checkpoints have the template in `tokenizer_config` instead."""
-        return self.folder / "chat_template.jinja"
+    def tokenizer(self) -> Path | Vocabulary:
+        """What a tokenizer is made of: `tokenizer.json`, whether it is there or not, or a GGUF file's vocabulary.
+
+        Raises:
+            CheckpointError: the GGUF file has no vocabulary.
+        """
+        if self.vocabulary:
+            return self.vocabulary
+        if self.is_gguf:
+            raise CheckpointError(f"{self.path}: has no tokenizer; take another file of this model")
+        return self.path / "tokenizer.json"
+
+    @property
+    def has_tokenizer(self) -> bool:
+        return self.vocabulary is not None or (self.path / "tokenizer.json").exists()
+
+    @property
+    def chat_template_path(self) -> Path | None:
+        """Path of the template file; older checkpoints and GGUF files have the template in `tokenizer_config`."""
+        path = self.path / "chat_template.jinja"
+        return path if path.exists() else None
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self.chat_template_path is not None or "chat_template" in self.tokenizer_config
+
+    def where(self, name: str) -> Path:
+        """The file that holds what a model folder has under this name, for messages."""
+        return self.path if self.is_gguf else self.path / name
 
     def sampling(self) -> SamplingParams:
         """The sampling parameters of `generation_config.json`; greedy without `do_sample`.
@@ -71,7 +124,7 @@ class Checkpoint:
         Raises:
             CheckpointError: a setting is not a number.
         """
-        path = self.folder / "generation_config.json"
+        path = self.where("generation_config.json")
         suppressed = token_ids(self.generation.get("suppress_tokens"), f"{path}: suppress_tokens")
         sampled = bool(self.generation.get("do_sample"))
         numbers: dict[str, Any] = {"temperature": 1.0} if sampled else {}
@@ -104,11 +157,33 @@ class Checkpoint:
         return self._resolve(drafter_config)
 
     def _resolve(self, read: Callable[[Mapping[str, Any]], Config]) -> Config:
-        path = self.folder / "config.json"
+        path = self.where("config.json")
         try:
             return read(self.config)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from error
+
+
+def gguf_in(folder: Path) -> Path | None:
+    """The GGUF file of a folder's model, the first if it has several parts; None if there is none.
+
+    What belongs to a model (an mmproj, and a drafter where there is a model) is left aside.
+
+    Raises:
+        CheckpointError: the folder holds several models.
+    """
+    files = [path for path in sorted(folder.glob("*.gguf")) if "mmproj" not in path.name.lower()]
+    files = [path for path in files if not (part := SHARD.fullmatch(path.name)) or int(part[2]) == 1]
+    targets = [path for path in files if not any(mark in path.name.lower() for mark in DRAFTER_MARKS)]
+    found = targets or files
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise CheckpointError(f"{folder}: holds several GGUF files ({names}); give the path of one")
+    return found[0] if found else None
+
+
+def _has_weights(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("model.safetensors", "model.safetensors.index.json", PACKED_NAME))
 
 
 def shard_names(folder: Path) -> tuple[str, ...]:

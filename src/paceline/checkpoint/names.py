@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from paceline.checkpoint.safetensors import FLOATING, INTEGER, TensorRef
+from paceline.checkpoint.tensors import BLOCKS, FLOATING, INTEGER, TensorRef
 from paceline.config import DrafterConfig, Stack, TargetConfig
 from paceline.errors import CheckpointError
 from paceline.quant.bf16 import from_bf16
@@ -190,7 +190,7 @@ def resolve(checkpoint: Checkpoint, config: TargetConfig | DrafterConfig) -> Ten
     missing = [name for name in expected if name not in refs]
     if missing:
         raise CheckpointError(
-            f"{checkpoint.folder}: the tensor {missing[0]} is missing{_more(missing)}; "
+            f"{checkpoint.path}: the tensor {missing[0]} is missing{_more(missing)}; "
             "download the checkpoint again, with the config.json that belongs to it"
         )
     for name, ref in refs.items():
@@ -275,7 +275,7 @@ def _check(name: str, ref: TensorRef, shape: tuple[int, ...]) -> None:
             f"{ref.path}: the tensor {ref.name} has shape {list(ref.shape)}, but config.json calls for {list(shape)}; "
             "download both again"
         )
-    kinds = INTEGER if name == TOKEN_ORDERING else FLOATING
+    kinds = INTEGER if name == TOKEN_ORDERING else FLOATING if len(shape) == 1 else (*FLOATING, *BLOCKS)
     if ref.dtype not in kinds:
         raise CheckpointError(
             f"{ref.path}: the tensor {ref.name} has type {ref.dtype}, not {' or '.join(kinds)}; "

@@ -69,8 +69,8 @@ def report(model: str, drafter: str) -> dict[str, Any]:
         "files": _file_sizes(checkpoint),
         "memory": _memory(config),
         "cache": _cache(config),
-        "tokenizer": checkpoint.tokenizer_path.exists(),
-        "chat_template": checkpoint.chat_template_path.exists() or "chat_template" in checkpoint.tokenizer_config,
+        "tokenizer": checkpoint.has_tokenizer,
+        "chat_template": checkpoint.has_chat_template,
         "skipped": _skipped(checkpoint, tensors),
         "drafter": _drafter(config, drafter_folder) if drafter_folder else None,
     }

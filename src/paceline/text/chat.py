@@ -48,18 +48,21 @@ class ChatTemplate:
         self._background.post(self._process.start)
 
     @classmethod
-    def open(cls, path: Path, settings: Mapping[str, Any]) -> ChatTemplate | None:
+    def open(
+        cls, path: Path | None, settings: Mapping[str, Any], where: str = "tokenizer_config.json"
+    ) -> ChatTemplate | None:
         """Open the template of a checkpoint, None if it has none.
 
         Args:
-            path: where `chat_template.jinja` would be.
+            path: of `chat_template.jinja`; None if there is no such file.
             settings: the content of `tokenizer_config.json`, which holds the template in older checkpoints.
+            where: the file that the settings come from, for messages.
 
         Raises:
             CheckpointError: the template cannot be read or is too large; `check` tells whether it is valid.
         """
-        source, name = _default_template(settings.get("chat_template")), "the chat template in tokenizer_config.json"
-        if path.is_file():
+        source, name = _default_template(settings.get("chat_template")), f"the chat template in {where}"
+        if path and path.is_file():
             name = f"{path}: the chat template"
             try:
                 with path.open("rb") as file:

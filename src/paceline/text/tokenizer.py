@@ -1,4 +1,4 @@
-"""Tokenizer: a thin, typed wrapper of a checkpoint's `tokenizer.json`."""
+"""Tokenizer: a thin, typed wrapper of a checkpoint's `tokenizer.json`, or of what a GGUF file has for it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import tokenizers
 from paceline.errors import CheckpointError, PromptError, translated
 from paceline.text.detokenizer import BYTE_TOKEN, Detokenizer, byte_level_bytes
 from paceline.text.tokenizer_file import MAX_TOKENS, read_tokenizer, steps_of
+from paceline.text.tokenizer_gguf import read_vocabulary
+from paceline.vocabulary import CURE, Vocabulary
 
 SAMPLE = "A b\n\t é日🚴"  # tokenized when a file is opened: one that makes the library panic does so then
 
@@ -40,12 +42,16 @@ class Tokenizer:
 
     @classmethod
     def open(
-        cls, path: Path, settings: Mapping[str, Any], bos_id: int | None = None, vocab_size: int | None = None
+        cls,
+        source: Path | Vocabulary,
+        settings: Mapping[str, Any],
+        bos_id: int | None = None,
+        vocab_size: int | None = None,
     ) -> Tokenizer:
-        """Open a `tokenizer.json`.
+        """Open a `tokenizer.json`, or make a tokenizer of a GGUF file's vocabulary.
 
         Args:
-            path: the file.
+            source: the file, or the vocabulary.
             settings: the content of `tokenizer_config.json`; its `add_bos_token: false` switches the bos token off.
             bos_id: the bos token of the model's settings.
             vocab_size: of the model; all token ids lie below.
@@ -60,13 +66,14 @@ class Tokenizer:
         add_bos = settings.get("add_bos_token")
         if add_bos is not None and type(add_bos) is not bool:
             raise CheckpointError(f"tokenizer_config.json: add_bos_token is {add_bos!r}; it must be true or false")
-        text, content = read_tokenizer(path, vocab_size)
-        with translated(CheckpointError, f"{path}: is not a valid tokenizer ({{reason}}); download it again"):
-            backend = tokenizers.Tokenizer.from_str(text)
-            for token in content.get("added_tokens") or []:
-                if (found := backend.token_to_id(token["content"])) != token["id"]:  # numbered anew by the library
-                    raise ValueError(f"{token['content']!r} has the id {token['id']} and another, {found}")
-            tokenizer = cls(backend, None if add_bos is False else bos_id, _longest(content))
+        if isinstance(source, Vocabulary):
+            path, cure = source.path, CURE
+            backend, longest = read_vocabulary(source, vocab_size)
+        else:
+            path, cure = source, "download it again"
+            backend, longest = _from_file(path, vocab_size)
+        with translated(CheckpointError, f"{path}: is not a valid tokenizer ({{reason}}); {cure}"):
+            tokenizer = cls(backend, None if add_bos is False else bos_id, longest)
             tokenizer.decode(tokenizer.encode(SAMPLE))
         return tokenizer
 
@@ -153,6 +160,16 @@ class Tokenizer:
             hidden = self.special_ids - marks.keys()
             return Detokenizer(self._decoder, lambda token: marks.get(token) or self.token_text(token), hidden)
         return Detokenizer(self._decoder, self.token_text, frozenset() if special else self.special_ids)
+
+
+def _from_file(path: Path, vocab_size: int | None) -> tuple[tokenizers.Tokenizer, int | None]:
+    text, content = read_tokenizer(path, vocab_size)
+    with translated(CheckpointError, f"{path}: is not a valid tokenizer ({{reason}}); download it again"):
+        backend = tokenizers.Tokenizer.from_str(text)
+        for token in content.get("added_tokens") or []:
+            if (found := backend.token_to_id(token["content"])) != token["id"]:  # numbered anew by the library
+                raise ValueError(f"{token['content']!r} has the id {token['id']} and another, {found}")
+        return backend, _longest(content)
 
 
 def _longest(content: Mapping[str, Any]) -> int | None:

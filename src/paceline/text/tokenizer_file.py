@@ -21,10 +21,10 @@ MAX_TOKENS = 1 << 22  # ids, where the model's vocabulary is not known
 MAX_STEPS, MAX_PATTERN, MAX_TOKEN = 8, 64, 4096  # steps of a sequence; characters
 
 # Regular expressions are matched by backtracking, for which files can hold the worst case: only these are matched.
+BUNDLED_EXPRESSION = r"[\r\n]+[ \t]*| ?[\p{L}_]+|\p{N}{1,3}| ?[^\s\p{L}\p{N}_]+|[ \t]+(?=\S)|\s+"
 EXPRESSIONS = frozenset(
     {
-        # the bundled pair
-        r"[\r\n]+[ \t]*| ?[\p{L}_]+|\p{N}{1,3}| ?[^\s\p{L}\p{N}_]+|[ \t]+(?=\S)|\s+",
+        BUNDLED_EXPRESSION,
         # GPT-2
         r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     }

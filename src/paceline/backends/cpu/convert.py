@@ -103,6 +103,6 @@ def _with_head(settings: Mapping[str, Any], config: TargetConfig) -> dict[str, A
 
 def _write(checkpoint: Checkpoint, weights: Weights, out: Path, threads: int) -> None:
     for name in TEXT_FILES:
-        if (checkpoint.folder / name).exists():
-            shutil.copyfile(checkpoint.folder / name, out / name)
+        if (checkpoint.path / name).exists():
+            shutil.copyfile(checkpoint.path / name, out / name)
     write_pack(out / PACKED_NAME, weights, fingerprint="", threads=threads, with_tables=True)

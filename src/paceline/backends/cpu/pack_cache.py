@@ -19,8 +19,8 @@ LEAST_BYTES = 64 << 20  # smaller models are packed in no time
 
 def pack_path(checkpoint: Checkpoint, quant: str) -> Path:
     """Where the packed weights of a checkpoint are kept."""
-    source = hashlib.sha256(str(checkpoint.folder.resolve()).encode()).hexdigest()[:12]
-    return cache_folder() / f"{checkpoint.folder.name}-{quant}-{source}.pack"
+    source = hashlib.sha256(str(checkpoint.path.resolve()).encode()).hexdigest()[:12]
+    return cache_folder() / f"{checkpoint.path.name}-{quant}-{source}.pack"
 
 
 def fingerprint(checkpoint: Checkpoint, quant: str) -> str:
