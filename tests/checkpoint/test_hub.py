@@ -317,15 +317,38 @@ def test_drafter_of_a_gguf_on_the_hub(hub: Hub) -> None:
     assert len(hub.asked) == asked
 
 
+def test_drafter_of_a_gguf_trained_for_its_format(hub: Hub) -> None:
+    model = "org/gemma-E2B-it-qat-q4_0-gguf"
+    hub.offer(model, files("gemma-E2B_q4_0-it.gguf"))
+    hub.offer("org/gemma-E2B-it-qat-q4_0-unquantized-assistant", files("model.safetensors"))
+    notices: list[str] = []
+    found = locate_drafter(model, locate(model), "auto", notices.append)
+    assert found == hub.downloads / "org/gemma-E2B-it-qat-q4_0-unquantized-assistant"
+    assert notices == []
+    hub.offer("org/gemma-E2B-it-assistant", files("model.safetensors"))
+    locate_drafter(model, locate(model), "org/gemma-E2B-it-assistant", notices.append)
+    assert len(notices) == 1
+    assert "only one of the pair is named as QAT" in notices[0]
+
+
+def test_a_local_folder_with_a_tag_is_no_hub_id(tmp_path: Path, hub: Hub) -> None:
+    files("org/name/gemma-Q4_0.gguf")(tmp_path)
+    place = locate("org/name:Q4_0")
+    assert place.samefile(tmp_path / "org/name/gemma-Q4_0.gguf")
+    assert locate_drafter("org/name:Q4_0", place, "auto") is None
+    assert hub.asked == []
+
+
 def test_the_network_is_asked_once_when_it_is_down(hub: Hub, tmp_path: Path) -> None:
-    model = "org/gemma-E2B-it-GGUF"
-    hub.content = {
-        name: httpx.ConnectError("down")
-        for name in (model, "org/gemma-E2B-it-assistant", "org/gemma-E2B-it-assistant-GGUF")
-    }
+    model, others = "org/gemma-E2B-it-GGUF", ("org/gemma-E2B-it-assistant-GGUF", "org/gemma-E2B-it-assistant")
+    hub.content = {name: httpx.ConnectError("down") for name in (model, *others)}
     files("snapshot/gemma-E2B-it-Q4_0.gguf")(tmp_path)
-    assert locate_drafter(model, tmp_path / "snapshot" / "gemma-E2B-it-Q4_0.gguf", "auto") is None
+    place = tmp_path / "snapshot" / "gemma-E2B-it-Q4_0.gguf"
+    assert locate_drafter(model, place, "auto") is None
     assert hub.asked == [model]
+    hub.offer(model, files("gemma-E2B-it-Q4_0.gguf"))
+    assert locate_drafter(model, place, "auto") is None
+    assert hub.asked == [model, model, others[0]]
 
 
 @pytest.mark.parametrize("error", [CheckpointError("m: damaged"), PairError("sizes")])

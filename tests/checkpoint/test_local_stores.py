@@ -171,7 +171,13 @@ def without_rights() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    "closed", ["manifests/registry.ollama.ai", "manifests/registry.ollama.ai/library/m/latest", "blobs"]
+    "closed",
+    [
+        "manifests/registry.ollama.ai",
+        "manifests/registry.ollama.ai/library/m/latest",
+        "blobs",
+        f"blobs/sha256-{HEX}",
+    ],
 )
 def test_ollama_of_another_user(monkeypatch: pytest.MonkeyPatch, closed: str) -> None:
     with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are closed to others
@@ -234,7 +240,8 @@ def test_hub_ids_in_other_folders(home: Path) -> None:
     assert locate_drafter("org/gemma-GGUF", in_flat, "auto") == flat / "org_gemma-GGUF_mtp-gemma.gguf"
     assert "no such repository" in refused("org/gemma-GGUF:Q8_0")
     assert "no such file in" in refused("llama.cpp:absent.gguf")
-    assert "no such file in" in refused("llama.cpp:../../x.gguf")
+    files("x.gguf")(flat.parent)
+    assert "no such file in" in refused("llama.cpp:../x.gguf")
     assert "has not finished" in refused("llama.cpp:half.gguf")
     files("models/org/gemma-GGUF/gemma-Q8_0.gguf")(home / ".lmstudio")
     in_studio = home / ".lmstudio/models/org/gemma-GGUF/gemma-Q8_0.gguf"

@@ -86,9 +86,12 @@ def find_drafter(name: HubName, target: Path, wanted: Wanted) -> Path | None:
         wanted: how to choose among GGUFs.
     """
     base = re.sub(r"-gguf$", "", name.repository, flags=re.IGNORECASE)
-    names = [HubName(base + DRAFTER_SUFFIX)]
+    ends = [DRAFTER_SUFFIX]
     if base != name.repository:
-        names.insert(0, HubName(f"{base}{DRAFTER_SUFFIX}-GGUF"))
+        ends.insert(0, f"{DRAFTER_SUFFIX}-GGUF")
+    if base != name.repository and "qat" in base.lower().split("-"):
+        ends.append(f"-unquantized{DRAFTER_SUFFIX}")  # Google's, for its own GGUFs
+    names = [HubName(base + end) for end in ends]
     cached = next((found for one in names if (found := _cached(one, wanted))), None)
     if cached:
         return cached

@@ -177,7 +177,8 @@ def _hub_caches() -> list[Path]:
     hub = Path(given) if given else Path(os.environ.get("HF_HOME") or caches / "huggingface") / "hub"
     llama = os.environ.get("LLAMA_CACHE")
     return [
-        Path(os.path.expandvars(path)).expanduser() for path in dict.fromkeys([hub, *([Path(llama)] if llama else [])])
+        Path(os.path.expanduser(os.path.expandvars(path)))
+        for path in dict.fromkeys([hub, *([Path(llama)] if llama else [])])
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
@@ -63,13 +64,15 @@ def locate_drafter(model: str, place: Path, choice: str, notify: Callable[[str],
     - of a GGUF: another GGUF in its folder, in a folder in that, or in the folder above, with "mtp" or "assistant" in
       its name (see `choose_drafter`); else a folder as above;
     - of Ollama's: what its manifest names as the draft;
-    - of a hub id: the same in its repository, then the repository with "-assistant" in its name.
+    - of a hub id: the same in its repository, then the repository with "-assistant" in its name (for `org/name-GGUF`,
+      `org/name-assistant-GGUF`, `org/name-assistant`, and `org/name-unquantized-assistant` if it is QAT).
 
     Args:
         model: the target as the user named it.
         place: where `locate` found it.
         choice: "none", "auto", or the drafter's name as `locate` takes it.
-        notify: told what was found in another program's folders.
+        notify: told what was found in another program's folders, and when names say that the pair does not belong
+            together.
 
     Raises:
         CheckpointError: the drafter is not available. With "auto", None is returned if there is none or the hub cannot
@@ -77,16 +80,15 @@ def locate_drafter(model: str, place: Path, choice: str, notify: Callable[[str],
     """
     if choice == "none":
         return None
-    wanted = Wanted(notify, target=Path(os.path.abspath(place)).name)
-    if choice != "auto":
-        return _locate(choice, wanted)
-    if model.startswith(OLLAMA):
+    if choice == "auto" and model.startswith(OLLAMA):
         return ollama_file(model.removeprefix(OLLAMA), "draft")
-    beside = _beside_file(place, wanted) if place.is_file() else _beside_folder(place, wanted)
-    if beside or model in BUNDLED or os.path.lexists(_local(model)):
-        return beside
-    name = hub.parse(model)
-    return hub.find_drafter(name, place, wanted) if name else None
+    wanted = Wanted(notify, target=Path(os.path.abspath(place)).name)
+    found = _locate(choice, wanted) if choice != "auto" else _find_drafter(model, place, wanted)
+    if found and _is_qat(f"{choice} {found}") != _is_qat(f"{model} {place}"):
+        notify(
+            f"drafter: {found.name}: only one of the pair is named as QAT; drafts of its own drafter fit a model better"
+        )
+    return found
 
 
 @contextlib.contextmanager
@@ -105,6 +107,18 @@ def unless_asked(choice: str, notify: Callable[[str], None]) -> Iterator[None]:
         notify(f"drafter: left out; {error}")
 
 
+def _find_drafter(model: str, place: Path, wanted: Wanted) -> Path | None:
+    beside = _beside_file(place, wanted) if place.is_file() else _beside_folder(place, wanted)
+    if beside or model in BUNDLED or _local(model):
+        return beside
+    name = hub.parse(model)
+    return hub.find_drafter(name, place, wanted) if name else None
+
+
+def _is_qat(name: str) -> bool:
+    return bool(re.search(r"(?<![a-z0-9])qat(?![a-z0-9])", name, re.IGNORECASE))
+
+
 def _locate(model: str, wanted: Wanted) -> Path:
     if model in BUNDLED:
         return ASSETS / model
@@ -116,13 +130,10 @@ def _locate(model: str, wanted: Wanted) -> Path:
     if model.startswith(local_stores.LM_STUDIO):
         name, _, tag = model.removeprefix(local_stores.LM_STUDIO).partition(":")
         return _given(local_stores.lm_studio_path(name), tag, wanted)
-    path = _local(model)
-    if os.path.lexists(path):
-        return _given(path, "", wanted)
-    folder, _, tag = model.rpartition(":")
-    if folder and _local(folder).is_dir():
-        return _given(_local(folder), tag, wanted)
-    unfinished = next((half for end in local_stores.HALF_DOWNLOADS if (half := _local(model + end)).is_file()), None)
+    local = _local(model)
+    if local:
+        return _given(*local, wanted)
+    unfinished = next((half for end in local_stores.HALF_DOWNLOADS if (half := _path(model + end)).is_file()), None)
     if unfinished:
         raise local_stores.half_download(unfinished)
     hub_name = hub.parse(model)
@@ -135,7 +146,16 @@ def _locate(model: str, wanted: Wanted) -> Path:
     raise CheckpointError(f"{model}: no such folder or file; {local_stores.suggestion(model)}{FORMS}")
 
 
-def _local(model: str) -> Path:
+def _local(model: str) -> tuple[Path, str] | None:
+    """The path that is meant, and the tag after a folder's name; None if there is no such path."""
+    path = _path(model)
+    if os.path.lexists(path):
+        return path, ""
+    folder, _, tag = model.rpartition(":")
+    return (_path(folder), tag) if folder and _path(folder).is_dir() else None
+
+
+def _path(model: str) -> Path:
     try:
         path = Path(model).expanduser()
         path.exists()
