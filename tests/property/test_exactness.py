@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from paceline import _cpu
-from paceline.checkpoint.hub import ASSETS
+from paceline.checkpoint.location import ASSETS
 from paceline.engine.prefix_cache import PrefixCache
 from paceline.engine.scheduler import Scheduler
 from paceline.engine.sequence import Sequence

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import paceline
-from paceline.checkpoint.hub import ASSETS
+from paceline.checkpoint.location import ASSETS
 from paceline.engine.engine import Engine, Request
 from paceline.engine.sequence import Sequence
 from paceline.types import Event, SamplingParams

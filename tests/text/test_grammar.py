@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from paceline.checkpoint.hub import ASSETS
+from paceline.checkpoint.location import ASSETS
 from paceline.errors import SettingsError
 from paceline.text.grammar import Grammars, json_rule, regex_rule
 from paceline.text.tool_grammar import call_grammar

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paceline.checkpoint.hub import ASSETS
+from paceline.checkpoint.location import ASSETS
 from paceline.errors import CheckpointError, PacelineError, PromptError
 from paceline.text import Tokenizer, tokenizer_file
 from tests.fixtures.pairs import tiny_tokenizer

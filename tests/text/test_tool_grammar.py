@@ -9,7 +9,7 @@ import jsonschema_rs
 import numpy as np
 import pytest
 
-from paceline.checkpoint.hub import ASSETS
+from paceline.checkpoint.location import ASSETS
 from paceline.errors import SettingsError
 from paceline.text import Tokenizer
 from paceline.text.grammar import Grammars

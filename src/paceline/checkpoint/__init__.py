@@ -1,7 +1,7 @@
 """Checkpoint files: locating and downloading them, and reading their configs and tensors."""
 
 from paceline.checkpoint.checkpoint import Checkpoint
-from paceline.checkpoint.hub import locate, locate_drafter
+from paceline.checkpoint.location import locate, locate_drafter, unless_asked
 from paceline.checkpoint.names import Tensors, drafter_tensors, resolve, target_tensors
 from paceline.checkpoint.safetensors import read_header
 from paceline.checkpoint.tensors import TensorRef
@@ -16,4 +16,5 @@ __all__ = [
     "read_header",
     "resolve",
     "target_tensors",
+    "unless_asked",
 ]

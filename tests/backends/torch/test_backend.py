@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from paceline.backends.torch.load import open_device
-from paceline.checkpoint.hub import ASSETS
+from paceline.checkpoint.location import ASSETS
 from paceline.errors import BackendError, PairError
 from paceline.types import GREEDY, Draft, SamplingParams, Work
 from tests.fixtures.backends import cpu_backend, run, sequence, torch_backend

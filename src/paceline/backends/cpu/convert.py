@@ -14,7 +14,7 @@ from paceline.backends.cpu.packfile import write_pack
 from paceline.backends.cpu.weights import Weights, pack_checkpoint
 from paceline.checkpoint import Checkpoint, resolve
 from paceline.checkpoint.checkpoint import PACKED_NAME
-from paceline.checkpoint.hub import DRAFTER_FOLDER
+from paceline.checkpoint.location import DRAFTER_FOLDER
 from paceline.config import TargetConfig, check_pair
 from paceline.errors import CheckpointError, SettingsError
 from paceline.quant.recipes import RECIPES

@@ -9,10 +9,11 @@ from pathlib import Path
 from paceline.backends.cpu.pack_cache import LEAST_BYTES, fingerprint, pack_path
 from paceline.backends.cpu.packfile import StalePack, open_pack, write_pack
 from paceline.backends.cpu.weights import Weights, pack_checkpoint
-from paceline.backends.formats import available_memory, choose_quant
+from paceline.backends.formats import choose_quant
 from paceline.checkpoint import Checkpoint, resolve
 from paceline.config import DrafterConfig, TargetConfig
 from paceline.errors import CheckpointError, SettingsError
+from paceline.memory import available_memory
 
 
 @dataclass(frozen=True)

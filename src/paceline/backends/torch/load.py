@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from paceline.backends.formats import available_memory, choose_quant
+from paceline.backends.formats import choose_quant
 from paceline.backends.torch.backend import TorchBackend
 from paceline.backends.torch.measure import device_name
 from paceline.backends.torch.weights import CheckpointSource, RandomSource
@@ -15,6 +15,7 @@ from paceline.checkpoint import Checkpoint, resolve
 from paceline.checkpoint.names import PLE_TABLE
 from paceline.config import DrafterConfig, TargetConfig
 from paceline.errors import BackendError
+from paceline.memory import available_memory
 from paceline.quant.recipes import RECIPES
 
 __all__ = ["device_name", "load_backend", "open_device", "random_backend"]
