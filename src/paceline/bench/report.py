@@ -79,7 +79,7 @@ def plot_costs(report: Mapping[str, Any], path: Path) -> None:
     Raises:
         SettingsError: matplotlib is not installed, or the file cannot be written.
     """
-    new_figure = figure_class()
+    new_figure = _figure_class()
     place = report.get("device") or f"{report['threads']} threads"
     rows = [int(key) for key in report["forward_ms"]]
     times = list(report["forward_ms"].values())
@@ -101,7 +101,7 @@ def plot_losses(report: Mapping[str, Any], path: Path) -> None:
     Raises:
         SettingsError: matplotlib is not installed, or the file cannot be written.
     """
-    figure = figure_class()(figsize=(9, 4), layout="constrained")
+    figure = _figure_class()(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     formats = report["formats"]
     losses = [max(row["kl_mean"], LEAST_KL) for row in formats]
@@ -118,12 +118,18 @@ def plot_losses(report: Mapping[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
-def figure_class() -> Any:
-    """Matplotlib's class of figures. Commands that draw at the end of minutes call this first.
+def check_plot(path: Path) -> None:
+    """Find out before minutes of measuring whether a plot can be drawn.
 
     Raises:
-        SettingsError: matplotlib is not installed.
+        SettingsError: matplotlib is not installed, or there is no such folder.
     """
+    _figure_class()
+    if not path.parent.is_dir():
+        raise SettingsError(f"{path}: cannot be written (no such folder); make it first")
+
+
+def _figure_class() -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

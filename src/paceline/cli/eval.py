@@ -29,8 +29,8 @@ def evaluate(
     text: Annotated[
         list[Path] | None,
         typer.Argument(
-            help="Text files (UTF-8) to measure on; default: short ones that come with paceline (prose, dialogue, code, "
-            "several languages, a licence).",
+            help="Text files (UTF-8) to measure on; default: short ones that come with paceline, of prose, dialogue, "
+            "code, a licence and several languages.",
             metavar="[TEXT...]",
             show_default=False,
         ),
@@ -87,7 +87,7 @@ def evaluate(
     for name in quant or ():
         check_quant(name)
     if plot:
-        report.figure_class()
+        report.check_plot(plot)
     texts = read_texts({str(path): path for path in text} if text else bundled())
     against, choices = choose(model, quant or (), reference)
     out = report.console()
