@@ -168,10 +168,13 @@ def test_logits_that_are_no_numbers(value: float) -> None:
     assert backend.open_slot() == 0
 
 
-def test_speed_is_of_one_row() -> None:
+def test_speed_is_of_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = np.cumsum([0, 100] + [0, 0.25] * (evaluation.TIMED - 1)).tolist()
+    monkeypatch.setattr(evaluation.time, "perf_counter", lambda: times.pop(0))
     works = []
     backend = ScriptedBackend(VOCABULARY, max_rows=ROWS, context=ROWS + 1, watch=works.extend)
-    assert decode_tokens_per_s(backend, WINDOWS[3].tokens) > 0
+    assert decode_tokens_per_s(backend, WINDOWS[3].tokens) == 4
+    monkeypatch.undo()
     assert [len(work.tokens) for work in works] == [ROWS] + [1] * evaluation.TIMED
     assert {work.position for work in works[1:]} == {ROWS}
     assert backend.open_slot() == 0
