@@ -91,7 +91,7 @@ def open_pair(
     info = backend.info
     if room > info.context:
         raise SettingsError(f"this takes {room} positions and the model has {info.context}; measure fewer")
-    bandwidth, about, peak = _machine(backend)
+    bandwidth, about, peak = machine_of(backend)
     about = {"model": model or shape, "random_weights": model is None, "quant": info.quant, **about}
     return Pair(Bench(backend, context, CHUNK, bandwidth), config, about, peak)
 
@@ -114,7 +114,7 @@ def _random_pair(shape: str, quant: str, threads: int | None, device: str, room:
     )
 
 
-def _machine(backend: Backend) -> tuple[Bandwidth, dict[str, Any], Callable[[], int]]:
+def machine_of(backend: Backend) -> tuple[Bandwidth, dict[str, Any], Callable[[], int]]:
     """The machine's bandwidth, a description, and its peak memory."""
     if isinstance(backend, CpuBackend):
         about = {"threads": backend.threads, "isa": backend.info.device}

@@ -11,6 +11,8 @@ from rich.table import Table
 
 from paceline.errors import SettingsError
 
+LEAST_KL = 1e-7  # nats: what plots show of the same distributions
+
 
 def decode_table(report: Mapping[str, Any]) -> Table:
     """Milliseconds and bandwidth of a forward pass, by rows."""
@@ -77,14 +79,11 @@ def plot_costs(report: Mapping[str, Any], path: Path) -> None:
     Raises:
         SettingsError: matplotlib is not installed, or the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise SettingsError("--plot needs matplotlib; install it with pip install 'paceline[plot]'") from error
+    new_figure = _figure_class()
     place = report.get("device") or f"{report['threads']} threads"
     rows = [int(key) for key in report["forward_ms"]]
     times = list(report["forward_ms"].values())
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = new_figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     axes.plot(rows, times, marker="o", color="#2f6f9f", label="measured")
     limit = report["pass_bytes"] / report["read_bandwidth_gb_s"] / 1e6
@@ -93,6 +92,52 @@ def plot_costs(report: Mapping[str, Any], path: Path) -> None:
     axes.set_title(f"{report['model']} {report['quant']}, {report['context']} tokens of context, {place}")
     axes.legend(loc="lower right")
     axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def plot_losses(report: Mapping[str, Any], path: Path) -> None:
+    """Draw KL divergence from the reference against bits a weight, and against the speed of decoding.
+
+    Raises:
+        SettingsError: matplotlib is not installed, or the file cannot be written.
+    """
+    figure = _figure_class()(figsize=(9, 4), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    formats = report["formats"]
+    losses = [max(row["kl_mean"], LEAST_KL) for row in formats]
+    for axes, key, label in ((left, "bits_per_weight", "bits a weight"), (right, "tokens_per_s", "tokens/s, decoding")):
+        values = [row[key] for row in formats]
+        axes.plot(values, losses, marker="o", linestyle="", color="#2f6f9f")
+        for row, value, loss in zip(formats, values, losses, strict=True):
+            axes.annotate(row["quant"], (value, loss), textcoords="offset points", xytext=(6, 4))
+        axes.set(xlabel=label, yscale="log", xlim=(0, 1.15 * max(values)))
+        axes.grid(axis="y", color="#dddddd")
+        axes.spines[["top", "right"]].set_visible(False)
+    left.set_ylabel(f"KL divergence from {report['reference']['quant']}, nats")
+    figure.suptitle(f"{report['model']}, {report['positions']} positions")
+    _save(figure, path)
+
+
+def check_plot(path: Path) -> None:
+    """Find out before minutes of measuring whether a plot can be drawn.
+
+    Raises:
+        SettingsError: matplotlib is not installed, or there is no such folder.
+    """
+    _figure_class()
+    if not path.parent.is_dir():
+        raise SettingsError(f"{path}: cannot be written (no such folder); make it first")
+
+
+def _figure_class() -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise SettingsError("--plot needs matplotlib; install it with pip install 'paceline[plot]'") from error
+    return Figure
+
+
+def _save(figure: Any, path: Path) -> None:
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:

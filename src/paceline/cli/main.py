@@ -14,6 +14,7 @@ from paceline.cli.bench import bench
 from paceline.cli.chat import chat
 from paceline.cli.convert import convert
 from paceline.cli.demo import demo
+from paceline.cli.eval import evaluate
 from paceline.cli.generate import generate
 from paceline.cli.inspect import inspect
 from paceline.cli.serve import serve
@@ -25,6 +26,7 @@ USER_ERROR = 2
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 for command in (generate, serve, chat, demo, inspect, convert, verify):
     app.command()(command)
+app.command("eval")(evaluate)
 app.add_typer(bench, name="bench")
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,13 +10,14 @@ import typer
 
 from paceline import __version__
 from paceline.cli import options as opt
+from paceline.cli.progress import progress_bar
 from paceline.errors import SettingsError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from paceline import Engine
-    from paceline.bench.audit import Audit, Difference, Progress, Run, Speeds, Top
+    from paceline.bench.audit import Audit, Difference, Run, Speeds, Top
 
 
 def verify(
@@ -52,7 +50,7 @@ def verify(
     from paceline.bench.audit import PROMPTS, audit, measure_speeds
 
     texts = own or PROMPTS
-    with _progress() as progress:
+    with progress_bar("runs") as progress:
         found = audit(engine, texts, max_tokens, progress)
         speeds = measure_speeds(engine, texts, max_tokens, progress)
     about = {
@@ -89,27 +87,6 @@ def _read_prompts(path: Path) -> tuple[str, ...]:
     if not lines:
         raise SettingsError(f"{path}: has no prompts; write one per line")
     return lines
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    """A progress bar on stderr if that is a terminal, refreshed between runs: a thread would disturb timings."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bar
-
-    console = Console(stderr=True)
-    if not sys.stderr.isatty():
-        yield lambda *_: None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("runs"))
-    with Bar(*columns, TimeElapsedColumn(), console=console, auto_refresh=False, transient=True) as bar:
-        task = bar.add_task("", total=None, visible=False)
-
-        def show(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total, visible=True, refresh=True)
-
-        yield show
 
 
 def _report(found: Audit, speeds: Speeds | None) -> dict[str, Any]:
