@@ -15,7 +15,7 @@ import tokenizers
 
 from paceline.checkpoint import Checkpoint, target_tensors
 from paceline.checkpoint.config_json import target_config
-from paceline.checkpoint.hub import ASSETS
+from paceline.checkpoint.location import ASSETS
 from paceline.errors import CheckpointError
 from paceline.text import Tokenizer
 from paceline.vocabulary import Strings, Vocabulary
