@@ -1,4 +1,4 @@
-"""Where a model is found. No test reaches the network: the cache is written by hand, the hub is a stand-in."""
+"""Where a model is found. No test leaves this machine: the cache is written by hand, the hub is a stand-in."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from paceline.checkpoint import locate, locate_drafter, unless_asked
 from paceline.checkpoint.hub import HubName, parse
 from paceline.errors import CheckpointError, PairError
 from tests.fixtures.checkpoints import TARGET, target_weights, write, write_drafter, write_target
-from tests.fixtures.model_stores import Hub, cache, files, hide_local_models, http
+from tests.fixtures.model_stores import Hub, cache, files, hide_local_models, http, served
 
 ID = "org/gemma-tiny"
 
@@ -364,11 +364,15 @@ def test_a_drafter_that_nobody_asked_for_is_left_out(error: Exception) -> None:
     assert len(notices) == 1
 
 
-def offline(home: Path, code: str) -> subprocess.CompletedProcess[str]:
-    """Run code with the real client of the hub, its cache in `home`, and no network."""
-    environment = os.environ | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+def real_client(home: Path, code: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run code with the real client of the hub, and its cache in `home`."""
+    environment = os.environ | {"HF_HOME": str(home), "NO_PROXY": "127.0.0.1", **variables}
     code = "from paceline.checkpoint import *; from paceline.errors import *\n" + code
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+
+
+def offline(home: Path, code: str) -> subprocess.CompletedProcess[str]:
+    return real_client(home, code, HF_HUB_OFFLINE="1")
 
 
 def test_offline_when_cached(tmp_path: Path) -> None:
@@ -385,6 +389,27 @@ def test_offline_when_ggufs_are_cached(tmp_path: Path) -> None:
     done = offline(tmp_path, code)
     expected = [str(snapshot / "gemma-tiny-Q4_0.gguf"), str(snapshot / "mtp-gemma-tiny.gguf")]
     assert done.stdout.split() == expected, done.stderr
+
+
+def test_the_real_client_fetches_only_what_is_chosen(tmp_path: Path) -> None:
+    content = {
+        "gemma-E2B-it-Q4_0.gguf": b"GGUF" + bytes(10),
+        "gemma-E2B-it-Q8_0.gguf": b"GGUF" + bytes(20),
+        "MTP/gemma-E2B-it-Q8_0-MTP.gguf": b"GGUF" + bytes(5),
+        "mmproj-F16.gguf": b"GGUF",
+    }
+    code = f"place = locate('{ID}'); print(place); print(locate_drafter('{ID}', place, 'auto'))"
+    with served(ID, content) as (address, asked):
+        done = real_client(tmp_path, code, HF_ENDPOINT=address)
+        places = [Path(line) for line in done.stdout.splitlines()]
+        assert [path.name for path in places] == ["gemma-E2B-it-Q8_0.gguf", "gemma-E2B-it-Q8_0-MTP.gguf"], done.stderr
+        assert [path.read_bytes() for path in places] == [content["gemma-E2B-it-Q8_0.gguf"], b"GGUF" + bytes(5)]
+        assert {path.rpartition("/")[2] for path in asked if "/resolve/" in path} == {path.name for path in places}
+        asked.clear()
+        assert real_client(tmp_path, code, HF_ENDPOINT=address).stdout == done.stdout
+        assert asked == []  # everything is here
+        absent = real_client(tmp_path, code.replace(ID, "org/absent"), HF_ENDPOINT=address)
+        assert "no such repository on the hub" in absent.stderr
 
 
 def test_half_a_download_is_resumed(tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
