@@ -13,7 +13,7 @@ from paceline.backends.base import Backend
 from paceline.backends.cpu.backend import CpuBackend, default_threads, processors
 from paceline.backends.cpu.sources import WeightSource, open_source
 from paceline.backends.formats import check_quant
-from paceline.checkpoint import Checkpoint, locate, locate_drafter
+from paceline.checkpoint import Checkpoint, locate, locate_drafter, resolve, unless_asked
 from paceline.checkpoint.config_json import token_ids
 from paceline.config import LIMITS, DrafterConfig, TargetConfig, check_pair
 from paceline.engine.cost_model import load_costs
@@ -71,8 +71,9 @@ def load(
     """Load a Gemma 4 model and its drafter.
 
     Args:
-        model: a folder, a hub id (downloaded when it is not in the cache), or `tiny-python` for the bundled pair.
-        drafter: "auto" (the folder or hub id with "-assistant" appended to its name), "none", or a folder or hub id.
+        model: a folder, a GGUF, a hub id (downloaded when it is not in the cache), a name of another program's such as
+            `ollama:gemma4:e2b`, or `tiny-python` for the bundled pair; `checkpoint.locate` says more.
+        drafter: "auto" for one beside the model (see `checkpoint.locate_drafter`), "none", or a model's name.
         device: "cpu" for the native kernels; "cuda" for those of a GPU, which need the extra `cuda`; "mps" or another
             device of PyTorch ("torch:cpu" for PyTorch on the processor), which is slow.
         quant: weight format: f32, bf16, q8, q4, or auto for the most precise one that fits the memory at hand.
@@ -101,18 +102,13 @@ def load(
     _check_range("prompt_chunk", prompt_chunk, 1, MAX_PROMPT_CHUNK)
     _check_range("cache_memory", cache_memory, 0, MAX_CACHE_MEMORY)
     _check_range("most_waiting", most_waiting, 0, MAX_WAITING)
-    folder = locate(model)
-    checkpoint = Checkpoint.open(folder)
+    place = locate(model, notify)
+    checkpoint = Checkpoint.open(place)
     config = checkpoint.target_config()
-    draft_checkpoint = _open_drafter(model, folder, drafter, notify)
-    draft_config = draft_checkpoint.drafter_config() if draft_checkpoint else None
-    if draft_config:
-        check_pair(config, draft_config)
-    # Small files come before the weights, so that what is missing is reported at once.
+    pair = _open_drafter(model, place, drafter, config, notify)
+    # Small files come before the weights, so that what is missing is reported at once. The template's process starts.
     where = str(checkpoint.where("tokenizer_config.json"))
-    template = ChatTemplate.open(
-        checkpoint.chat_template_path, checkpoint.tokenizer_config, where
-    )  # its process starts
+    template = ChatTemplate.open(checkpoint.chat_template_path, checkpoint.tokenizer_config, where)
     tokenizer = Tokenizer.open(checkpoint.tokenizer, checkpoint.tokenizer_config, config.bos_id, config.vocab_size)
     if template:
         template.check()
@@ -122,7 +118,7 @@ def load(
         notify(f"context: {config.max_positions} tokens, which is all the model can take")
     parts = Parts(
         target=(checkpoint, config),
-        drafter=(draft_checkpoint, draft_config) if draft_checkpoint and draft_config else None,
+        drafter=pair,
         quant=quant,
         threads=threads,
         sizes={
@@ -143,7 +139,7 @@ def load(
         tokenizer=tokenizer,
         chat_template=template,
         target_config=config,
-        drafter_config=draft_config,
+        drafter_config=pair[1] if pair else None,
         stop_ids=stop_ids,
         sampling=sampling,
         draft_tokens=draft_tokens,
@@ -225,13 +221,24 @@ def _stop_ids(checkpoint: Checkpoint, config: TargetConfig) -> tuple[int, ...]:
     )
 
 
-def _open_drafter(model: str, folder: Path, choice: str, notify: Callable[[str], None]) -> Checkpoint | None:
-    found = locate_drafter(model, folder, choice)
-    if found is None:
-        if choice != "none":
-            notify(f"drafter: none found beside {model}; decoding without one")
-        return None
-    return Checkpoint.open(found)
+def _open_drafter(
+    model: str, place: Path, choice: str, config: TargetConfig, notify: Callable[[str], None]
+) -> tuple[Checkpoint, DrafterConfig] | None:
+    """The drafter of a target; one that was not asked for and cannot be used is left out with a notice."""
+    pair = None
+    with unless_asked(choice, notify):
+        found = locate_drafter(model, place, choice, notify)
+        if found is None:
+            if choice != "none":
+                notify(f"drafter: none found beside {model}; decoding without one")
+            return None
+        checkpoint = Checkpoint.open(found)
+        draft_config = checkpoint.drafter_config()
+        check_pair(config, draft_config)
+        if not checkpoint.packed:
+            resolve(checkpoint, draft_config)
+        pair = checkpoint, draft_config
+    return pair
 
 
 def _check_range(name: str, value: int | None, least: int, most: int) -> None:

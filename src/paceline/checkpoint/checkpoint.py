@@ -6,13 +6,14 @@ Opening it reads only JSON and headers. What follows sees no difference: a GGUF 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from paceline.checkpoint.config_json import DRAFTER_TYPES, TARGET_TYPES, drafter_config, target_config, token_ids
-from paceline.checkpoint.gguf import SHARD, read_gguf
+from paceline.checkpoint.foreign import foreign
+from paceline.checkpoint.gguf import read_gguf
 from paceline.checkpoint.gguf_model import read_model
 from paceline.checkpoint.gguf_text import generation_settings, read_vocabulary, token_settings, tokenizer_settings
 from paceline.checkpoint.names import with_head
@@ -25,7 +26,6 @@ from paceline.sampling_params import PARAMETERS, SamplingParams
 from paceline.vocabulary import Vocabulary
 
 Config = TypeVar("Config")
-DRAFTER_MARKS = ("mtp-", "-mtp", "assistant", "dflash", "eagle3")  # in names of GGUF files
 PACKED_NAME = "model.paceline"  # packed weights, in a folder that `paceline convert` made
 
 
@@ -42,31 +42,30 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
-        """Open a model folder, a GGUF file, or a folder that holds one.
+        """Open a model folder, or a GGUF file whatever its name (`locate` finds the file in a folder of GGUFs).
 
         Raises:
             CheckpointError: the folder or a file is missing, damaged, or not of a Gemma model.
         """
-        if path.is_file() and path.suffix != ".safetensors":
+        if path.is_file():
             return cls._open_gguf(path)
         if not path.is_dir():
-            raise CheckpointError(
-                f"{path}: no such folder; give a model folder, a GGUF file or a hub id such as org/name"
-                if not path.exists()
-                else f"{path}: is one file of a model; give the folder that holds it with its config.json"
-            )
-        if not _has_weights(path) and (file := gguf_in(path)):
-            return cls._open_gguf(file)
+            raise CheckpointError(f"{path}: no such folder; give a model folder, a GGUF or a hub id such as org/name")
+        if not os.path.lexists(path / "config.json"):
+            _refuse_foreign(path, None)
         config = read_json(path / "config.json")
+        _refuse_foreign(path, config)
         kind = config.get("model_type")
         if kind not in TARGET_TYPES + DRAFTER_TYPES:
             raise CheckpointError(
-                f"{path / 'config.json'}: not a Gemma 4 model (model_type {kind!r}); "
+                f"{path / 'config.json'}: not a Gemma model (model_type {kind!r}); "
                 f"give a folder whose model_type is one of {', '.join(TARGET_TYPES + DRAFTER_TYPES)}"
             )
         optional = [path / name for name in ("generation_config.json", "tokenizer_config.json")]
         generation, tokenizer = (read_json(file) if os.path.lexists(file) else {} for file in optional)
-        return cls(path, config, generation, tokenizer, _read_tensors(path))
+        tensors = _read_tensors(path)
+        _refuse_foreign(path, config, tensors)
+        return cls(path, config, generation, tokenizer, tensors)
 
     @classmethod
     def _open_gguf(cls, path: Path) -> Checkpoint:
@@ -164,26 +163,10 @@ class Checkpoint:
             raise CheckpointError(f"{path}: {error}") from error
 
 
-def gguf_in(folder: Path) -> Path | None:
-    """The GGUF file of a folder's model, the first if it has several parts; None if there is none.
-
-    What belongs to a model (an mmproj, and a drafter where there is a model) is left aside.
-
-    Raises:
-        CheckpointError: the folder holds several models.
-    """
-    files = [path for path in sorted(folder.glob("*.gguf")) if "mmproj" not in path.name.lower()]
-    files = [path for path in files if not (part := SHARD.fullmatch(path.name)) or int(part[2]) == 1]
-    targets = [path for path in files if not any(mark in path.name.lower() for mark in DRAFTER_MARKS)]
-    found = targets or files
-    if len(found) > 1:
-        names = ", ".join(path.name for path in found)
-        raise CheckpointError(f"{folder}: holds several GGUF files ({names}); give the path of one")
-    return found[0] if found else None
-
-
-def _has_weights(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("model.safetensors", "model.safetensors.index.json", PACKED_NAME))
+def _refuse_foreign(folder: Path, config: Mapping[str, Any] | None, names: Iterable[str] = ()) -> None:
+    """Raise `CheckpointError` with what a folder is if it is known but none to read."""
+    if not (folder / PACKED_NAME).exists() and (what := foreign(folder, config, names)):
+        raise CheckpointError(f"{folder}: {what}")
 
 
 def shard_names(folder: Path) -> tuple[str, ...]:
