@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -153,6 +154,27 @@ def test_what_makes_no_sense_is_refused(text: dict[str, Any], says: str) -> None
     with pytest.raises(CheckpointError, match=says) as caught:
         changed(G270M, **text)
     assert "\n" not in str(caught.value)
+
+
+def test_any_values_give_settings_or_one_line() -> None:
+    values: list[Any] = [None, 0, -1, 1, 2**63, 10**400, 1.5, float("nan"), float("inf"), "x", [], {}, [1], True, False]
+    values += [{"a": 1}, {"rope_type": "linear"}, {"factor": 8}, {"rope_type": ["x"]}, {"full_attention": []}]
+    values += [
+        {"full_attention": {"factor": 10**400, "rope_type": "linear"}},
+        {"0": {"intermediate_size": 5}},
+        {"00": 3},
+    ]
+    keys = [*G270M, "rope_parameters", "sliding_window_pattern", "per_layer_config", "tie_word_embeddings"]
+    keys += ["norms_include_one", "num_kv_shared_layers", "attention_k_eq_v", "text_config"]
+    random, right, messages = Random(1), 0, ""
+    for _ in range(2000):
+        text = {random.choice(keys): random.choice(values) for _ in range(random.randint(1, 3))}
+        try:
+            right += len(target_tensors(changed(G270M, **text))) > 0
+        except CheckpointError as error:
+            messages += str(error)
+    assert "\n" not in messages
+    assert 100 < right < 1900
 
 
 def weights_of(config: TargetConfig) -> dict[str, np.ndarray]:

@@ -1,6 +1,7 @@
 """A checkpoint is loaded whole or refused by name."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from paceline.checkpoint import Checkpoint, Tensors, drafter_tensors, resolve, target_tensors
 from paceline.checkpoint.config_json import drafter_config, target_config
 from paceline.checkpoint.sizes import count_parameters
+from paceline.checkpoint.tensors import BLOCKS
 from paceline.config import TargetConfig
 from paceline.errors import CheckpointError
 from tests.fixtures import shapes
@@ -153,8 +155,8 @@ def test_the_head_is_what_the_files_hold(tmp_path: Path, config: dict[str, Any],
 
 def test_a_head_of_its_own_that_is_missing(tmp_path: Path) -> None:
     message = refused(write(tmp_path, UNTIED, target_weights()))
-    assert "config.json: tie_word_embeddings is false" in message
-    assert "have no lm_head.weight" in message
+    assert "no lm_head.weight" in message
+    assert "tie_word_embeddings is false" in message
 
 
 def test_a_head_of_another_size(tmp_path: Path) -> None:
@@ -223,6 +225,22 @@ def test_wrong_types(tmp_path: Path) -> None:
     weights = drafter_weights()
     weights["masked_embedding.token_ordering"] = weights["masked_embedding.token_ordering"].astype(np.float32)
     assert "F32" in refused(write(tmp_path / "drafter", DRAFTER, weights))
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_matrices_may_be_blocks_and_vectors_may_not(tmp_path: Path, kind: str) -> None:
+    checkpoint = Checkpoint.open(write_target(tmp_path))
+    config = checkpoint.target_config()
+    matrix, vector = "layers.1.mlp.up_proj.weight", "layers.1.input_layernorm.weight"
+
+    def resolved(name: str) -> Tensors:
+        tensors = dict(checkpoint.tensors)
+        tensors[PREFIX + name] = replace(tensors[PREFIX + name], dtype=kind)
+        return resolve(replace(checkpoint, tensors=tensors), config)
+
+    assert resolved(matrix)[matrix].dtype == kind
+    with pytest.raises(CheckpointError, match=f"{vector} has type {kind}, not F32"):
+        resolved(vector)
 
 
 def test_the_same_tensor_under_two_names(tmp_path: Path) -> None:

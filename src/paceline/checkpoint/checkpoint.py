@@ -143,9 +143,8 @@ class Checkpoint:
         Raises:
             CheckpointError: this is a drafter, or a setting is missing or unsupported.
         """
-        if self.packed:
-            return self._resolve(target_config)
-        return self._resolve(lambda config: with_head(target_config(config), self.tensors))
+        config = self._resolve(target_config)
+        return config if self.packed else with_head(config, self.tensors)
 
     def drafter_config(self) -> DrafterConfig:
         """The config of a drafter.

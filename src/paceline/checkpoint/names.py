@@ -216,12 +216,12 @@ def with_head(config: TargetConfig, tensors: Mapping[str, TensorRef]) -> TargetC
     heads = [ref for name, ref in tensors.items() if canonical_name(name) == HEAD]
     embedding = next((ref for name, ref in tensors.items() if canonical_name(name) == EMBEDDING), None)
     if not heads:
-        if not config.tied_head:
-            raise CheckpointError(
-                f"tie_word_embeddings is false, and the files have no {HEAD}: parts of the checkpoint are missing; "
-                "take all its files, or set tie_word_embeddings to true if it has no head of its own"
-            )
-        return config
+        if config.tied_head or embedding is None:
+            return config  # `resolve` misses an embedding
+        raise CheckpointError(
+            f"{embedding.path.parent}: there is no {HEAD}, and config.json says that tie_word_embeddings is false; "
+            "add the file that holds it, or set tie_word_embeddings to true if the model was trained so"
+        )
     if heads[0].shape != (config.vocab_size, config.hidden_size):
         return config  # `resolve` says what is wrong with it
     tied = len(heads) == 1 and embedding is not None and _same_bytes(heads[0], embedding)

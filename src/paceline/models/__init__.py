@@ -1,4 +1,4 @@
-"""Gemma 4 in PyTorch: `gemma4` (targets), `drafter` (their MTP drafters), and the operations both are made of.
+"""Gemma 4 in PyTorch: `gemma4` (targets, Gemma 3's too), `drafter` (MTP drafters), and the operations of both.
 
 Needs the `torch` extra. Serves the PyTorch backend, training and parity tests.
 """
