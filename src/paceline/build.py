@@ -225,7 +225,6 @@ def _open_drafter(
     model: str, place: Path, choice: str, config: TargetConfig, notify: Callable[[str], None]
 ) -> tuple[Checkpoint, DrafterConfig] | None:
     """The drafter of a target; one that was not asked for and cannot be used is left out with a notice."""
-    pair = None
     with unless_asked(choice, notify):
         found = locate_drafter(model, place, choice, notify)
         if found is None:
@@ -237,8 +236,8 @@ def _open_drafter(
         check_pair(config, draft_config)
         if not checkpoint.packed:
             resolve(checkpoint, draft_config)
-        pair = checkpoint, draft_config
-    return pair
+        return checkpoint, draft_config
+    return None
 
 
 def _check_range(name: str, value: int | None, least: int, most: int) -> None:
