@@ -102,9 +102,9 @@ def test_plain_formats(fmt: str, outputs: int, cols: int, seed: int) -> None:
 @given(outputs=OUTPUTS, cols=st.integers(1, 800), seed=SEEDS)
 def test_floats_are_quantised_at_any_width(fmt: str, outputs: int, cols: int, seed: int) -> None:
     """Formats of 256-column blocks too."""
-    weights = random_matrix(outputs, cols, seed)
+    weights = 100 * random_matrix(outputs, cols, seed)  # fp16 scales of factors of scales hold no tiny weights
     error = np.linalg.norm(rows_of(packed(weights, fmt)) - weights, axis=1)
-    assert np.all(error <= 8 * 2.0 ** -FORMATS[fmt].bits * np.linalg.norm(weights, axis=1) + 1e-6)
+    assert np.all(error <= 8 * 2.0 ** -FORMATS[fmt].bits * np.linalg.norm(weights, axis=1))
 
 
 @pytest.mark.parametrize("isa", ISAS)
