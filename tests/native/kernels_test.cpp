@@ -446,8 +446,8 @@ void test_sampler(const Kernels& kernels) {
 void test_isa(const Kernels& kernels) {
   for (int f = 0; f < kFormatCount; ++f) {
     const Format format = Format(f);
-    for (int64_t rows : {1, 16, 17, 33, 70})
-      for (int64_t cols : {1, 31, 32, 33, 64, 95, 200, 513, 1100}) test_products(kernels, format, rows, cols);
+    for (int64_t rows : {1, 17, 70})
+      for (int64_t cols : {1, 31, 64, 200, 513, 1100}) test_products(kernels, format, rows, cols);
     for (int other = 0; other < kFormatCount; ++other)
       for (int64_t cols : {64, 128}) test_misfits(kernels, format, Format(other), cols);
     test_gated(kernels, format, 72, 50);
