@@ -3,33 +3,18 @@
 // What the native code throws is translated by nanobind, and by translate() for what it knows no good words for:
 // std::invalid_argument is ValueError, std::out_of_range IndexError, std::bad_alloc and std::length_error MemoryError,
 // a value that cannot be converted TypeError, all else RuntimeError.
-#include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
-#include <nanobind/stl/shared_ptr.h>
-#include <nanobind/stl/string.h>
-#include <nanobind/stl/vector.h>
-
-#include <algorithm>
-#include <array>
 #include <cmath>
 #include <cstring>
 #include <limits>
 #include <memory>
-#include <unistd.h>
 
+#include "bind.hpp"
 #include "model/round.hpp"
 
-namespace nb = nanobind;
-using namespace nb::literals;
+using namespace nanobind::literals;
 using namespace paceline;
 
 namespace {
-
-template <class T, int N>
-using Array = nb::ndarray<const T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
-using AnyRows = nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-template <class T, int N>
-using Numpy = nb::ndarray<nb::numpy, T, nb::ndim<N>>;
 
 void translate(const std::exception_ptr& exception, void*) {
   try {
@@ -42,31 +27,6 @@ void translate(const std::exception_ptr& exception, void*) {
     PyErr_SetString(PyExc_TypeError, "a value of a type or a size that the native code does not take");
   }
 }
-
-// f(), a function of Python's C interface that waits for the GIL. While the interpreter ends, CPython before 3.14 ends a
-// thread that does so by unwinding it, and in the first noexcept function on the way that is std::terminate. The thread
-// sleeps here until the process is gone instead, as CPython 3.14 has it sleep. C functions throw nothing else.
-template <class F>
-auto waiting(F f) {
-  try {
-    return f();
-  } catch (...) {
-    while (true) pause();
-  }
-}
-
-class GilReleased {
- public:
-  GilReleased() : state_(PyEval_SaveThread()) {}
-  ~GilReleased() {
-    waiting([&] { PyEval_RestoreThread(state_); });
-  }
-  GilReleased(const GilReleased&) = delete;
-  GilReleased& operator=(const GilReleased&) = delete;
-
- private:
-  PyThreadState* state_;
-};
 
 class GilHeld {
  public:
@@ -113,96 +73,11 @@ std::vector<int32_t> tokens_of(nb::handle sequence) {
   return tokens;
 }
 
-// NumPy arrays may lie at any address; the arrays used in place must not.
-template <class T>
-void check_aligned(const T* data) {
-  if (reinterpret_cast<uintptr_t>(data) % alignof(T))
-    throw std::invalid_argument("an array that is not aligned to its elements");
-}
-
 template <class T>
 std::vector<T> copy_of(const Array<T, 1>& array) {
   std::vector<T> out(array.size());
   if (!out.empty()) std::memcpy(out.data(), array.data(), out.size() * sizeof(T));
   return out;
-}
-
-// bfloat16 has no NumPy type: its bits come as uint16.
-Element element_of(const nb::dlpack::dtype& type) {
-  if (type == nb::dtype<float>()) return Element::f32;
-  if (type == nb::dtype<uint16_t>()) return Element::bf16;
-  if (type.code == uint8_t(nb::dlpack::dtype_code::Float) && type.bits == 16) return Element::f16;
-  throw std::invalid_argument("expected float32, float16, or uint16 with the bits of bfloat16");
-}
-
-void check_cols(int64_t got, int64_t expected) {
-  if (got != expected)
-    throw std::invalid_argument("rows of " + std::to_string(got) + " columns where " + std::to_string(expected) +
-                                " belong");
-}
-
-// An array that frees `data` (from new[]) when Python drops it.
-template <class T, int N>
-Numpy<T, N> owned(T* data, const std::array<size_t, N>& shape) {
-  nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<T*>(p); });
-  return Numpy<T, N>(data, N, shape.data(), owner);
-}
-
-Numpy<float, 1> array_of(const Floats& values) {
-  float* out = new float[values.size()];
-  std::copy(values.begin(), values.end(), out);
-  return owned<float, 1>(out, {values.size()});
-}
-
-Numpy<float, 1> row_of(const Matrix& matrix, int64_t i) {
-  if (i < 0 || i >= matrix.view().rows)
-    throw std::out_of_range("no row " + std::to_string(i) + " in a matrix of " + std::to_string(matrix.view().rows));
-  Floats row(size_t(matrix.view().cols));
-  matrix.row(i, row.data());
-  return array_of(row);
-}
-
-// matrix times rows of x [rows, cols] with `threads` threads: what tests and benchmarks of the kernels call.
-void matmul(const Matrix& matrix, const Array<float, 2>& x, nb::ndarray<float, nb::ndim<2>, nb::c_contig> out,
-            const std::string& isa, int threads) {
-  const Kernels& kernels = select_kernels(isa);
-  const int64_t rows = int64_t(x.shape(0)), ld = int64_t(out.shape(1));
-  check_cols(int64_t(x.shape(1)), matrix.view().cols);
-  check_cols(ld, matrix.view().padded_rows());
-  if (int64_t(out.shape(0)) != rows)
-    throw std::invalid_argument(std::to_string(out.shape(0)) + " rows of out for " + std::to_string(rows) + " of x");
-  check_aligned(x.data()), check_aligned(out.data());
-  PackedRows packed;
-  packed.reserve(round_up(rows, kTile), matrix.view().padded_cols);
-  const ActView act = packed.view(matrix, lanes_for(rows));
-  const GilReleased release;
-  ThreadPool(threads).run([&](const Worker& w) {
-    const int64_t cols = matrix.view().cols;
-    w.for_share(rows, [&](int64_t r) { kernels.pack_activations(act, r, x.data() + r * cols, cols, 0, act.groups()); });
-    w.barrier();
-    w.parallel_for(matrix.view().units(), 1, [&](int64_t begin, int64_t end) {
-      kernels.matmul(matrix.view(), act, rows, begin, end, out.data(), ld);
-    });
-  });
-}
-
-constexpr int64_t kChunk = 1 << 20;  // bytes a check value covers before it is folded into the whole
-
-uint64_t checksum(const Array<uint8_t, 1>& data, int threads) {
-  const int64_t n = int64_t(data.size()), chunks = (n + kChunk - 1) / kChunk;
-  if (n % 512) throw std::invalid_argument("a checksum takes a multiple of 512 bytes");
-  const Kernels& kernels = select_kernels("");
-  std::vector<uint32_t> parts(static_cast<size_t>(chunks));
-  const GilReleased release;
-  ThreadPool(threads).run([&](const Worker& w) {
-    w.parallel_for(chunks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        parts[size_t(i)] = kernels.checksum(data.data() + i * kChunk, std::min(kChunk, n - i * kChunk));
-    });
-  });
-  uint64_t total = 0xcbf29ce484222325u;
-  for (uint32_t part : parts) total = (total ^ part) * 0x100000001b3u;
-  return total;
 }
 
 // The fields of a paceline.config.TargetConfig or DrafterConfig.
@@ -247,7 +122,7 @@ std::vector<MatrixPtr> matrices_of(const nb::list& list, const std::string& name
   return matrices;
 }
 
-// {name: Matrix, list of them, float32 or int32 vector, or table [rows, cols]}. Tables are used in place.
+// {name: Matrix, list of them, Table, float32 or int32 vector, or plain table [rows, cols]}. Tables are used in place.
 Weights weights_of(const nb::dict& tensors) {
   Weights weights;
   for (const auto& [key, tensor] : tensors) {
@@ -259,9 +134,8 @@ Weights weights_of(const nb::dict& tensors) {
     else if (nb::isinstance<nb::list>(tensor)) weights.add(name, matrices_of(nb::cast<nb::list>(tensor), name));
     else if (nb::try_cast(tensor, floats, false)) weights.add(name, copy_of(floats));
     else if (nb::try_cast(tensor, integers, false)) weights.add(name, copy_of(integers));
-    else if (nb::try_cast(tensor, rows, false))
-      weights.add(name, Table{element_of(rows.dtype()), int64_t(rows.shape(0)), int64_t(rows.shape(1)), rows.data(),
-                              std::make_shared<AnyRows>(rows)});
+    else if (nb::isinstance<Table>(tensor)) weights.add(name, nb::cast<Table>(tensor));
+    else if (nb::try_cast(tensor, rows, false)) weights.add(name, table_of(rows, ""));
     else throw std::invalid_argument("the tensor " + name + " is of no known kind");
   }
   return weights;
@@ -381,40 +255,6 @@ nb::tuple last_draft_step(const Decoder& decoder, int64_t row) {
   return nb::make_tuple(array_of(step.first), array_of(step.second));
 }
 
-void pack_matrix(Matrix& matrix, const AnyRows& source, int64_t first) {
-  check_cols(int64_t(source.shape(1)), matrix.view().cols);
-  const Element type = element_of(source.dtype());
-  const GilReleased release;
-  matrix.pack(type, source.data(), first, int64_t(source.shape(0)));
-}
-
-void bind_matrix(nb::module_& module) {
-  nb::class_<Matrix>(module, "Matrix", "A packed weight matrix.")
-      .def(
-          "__init__",
-          [](Matrix* self, const std::string& format, int64_t rows, int64_t cols) {
-            new (self) Matrix(format_from(format), rows, cols);
-          },
-          "format"_a, "rows"_a, "cols"_a)
-      .def_static(
-          "mapped",
-          [](const std::string& format, int64_t rows, int64_t cols, const Array<uint8_t, 1>& packed) {
-            return std::make_shared<Matrix>(format_from(format), rows, cols, packed.data(), packed.size());
-          },
-          "format"_a, "rows"_a, "cols"_a, "packed"_a, nb::keep_alive<0, 4>(), "A matrix over packed bytes, in place.")
-      .def("pack", &pack_matrix, "source"_a, "first"_a = 0,
-           "Pack rows [count, cols] of a checkpoint tensor from matrix row `first` on.")
-      .def("fill_random", &Matrix::fill_random, "seed"_a, nb::call_guard<GilReleased>(),
-           "Fill with plausible values without meaning, for measurements.")
-      .def("row", &row_of, "index"_a, "One row, unpacked to float32 [cols].")
-      .def(
-          "packed", [](const Matrix& m) { return Numpy<const uint8_t, 1>(m.view().data, {m.bytes()}); },
-          nb::rv_policy::reference_internal, "The packed bytes, in place.")
-      .def_prop_ro("shape", [](const Matrix& m) { return nb::make_tuple(m.view().rows, m.view().cols); })
-      .def_prop_ro("format", [](const Matrix& m) { return traits(m.view().format).name; })
-      .def_prop_ro("nbytes", &Matrix::bytes);
-}
-
 void bind_decoder(nb::module_& module) {
   using Snapshot = KvCache::Snapshot;
   const auto no_gil = nb::call_guard<GilReleased>();
@@ -456,12 +296,8 @@ NB_MODULE(_cpu, module) {
   // memory; a report of many lines would hide what the user is told.
   nb::set_leak_warnings(false);
   module.def("usable_isas", &usable_isas, "Instruction sets that work on this processor, best first.");
-  module.def("matmul", &matmul, "matrix"_a, "x"_a, "out"_a, "isa"_a = "", "threads"_a = 1,
-             "out [rows, padded matrix rows] = x [rows, cols] times the matrix transposed.");
-  module.def("checksum", &checksum, "data"_a, "threads"_a,
-             "Check value of a multiple of 512 bytes, read at the speed of memory.");
   module.def("sample", &sample, "logits"_a, "params"_a, "position"_a, "isa"_a = "",
              "The token sampled from logits [vocab] at an absolute position.");
-  bind_matrix(module);
+  bind_matrices(module);
   bind_decoder(module);
 }

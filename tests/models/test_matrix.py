@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from paceline.backends.torch import ops
 from paceline.backends.torch.device_sampler import on_device, pack_settings, unpack_settings
 from paceline.models import matrix
-from paceline.models.matrix import pack, stack
-from paceline.quant.formats import FORMATS
+from paceline.models.matrix import FORMATS, pack, stack
 from paceline.types import SamplingParams
 from tests.fixtures.reference_formats import round_trip
 
@@ -56,6 +55,11 @@ def test_matrices_can_be_stacked_and_quantised_in_slices(monkeypatch: pytest.Mon
 def test_one_matrix_has_one_format() -> None:
     with pytest.raises(ValueError, match="different formats in one: q4_0, q8_0"):
         stack([pack(torch.ones(4, 64), fmt) for fmt in ("q8_0", "q4_0")])
+
+
+def test_other_formats_are_refused() -> None:
+    with pytest.raises(ValueError, match="no q4_k matrices in PyTorch; it has f32, bf16, q8_0, q4_0"):
+        pack(torch.ones(4, 256), "q4_k")
 
 
 @pytest.mark.parametrize("fmt", FORMATS)

@@ -7,51 +7,161 @@
 #include <stdexcept>
 #include <vector>
 
+#include "formats/quantise.hpp"
+
 namespace paceline {
-
-float bf16_to_float(uint16_t b) {
-  const uint32_t bits = uint32_t(b) << 16;
-  float f;
-  std::memcpy(&f, &bits, 4);
-  return f;
-}
-
-uint16_t float_to_bf16(float f) {
-  uint32_t bits;
-  std::memcpy(&bits, &f, 4);
-  if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t((bits >> 16) | 0x40);  // quiet NaN
-  return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);                 // to nearest, ties to even
-}
-
-float half_to_float(uint16_t h) {
-  const uint32_t sign = uint32_t(h & 0x8000) << 16, exponent = (h >> 10) & 31, mantissa = h & 0x3ff;
-  if (exponent == 0) {
-    const float f = std::ldexp(float(mantissa), -24);
-    return sign ? -f : f;
-  }
-  const uint32_t bits = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | (mantissa << 13);
-  float f;
-  std::memcpy(&f, &bits, 4);
-  return f;
-}
-
-uint16_t float_to_half(float f) {
-  uint32_t bits;
-  std::memcpy(&bits, &f, 4);
-  const uint16_t sign = uint16_t((bits >> 16) & 0x8000);
-  bits &= 0x7fffffff;
-  if (bits > 0x7f800000) return sign | 0x7e00;
-  if (bits >= 0x477ff000) return sign | 0x7c00;  // rounds to infinity
-  if (bits < 0x38800000) {                       // subnormal: an exact multiple of 2^-24 after rounding
-    float positive;
-    std::memcpy(&positive, &bits, 4);
-    return sign | uint16_t(std::nearbyint(std::ldexp(positive, 24)));
-  }
-  bits += 0xfff + ((bits >> 13) & 1);
-  return sign | uint16_t((bits - 0x38000000) >> 13);
-}
-
 namespace {
+
+// A lane's numbers of a group are eight words, one for each operand, of four bytes with their bits in the low end.
+constexpr int kOperands = kGroup / 4;
+
+uint32_t& word(uint8_t* operands, int i, int lane) { return reinterpret_cast<uint32_t*>(operands)[i * kPanel + lane]; }
+
+void store_nibbles(const uint32_t* q, int pairs, int lane, uint8_t* group) {
+  for (int i = 0; i < pairs; ++i) word(group, i, lane) = (q[2 * i] & 0x0f0f0f0f) | (q[2 * i + 1] & 0x0f0f0f0f) << 4;
+}
+
+void load_nibbles(uint8_t* group, int pairs, int lane, uint32_t* q) {
+  for (int i = 0; i < pairs; ++i) {
+    q[2 * i] = word(group, i, lane) & 0x0f0f0f0f;
+    q[2 * i + 1] = word(group, i, lane) >> 4 & 0x0f0f0f0f;
+  }
+}
+
+void store_numbers(int bits, const uint32_t* q, int lane, uint8_t* group) {
+  if (bits == 8) {
+    for (int i = 0; i < kOperands; ++i) word(group, i, lane) = q[i];
+  } else if (bits == 4) {
+    store_nibbles(q, 4, lane, group);
+  } else if (bits == 5) {
+    uint32_t high = 0;
+    for (int i = 0; i < kOperands; ++i) high |= (q[i] >> 4 & 0x01010101) << i;
+    word(group, 0, lane) = high;
+    store_nibbles(q, 4, lane, group + 64);
+  } else {
+    for (int half = 0; half < 2; ++half, q += 4, group += 192) {
+      uint32_t high = 0;
+      for (int i = 0; i < 4; ++i) high |= (q[i] >> 4 & 0x03030303) << 2 * i;
+      word(group, 0, lane) = high;
+      store_nibbles(q, 2, lane, group + 64);
+    }
+  }
+}
+
+void load_numbers(int bits, uint8_t* group, int lane, uint32_t* q) {
+  if (bits == 8) {
+    for (int i = 0; i < kOperands; ++i) q[i] = word(group, i, lane);
+  } else if (bits == 4) {
+    load_nibbles(group, 4, lane, q);
+  } else if (bits == 5) {
+    load_nibbles(group + 64, 4, lane, q);
+    for (int i = 0; i < kOperands; ++i) q[i] |= (word(group, 0, lane) >> i & 0x01010101) << 4;
+  } else {
+    for (int half = 0; half < 2; ++half, q += 4, group += 192) {
+      load_nibbles(group + 64, 2, lane, q);
+      for (int i = 0; i < 4; ++i) q[i] |= (word(group, 0, lane) >> 2 * i & 0x03030303) << 4;
+    }
+  }
+}
+
+// Where the column `k`, the first of a group, lies in a panel.
+struct Place {
+  uint8_t *super, *header, *group;
+  int second;  // 1: the second group of its block
+
+  Place(const FormatTraits& t, uint8_t* panel, int64_t k)
+      : super(panel + k / kSuper * t.panel_bytes(kSuper)),
+        header(panel + k / t.block_cols() * t.block_bytes() + (k / kSuper + 1) * t.super_bytes()),
+        group(header + t.header_bytes() + k % t.block_cols() / kGroup * t.group_bytes()),
+        second(int(k % t.block_cols() / kGroup)) {}
+};
+
+enum class Direction { store, load };
+
+template <Direction D, class T>
+void move(T& packed, T& field) {
+  if constexpr (D == Direction::store) packed = field;
+  else field = packed;
+}
+
+// The header of group `index` of a block, between its fields and lane `lane` of a panel.
+template <Direction D>
+void move_header(const FormatTraits& t, const Place& at, int lane, int index, BlockFields& f) {
+  uint16_t *halves = reinterpret_cast<uint16_t*>(at.header), *super = reinterpret_cast<uint16_t*>(at.super);
+  int8_t* factors = reinterpret_cast<int8_t*>(at.header);
+  const int row = at.second * kPanel + lane;
+  switch (t.header) {
+    case Header::none: break;
+    case Header::scale: move<D>(halves[row], f.d); break;
+    case Header::scale_minimum: move<D>(halves[row], f.d), move<D>(halves[2 * kPanel + row], f.m); break;
+    case Header::group_scales: move<D>(halves[lane], f.d), move<D>(factors[2 * kPanel + row], f.scale[index]); break;
+    case Header::half_scales:
+      move<D>(super[lane], f.d);
+      for (int i = 0; i < 2; ++i) move<D>(factors[(2 * at.second + i) * kPanel + lane], f.scale[2 * index + i]);
+      if (D == Direction::store) super[kPanel + lane] = 0;
+      break;
+    case Header::scales_minima:
+      move<D>(super[lane], f.d), move<D>(super[kPanel + lane], f.m);
+      move<D>(factors[row], f.scale[index]), move<D>(factors[2 * kPanel + row], f.min[index]);
+      break;
+  }
+}
+
+// And its numbers.
+void store_group(const FormatTraits& t, const Place& at, int lane, int index, BlockFields& f) {
+  uint32_t q[kOperands];
+  std::memcpy(q, f.q + index * kGroup, kGroup);
+  move_header<Direction::store>(t, at, lane, index, f);
+  store_numbers(t.bits, q, lane, at.group);
+}
+
+void load_group(const FormatTraits& t, const Place& at, int lane, int index, BlockFields& f) {
+  uint32_t q[kOperands];
+  move_header<Direction::load>(t, at, lane, index, f);
+  load_numbers(t.bits, at.group, lane, q);
+  std::memcpy(f.q + index * kGroup, q, kGroup);
+}
+
+// The blocks of a row into a panel; columns past `cols`, and past those of the blocks, are zero bytes.
+void store_blocks(const MatrixView& shape, uint8_t* panel, int lane, Element type, const uint8_t* blocks) {
+  const FormatTraits& t = traits(shape.format);
+  const ElementTraits& e = traits(type);
+  BlockFields f = {}, past = {};
+  for (int64_t k = 0; k < shape.padded_cols; k += e.columns) {
+    if (k < shape.cols) {
+      e.read(blocks + k / e.columns * e.bytes, f);
+      if (type == Element::q3_k)  // q - 4 of three bits as q - 32 of six
+        for (uint8_t& q : f.q) q += 28;
+      past.d = f.d, past.m = f.m;  // groups of a super-block share them
+    } else {
+      past = {};
+    }
+    const int64_t groups = std::min(e.columns, shape.padded_cols - k) / kGroup;
+    for (int g = 0; g < groups; ++g)
+      store_group(t, {t, panel, k + g * kGroup}, lane, g, k + g * kGroup < shape.cols ? f : past);
+  }
+}
+
+// Plain formats: `Pair` columns of a row side by side.
+template <class T, int Pair>
+T& plain_at(uint8_t* panel, int64_t k, int lane) {
+  return reinterpret_cast<T*>(panel)[(k / Pair * kPanel + lane) * Pair + k % Pair];
+}
+
+void store_plain(Format format, const std::vector<float>& x, uint8_t* panel, int lane) {
+  for (int64_t k = 0; k < int64_t(x.size()); ++k) {
+    const float value = x[size_t(k)];
+    if (format == Format::f32) plain_at<float, 1>(panel, k, lane) = value;
+    else if (format == Format::f16) plain_at<uint16_t, 1>(panel, k, lane) = float_to_half(value);
+    else plain_at<uint16_t, 2>(panel, k, lane) = float_to_bf16(value);
+  }
+}
+
+float load_plain(Format format, uint8_t* panel, int64_t k, int lane) {
+  if (format == Format::f32) return plain_at<float, 1>(panel, k, lane);
+  if (format == Format::f16) return half_to_float(plain_at<uint16_t, 1>(panel, k, lane));
+  return bf16_to_float(plain_at<uint16_t, 2>(panel, k, lane));
+}
 
 uint64_t next_random(uint64_t& state) {  // xorshift64
   state ^= state << 13;
@@ -63,132 +173,26 @@ float next_uniform(uint64_t& state, float spread) {
   return (float(next_random(state) >> 40) / float(1 << 23) - 1.0f) * spread;
 }
 
-// Plain formats: four bytes of a row side by side, one float or two bfloat16.
-template <class T, T (*Narrow)(float), float (*Widen)(T)>
-struct Plain {
-  static constexpr int kCols = 32, kPair = 4 / sizeof(T);
-
-  static int at(int k, int lane) { return (k / kPair * kPanel + lane) * kPair + k % kPair; }
-  static void pack(const float* x, int lane, uint8_t* block) {
-    for (int k = 0; k < kCols; ++k) reinterpret_cast<T*>(block)[at(k, lane)] = Narrow(x[k]);
-  }
-  static void unpack(const uint8_t* block, int lane, float* out) {
-    for (int k = 0; k < kCols; ++k) out[k] = Widen(reinterpret_cast<const T*>(block)[at(k, lane)]);
-  }
-  static void randomise(uint8_t* block, float spread, uint64_t& state) {
-    for (int i = 0; i < kCols * kPanel; ++i) reinterpret_cast<T*>(block)[i] = Narrow(next_uniform(state, spread));
-  }
-};
-
-float same(float x) { return x; }
-
-// Unsigned numbers of a group of columns, four of a row side by side: one a byte, or two (k and k + 4).
-struct Bytes {
-  static constexpr int kBits = 8;
-  static void store(const uint8_t* q, int lane, uint8_t* group) {
-    for (int k = 0; k < kGroup; k += 4) std::memcpy(group + (k / 4 * kPanel + lane) * 4, q + k, 4);
-  }
-  static void load(const uint8_t* group, int lane, uint8_t* q) {
-    for (int k = 0; k < kGroup; k += 4) std::memcpy(q + k, group + (k / 4 * kPanel + lane) * 4, 4);
-  }
-};
-
-struct Nibbles {
-  static constexpr int kBits = 4;
-  static void store(const uint8_t* q, int lane, uint8_t* group) {
-    for (int k = 0; k < kGroup; k += 8)
-      for (int j = 0; j < 4; ++j) group[(k / 8 * kPanel + lane) * 4 + j] = uint8_t(q[k + j] | q[k + 4 + j] << 4);
-  }
-  static void load(const uint8_t* group, int lane, uint8_t* q) {
-    for (int k = 0; k < kGroup; k += 8)
-      for (int j = 0; j < 4; ++j) {
-        const uint8_t pair = group[(k / 8 * kPanel + lane) * 4 + j];
-        q[k + j] = pair & 15, q[k + 4 + j] = pair >> 4;
-      }
-  }
-};
-
-// Two groups with fp16 scales; `Quantise` turns a group into a scale and unsigned numbers q + offset.
-template <class Layout, Format F, float (*Quantise)(const float* x, uint8_t* q)>
-struct Quantised {
-  static constexpr int kGroupBytes = kGroup * kPanel * Layout::kBits / 8;
-  static_assert(traits(F).block_cols == 2 * kGroup && traits(F).block_bytes == quantised_block_bytes(Layout::kBits));
-
-  static void pack(const float* x, int lane, uint8_t* block) {
-    for (int g = 0; g < 2; ++g) {
-      uint8_t q[kGroup];
-      reinterpret_cast<uint16_t*>(block)[g * kPanel + lane] = float_to_half(Quantise(x + g * kGroup, q));
-      Layout::store(q, lane, block + kScaleBytes + g * kGroupBytes);
-    }
-  }
-  static void unpack(const uint8_t* block, int lane, float* out) {
-    for (int g = 0; g < 2; ++g) {
-      uint8_t q[kGroup];
-      const float scale = half_to_float(reinterpret_cast<const uint16_t*>(block)[g * kPanel + lane]);
-      Layout::load(block + kScaleBytes + g * kGroupBytes, lane, q);
-      for (int k = 0; k < kGroup; ++k) out[g * kGroup + k] = scale * float(int(q[k]) - traits(F).act.offset);
-    }
-  }
-  static void randomise(uint8_t* block, float spread, uint64_t& state) {
-    for (int64_t i = 0; i < traits(F).block_bytes; i += 8) {
-      const uint64_t bits = next_random(state);
-      std::memcpy(block + i, &bits, 8);
-    }
-    const uint16_t scale = float_to_half(spread / float(traits(F).act.offset / 2));
-    for (int64_t i = 0; i < kScaleBytes; i += 2) std::memcpy(block + i, &scale, 2);
-  }
-};
-
-// The whole number in x, 0 for NaN, infinities and all that is far beyond a byte: damaged weights.
-int whole(float x) { return std::fabs(x) < 1024 ? int(x) : 0; }
-
-// GGUF's Q8_0: scale = max |x| / 127, q = round(x / scale).
-float quantise_q8_0(const float* x, uint8_t* q) {
-  float top = 0;
-  for (int i = 0; i < kGroup; ++i) top = std::max(top, std::fabs(x[i]));
-  const float scale = top / 127.0f, inverse = scale != 0 ? 1.0f / scale : 0.0f;
-  for (int i = 0; i < kGroup; ++i) q[i] = uint8_t(whole(std::round(x[i] * inverse)) + 128);
-  return scale;
-}
-
-// GGUF's Q4_0: the value of largest magnitude becomes -8 times the scale, q = floor(x / scale + 8.5), at most 15.
-float quantise_q4_0(const float* x, uint8_t* q) {
-  float top = 0, extreme = 0;
-  for (int i = 0; i < kGroup; ++i)
-    if (std::fabs(x[i]) > top) top = std::fabs(x[i]), extreme = x[i];
-  const float scale = extreme / -8.0f, inverse = scale != 0 ? 1.0f / scale : 0.0f;
-  for (int i = 0; i < kGroup; ++i) q[i] = uint8_t(std::min(15, whole(x[i] * inverse + 8.5f)));
-  return scale;
-}
-
-template <class C>
-constexpr BlockCodec codec = {C::pack, C::unpack, C::randomise};
-
-void load_row(Element type, const void* source, int64_t row, int64_t cols, float* out) {
-  const uint8_t* p = static_cast<const uint8_t*>(source) + row * cols * (type == Element::f32 ? 4 : 2);
-  if (type == Element::f32) {
-    std::memcpy(out, p, size_t(cols) * 4);
-    return;
-  }
-  for (int64_t i = 0; i < cols; ++i) {
-    uint16_t bits;  // rows of a file may lie at odd addresses
-    std::memcpy(&bits, p + 2 * i, 2);
-    out[i] = type == Element::bf16 ? bf16_to_float(bits) : half_to_float(bits);
-  }
+// Headers of one group for random numbers: values of mean zero and of about `spread` in size.
+BlockFields random_scales(const FormatTraits& t, float spread) {
+  constexpr int factor = 32;
+  const ElementTraits& e = traits(t.element);
+  const float top = e.table ? 127.0f : float(1 << (t.bits - 1));  // the largest number, but for the offset
+  const float d = spread / (top / 2), m = -d * (top - 0.5f);      // the mean number times d
+  BlockFields f = {};
+  f.d = float_to_half(e.part ? d / factor : d);
+  f.m = float_to_half(e.part ? -m / factor : m);
+  std::fill_n(f.scale, 16, int8_t(factor)), std::fill_n(f.min, 16, int8_t(factor));
+  return f;
 }
 
 }  // namespace
 
-const BlockCodec f32_codec = codec<Plain<float, same, same>>;
-const BlockCodec bf16_codec = codec<Plain<uint16_t, float_to_bf16, bf16_to_float>>;
-const BlockCodec q8_0_codec = codec<Quantised<Bytes, Format::q8_0, quantise_q8_0>>;
-const BlockCodec q4_0_codec = codec<Quantised<Nibbles, Format::q4_0, quantise_q4_0>>;
-
 Format format_from(const std::string& name) {
   std::string known;
-  for (int i = 0; i < kFormatCount; ++i) {
-    if (name == kFormats[i].name) return Format(i);
-    known += (i ? ", " : "") + std::string(kFormats[i].name);
+  for (const FormatTraits& f : kFormats) {
+    if (name == f.name) return Format(&f - kFormats);
+    known += (known.empty() ? "" : ", ") + std::string(f.name);
   }
   throw std::invalid_argument("unknown weight format " + name + " (known: " + known + ")");
 }
@@ -200,32 +204,69 @@ void throw_misfit(const MatrixView& w, const ActView& act) {
 }
 
 void pack_rows(const MatrixView& shape, uint8_t* data, Element type, const void* source, int64_t first, int64_t count) {
-  const FormatTraits& format = traits(shape.format);
-  std::vector<float> x(size_t(shape.padded_cols), 0.0f);
+  const FormatTraits& t = traits(shape.format);
+  const bool same_bits = type == t.element || (type == Element::q3_k && t.element == Element::q6_k);
+  const int64_t stride = row_bytes(type, shape.cols), own = traits(t.element).columns;
+  std::vector<float> x(size_t(round_up(shape.padded_cols, own)), 0.0f);
+  std::vector<uint8_t> blocks(t.plain() || same_bits ? 0 : size_t(row_bytes(t.element, int64_t(x.size()))));
   for (int64_t i = 0; i < count; ++i) {
-    load_row(type, source, i, shape.cols, x.data());
-    const int64_t row = first + i;
-    uint8_t* block = data + row / kPanel * shape.stride;
-    for (int64_t k = 0; k < shape.padded_cols; k += format.block_cols, block += format.block_bytes)
-      format.codec->pack(&x[size_t(k)], int(row % kPanel), block);
+    const uint8_t* from = static_cast<const uint8_t*>(source) + i * stride;
+    uint8_t* panel = data + (first + i) / kPanel * shape.stride;
+    const int lane = int((first + i) % kPanel);
+    if (!t.plain() && same_bits) {
+      store_blocks(shape, panel, lane, type, from);
+      continue;
+    }
+    decode(type, from, 0, shape.cols, x.data());
+    if (t.plain()) {
+      store_plain(shape.format, x, panel, lane);
+    } else {
+      quantise(t.element, x.data(), int64_t(x.size()), blocks.data());
+      store_blocks(shape, panel, lane, t.element, blocks.data());
+    }
   }
 }
 
 void unpack_row(const MatrixView& m, int64_t row, float* out) {
-  const FormatTraits& format = traits(m.format);
-  const uint8_t* block = m.panel(row / kPanel);
-  float values[kMaxBlock];
-  for (int64_t k = 0; k < m.cols; k += format.block_cols, block += format.block_bytes) {
-    format.codec->unpack(block, int(row % kPanel), values);
-    std::copy_n(values, std::min(format.block_cols, m.cols - k), out + k);
+  const FormatTraits& t = traits(m.format);
+  uint8_t* panel = const_cast<uint8_t*>(m.panel(row / kPanel));  // only read
+  const int lane = int(row % kPanel);
+  if (t.plain()) {
+    for (int64_t k = 0; k < m.cols; ++k) out[k] = load_plain(m.format, panel, k, lane);
+    return;
+  }
+  const int64_t columns = traits(t.element).columns;
+  BlockFields f = {};
+  float values[kMostElements];
+  for (int64_t k = 0; k < m.cols; k += columns) {
+    const int64_t present = std::min(columns, m.cols - k);
+    for (int g = 0; g * kGroup < present; ++g) load_group(t, {t, panel, k + g * kGroup}, lane, g, f);
+    block_values(t.element, f, values);
+    std::copy_n(values, present, out + k);
   }
 }
 
 void randomise(const MatrixView& shape, uint8_t* data, uint64_t seed) {
-  const FormatTraits& format = traits(shape.format);
+  const FormatTraits& t = traits(shape.format);
+  const float spread = 1.0f / std::sqrt(float(shape.cols));
   uint64_t state = seed * 0x9e3779b97f4a7c15u + 1;
-  for (uint8_t* block = data; block < data + shape.bytes(); block += format.block_bytes)
-    format.codec->randomise(block, 1.0f / std::sqrt(float(shape.cols)), state);
+  if (t.plain()) {
+    std::vector<float> x(size_t(shape.padded_cols));
+    for (int64_t row = 0; row < shape.padded_rows(); ++row) {
+      for (float& value : x) value = next_uniform(state, spread);
+      store_plain(shape.format, x, data + row / kPanel * shape.stride, int(row % kPanel));
+    }
+    return;
+  }
+  for (int64_t i = 0; i < shape.bytes(); i += 8) {
+    const uint64_t bits = next_random(state);
+    std::memcpy(data + i, &bits, 8);
+  }
+  BlockFields f = random_scales(t, spread);
+  for (int64_t panel = 0; panel < shape.panels(); ++panel)
+    for (int64_t k = 0; k < shape.padded_cols; k += kGroup)
+      for (int lane = 0; lane < kPanel; ++lane)
+        move_header<Direction::store>(t, {t, data + panel * shape.stride, k}, lane, 0, f);
 }
 
 }  // namespace paceline

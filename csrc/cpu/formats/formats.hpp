@@ -2,17 +2,28 @@
 //
 // A matrix W [rows, cols] is cut into panels of 16 output rows, so that one 64-byte load holds the same columns of 16
 // rows. Rows are padded with zeros to a multiple of 16, columns to whole blocks. Panels follow each other, and each is
-// one stream of blocks and of aligned 64-byte loads:
+// one stream of blocks and of aligned 64-byte loads. Plain formats have blocks of 32 columns:
 //
-//   f32   32 columns: [k][16] float
-//   bf16  32 columns: [k / 2][16][2] bfloat16
-//   q8_0  64 columns: scales [2 groups][16] fp16, then [16 fours of k][16][4] uint8 = q + 128
-//   q4_0  64 columns: scales [2 groups][16] fp16, then [8 eights of k][16][4] uint8: low nibble k + 0..3,
-//         high nibble k + 4..7, each q + 8
+//   f32   [k][16] float
+//   f16   [k][16] fp16
+//   bf16  [k / 2][16][2] bfloat16
 //
-// Scales are part of the stream: a second stream in front of the panel cost a third of the bandwidth.
+// The others hold the bits of blocks of the element type they are named after. Their blocks have 64 columns: a header
+// with scales, then two groups of 32 columns. A group is eight operands [16][4], operand i with the numbers of columns
+// 4 i .. 4 i + 3 of the sixteen rows as unsigned bytes, packed by the bits of a number:
 //
-// To add a format: its name here, its row in kFormats and its codec in formats.cpp, its operands in kernels/operands.hpp.
+//   8  [8 operands][16][4]
+//   4  [4][16][4]: operand 2 i in the low halves, 2 i + 1 in the high ones
+//   5  [16][4]: bit i is the fifth bit of operand i; then the low four bits, as above
+//   6  for both halves of the group, of four operands each: [16][4]: bits 2 i and 2 i + 1 are the highest bits of
+//      operand i; then the low four bits
+//
+// Headers are named in `Header`. Formats of 256-column blocks have one of 64 bytes in front of every 256 columns too; the
+// last of these super-blocks may have fewer columns. Scales are part of the stream: a second stream in front of the panel
+// cost a third of the bandwidth.
+//
+// To add a format: its name and its row here; if its header or its numbers are of a new kind, their layout in formats.cpp,
+// and kernels/operands.hpp. To add an element type: elements.hpp.
 #pragma once
 
 #include <algorithm>
@@ -21,68 +32,83 @@
 #include <iterator>
 #include <string>
 
+#include "formats/elements.hpp"
+
 namespace paceline {
 
-enum class Format : int { f32, bf16, q8_0, q4_0 };
-enum class Element : int { f32, bf16, f16 };  // element types of checkpoint tensors
+enum class Format : int { f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, q4_k, q5_k, q6_k, iq4_nl, iq4_xs };
 
-constexpr int kPanel = 16;  // output rows of a panel
-constexpr int kUnit = 32;   // outputs that one thread computes at a time: two panels
-constexpr int kGroup = 32;  // columns that share a scale
-constexpr int kTile = 8;    // batch rows that a kernel holds in registers
+constexpr int kPanel = 16;   // output rows of a panel
+constexpr int kUnit = 32;    // outputs that one thread computes at a time: two panels
+constexpr int kGroup = 32;   // columns that share a scale of activations
+constexpr int kSuper = 256;  // columns of a super-block
+constexpr int kTile = 8;     // batch rows that a kernel holds in registers
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// What activations are converted to for a matrix.
-struct ActFormat {
-  enum class Kind : int { f32, bf16, int8 };  // int8: with a scale for each row and group of columns
+// What activations are converted to for a matrix. int8: with scales and sums for each row and group of columns.
+enum class ActFormat : int { f32, bf16, int8 };
 
-  Kind kind = Kind::f32;
-  int32_t offset = 0;  // int8: what was added to the weights to make them unsigned, which start values cancel
+constexpr int act_bytes(ActFormat f) { return f == ActFormat::f32 ? 4 : f == ActFormat::bf16 ? 2 : 1; }  // of a column
+constexpr int lane_columns(ActFormat f) { return 4 / act_bytes(f); }  // in the four bytes of one activation lane
 
-  bool operator==(const ActFormat&) const = default;
-  constexpr int bytes() const { return kind == Kind::f32 ? 4 : kind == Kind::bf16 ? 2 : 1; }  // of one column
-  constexpr int lane_columns() const { return 4 / bytes(); }  // columns in the four bytes of one activation lane
+// What stands in front of a block of two groups, and of a super-block.
+enum class Header : int {
+  none,
+  scale,          // d fp16 [2 groups][16]
+  scale_minimum,  // d, then m fp16 [2][16]
+  group_scales,   // d fp16 [16], int8 [2][16]
+  half_scales,    // int8 [4 halves of groups][16]; super-block: d fp16 [16], 32 bytes of padding
+  scales_minima,  // scales, then minima int8 [2][16]; super-block: d, then m fp16 [16]
 };
 
-// How the columns of one block are stored for one of a panel's rows (`lane`).
-struct BlockCodec {
-  void (*pack)(const float* x, int lane, uint8_t* block);            // x [block_cols]
-  void (*unpack)(const uint8_t* block, int lane, float* out);        // out [block_cols]
-  void (*randomise)(uint8_t* block, float spread, uint64_t& state);  // all rows: about `spread` in size
-};
-
-extern const BlockCodec f32_codec, bf16_codec, q8_0_codec, q4_0_codec;
+constexpr int64_t kHeaderBytes[] = {0, 64, 128, 64, 64, 64};
 
 struct FormatTraits {
   const char* name;
-  int64_t block_cols;
-  int64_t block_bytes;  // of a panel's sixteen rows
-  ActFormat act;        // the activations it takes
-  const BlockCodec* codec;
-};
+  Element element;  // what it holds the bits of
+  int bits;         // of a number
+  Header header = Header::none;
 
-// Bytes of a block of two groups of quantised columns, and of the scales it begins with.
-constexpr int64_t kScaleBytes = 2 * kPanel * 2;
-constexpr int64_t quantised_block_bytes(int bits) { return kScaleBytes + 2 * kGroup * kPanel * bits / 8; }
+  constexpr bool plain() const { return header == Header::none; }
+  constexpr int64_t block_cols() const { return plain() ? 32 : 2 * kGroup; }
+  constexpr int64_t group_bytes() const { return kGroup * kPanel * bits / 8; }
+  constexpr int64_t header_bytes() const { return kHeaderBytes[int(header)]; }
+  constexpr int64_t block_bytes() const { return header_bytes() + block_cols() / kGroup * group_bytes(); }
+  constexpr int64_t super_bytes() const {  // of its header; 0: there are no super-blocks
+    return header == Header::half_scales || header == Header::scales_minima ? 64 : 0;
+  }
+  // Of a panel that many columns wide, a multiple of block_cols.
+  constexpr int64_t panel_bytes(int64_t cols) const {
+    return cols / block_cols() * block_bytes() + (cols + kSuper - 1) / kSuper * super_bytes();
+  }
+  constexpr ActFormat act() const {
+    return element == Element::bf16 ? ActFormat::bf16 : plain() ? ActFormat::f32 : ActFormat::int8;
+  }
+};
 
 // In the order of Format.
 inline constexpr FormatTraits kFormats[] = {
-    {"f32", 32, 32 * kPanel * 4, {ActFormat::Kind::f32}, &f32_codec},
-    {"bf16", 32, 32 * kPanel * 2, {ActFormat::Kind::bf16}, &bf16_codec},
-    {"q8_0", 2 * kGroup, quantised_block_bytes(8), {ActFormat::Kind::int8, 128}, &q8_0_codec},
-    {"q4_0", 2 * kGroup, quantised_block_bytes(4), {ActFormat::Kind::int8, 8}, &q4_0_codec},
+    {"f32", Element::f32, 32},
+    {"f16", Element::f16, 16},
+    {"bf16", Element::bf16, 16},
+    {"q8_0", Element::q8_0, 8, Header::scale},
+    {"q4_0", Element::q4_0, 4, Header::scale},
+    {"q4_1", Element::q4_1, 4, Header::scale_minimum},
+    {"q5_0", Element::q5_0, 5, Header::scale},
+    {"q5_1", Element::q5_1, 5, Header::scale_minimum},
+    {"q4_k", Element::q4_k, 4, Header::scales_minima},
+    {"q5_k", Element::q5_k, 5, Header::scales_minima},
+    {"q6_k", Element::q6_k, 6, Header::half_scales},
+    {"iq4_nl", Element::iq4_nl, 4, Header::scale},
+    {"iq4_xs", Element::iq4_xs, 4, Header::group_scales},
 };
 constexpr int kFormatCount = int(std::size(kFormats));
 
 constexpr const FormatTraits& traits(Format f) { return kFormats[int(f)]; }
 
 // Columns to which any format pads at most: every smaller padding divides it.
-constexpr int64_t kMaxBlock = [] {
-  int64_t most = 0;
-  for (const FormatTraits& f : kFormats) most = std::max(most, f.block_cols);
-  return most;
-}();
+constexpr int64_t kMaxBlock = 2 * kGroup;
 
 Format format_from(const std::string& name);  // throws std::invalid_argument
 
@@ -94,8 +120,8 @@ struct MatrixView {
 
   MatrixView() = default;
   MatrixView(Format format, int64_t rows, int64_t cols)
-      : format(format), rows(rows), cols(cols), padded_cols(round_up(cols, traits(format).block_cols)),
-        stride(padded_cols / traits(format).block_cols * traits(format).block_bytes) {}
+      : format(format), rows(rows), cols(cols), padded_cols(round_up(cols, traits(format).block_cols())),
+        stride(traits(format).panel_bytes(padded_cols)) {}
 
   const uint8_t* panel(int64_t i) const { return data + i * stride; }
   int64_t panels() const { return (rows + kPanel - 1) / kPanel; }
@@ -104,29 +130,40 @@ struct MatrixView {
   int64_t bytes() const { return panels() * stride; }
 };
 
+// What rows of int8 carry for each group of columns, four bytes each; `sum` is the sum of the group's numbers.
+enum class GroupWord : int {
+  scale,       // float
+  scaled_sum,  // float: scale * sum, which minima of weights are multiplied with
+  // Start values of sums of products: they cancel what makes the weights' numbers unsigned.
+  start_8,        // -8 sum
+  start_16,       // -16 sum
+  start_128,      // -128 sum
+  start_32_low,   // -32 times the sum of the first half of the group
+  start_32_high,  // and of the second
+};
+constexpr int kGroupWords = 7;
+
 // Rows of activations, packed in the format that a matrix takes.
 //
 // Rows are taken in tiles of `lanes` (1, 2, 4 or 8); a tile is [padded cols / lane_columns][lanes] four-byte lanes, so
-// that a kernel broadcasts one lane of one row at a time from neighbouring addresses. Rows of int8 carry, for each
-// group of columns, a scale and `-offset * sum(q)`: the start value that cancels the offset of the weights.
+// that a kernel broadcasts one lane of one row at a time from neighbouring addresses.
 struct ActView {
-  ActFormat format;
+  ActFormat format = ActFormat::f32;
   int lanes = 1;
   int64_t padded_cols = 0;
   uint8_t* data = nullptr;
-  float* scale = nullptr;    // [tile][group][lanes]
-  int32_t* start = nullptr;  // [tile][group][lanes]
+  uint8_t* words = nullptr;  // int8: [tile][group][GroupWord][lanes]
 
   int64_t groups() const { return padded_cols / kGroup; }
-  int64_t tile_bytes() const { return padded_cols * format.bytes() * lanes; }
-  int64_t tile_groups() const { return groups() * lanes; }
+  int64_t tile_bytes() const { return padded_cols * act_bytes(format) * lanes; }
+  int64_t group_word_bytes() const { return int64_t(kGroupWords) * lanes * 4; }  // of one group of a tile
   ActView tile(int64_t i) const {
     ActView t = *this;
     t.data += i * tile_bytes();
-    if (scale) t.scale += i * tile_groups(), t.start += i * tile_groups();
+    if (words) t.words += i * groups() * group_word_bytes();
     return t;
   }
-  bool fits(const MatrixView& w) const { return format == traits(w.format).act && padded_cols == w.padded_cols; }
+  bool fits(const MatrixView& w) const { return format == traits(w.format).act() && padded_cols == w.padded_cols; }
 };
 
 [[noreturn]] void throw_misfit(const MatrixView& w, const ActView& act);
@@ -143,12 +180,9 @@ inline int lanes_for(int64_t rows) {
   return lanes;
 }
 
-float half_to_float(uint16_t h);
-uint16_t float_to_half(float f);
-float bf16_to_float(uint16_t b);
-uint16_t float_to_bf16(float f);
-
-// Pack rows [count, cols] of a checkpoint tensor into `data`, as matrix rows `first`, first + 1, ...
+// Pack rows [count, cols] of a checkpoint tensor into `data`, as matrix rows `first`, first + 1, ... Blocks of the
+// format's own element type keep their bits; so do, in q6_k, those of Q3_K. Others are quantised from their values.
+// Throws std::invalid_argument if the rows are no whole blocks of their type.
 void pack_rows(const MatrixView& shape, uint8_t* data, Element type, const void* source, int64_t first, int64_t count);
 
 // Undo the packing of one row: out [cols].

@@ -10,7 +10,6 @@
 
 namespace PACELINE_NAMESPACE {
 
-using paceline::ActFormat;
 using paceline::GateFactor;
 using paceline::MatrixView;
 
@@ -58,12 +57,12 @@ inline i32x16 to_int8(f32x16 x) {
   static_assert(kGroup == 32);  // x0 and x1
   const int64_t lane = row % act.lanes;
   const ActView tile = act.tile(row / act.lanes);
-  if (act.format.kind == ActFormat::Kind::f32) {
+  if (act.format == ActFormat::f32) {
     float packed[kGroup];
     store(packed, x0);
     store(packed + 16, x1);
     store_lanes<1>(tile, group, lane, packed);
-  } else if (act.format.kind == ActFormat::Kind::bf16) {
+  } else if (act.format == ActFormat::bf16) {
     uint16_t packed[kGroup];
     store(packed, to_bf16(x0));
     store(packed + 16, to_bf16(x1));
@@ -77,8 +76,13 @@ inline i32x16 to_int8(f32x16 x) {
     store_bytes(packed, q0);
     store_bytes(packed + 16, q1);
     store_lanes<4>(tile, group, lane, packed);
-    tile.scale[group * act.lanes + lane] = scale;
-    tile.start[group * act.lanes + lane] = -act.format.offset * sum(q0 + q1);
+    const int low = sum(q0), high = sum(q1), whole = low + high;
+    uint8_t* words = tile.words + group * tile.group_word_bytes() + 4 * lane;
+    const auto set = [&](GroupWord word, auto x) { std::memcpy(words + int(word) * 4 * tile.lanes, &x, 4); };
+    set(GroupWord::scale, scale), set(GroupWord::scaled_sum, scale * float(whole));
+    set(GroupWord::start_8, -8 * whole), set(GroupWord::start_16, -16 * whole);
+    set(GroupWord::start_128, -128 * whole);
+    set(GroupWord::start_32_low, -32 * low), set(GroupWord::start_32_high, -32 * high);
   }
 }
 

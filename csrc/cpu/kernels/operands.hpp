@@ -1,4 +1,4 @@
-// How the weights of each format become operands of dot products.
+// How the weights of each format become operands of dot products, and what their sums are multiplied with.
 #pragma once
 
 #include "formats/formats.hpp"
@@ -6,45 +6,27 @@
 
 namespace PACELINE_NAMESPACE {
 
+using paceline::ActFormat;
 using paceline::ActView;
 using paceline::Format;
+using paceline::FormatTraits;
+using paceline::GroupWord;
+using paceline::Header;
 using paceline::kGroup;
 using paceline::kPanel;
+using paceline::kSuper;
 using paceline::kTile;
 using paceline::traits;
 
-// acc[i] += the weights of lane i times the activations at `a`: one float, or two bfloat16.
-inline f32x16 dot_lane(f32x16 acc, f32x16 w, const uint8_t* a) {
-  float x;
-  std::memcpy(&x, a, 4);
-  return fma(w, splat(x), acc);
+template <Format F> constexpr bool kIntegers = traits(F).act() == ActFormat::int8;
+
+// f<0>(), f<1>(), ... f<N - 1>().
+template <int N, class F>
+[[gnu::always_inline]] inline void unrolled(F f) {
+  [&]<int... I>(std::integer_sequence<int, I...>) {
+    (f.template operator()<I>(), ...);
+  }(std::make_integer_sequence<int, N>());
 }
-inline f32x16 dot_lane(f32x16 acc, u32x16 w, const uint8_t* a) { return dot2(acc, w, a); }
-
-// Of plain formats, what one 64-byte load holds. Of quantised ones, the operands in it: each is four columns of sixteen
-// rows as unsigned bytes q + offset.
-template <Format F> struct Operands;
-
-template <> struct Operands<Format::f32> {
-  using Load = f32x16;
-};
-template <> struct Operands<Format::bf16> {
-  using Load = u32x16;
-};
-
-template <> struct Operands<Format::q8_0> {
-  static constexpr OperandKind kKind = OperandKind::bytes;
-  static constexpr int kCount = 1;  // of a load
-  static u8x64 get(u8x64 bytes, int) { return bytes; }
-};
-
-template <> struct Operands<Format::q4_0> {
-  static constexpr OperandKind kKind = OperandKind::nibbles;
-  static constexpr int kCount = 2;
-  static u8x64 get(u8x64 bytes, int i) { return (i ? bits<u8x64>(bits<u32x16>(bytes) >> 4) : bytes) & 15; }
-};
-
-template <Format F> constexpr bool kIntegers = traits(F).act.kind == paceline::ActFormat::Kind::int8;
 
 // f<count>(), count from 1 to Most.
 template <int Most, class F>
@@ -52,6 +34,131 @@ inline void with_count(int count, F f) {
   [&]<int... I>(std::integer_sequence<int, I...>) {
     (void)((count == I + 1 && (f.template operator()<I + 1>(), true)) || ...);
   }(std::make_integer_sequence<int, Most>());
+}
+
+// Plain formats: the weights of one lane of activations, one column or a pair of bfloat16, and
+// acc[i] += the weights of row i times the activations at `a`.
+template <Format F>
+inline auto plain_weights(const uint8_t* w) {
+  if constexpr (F == Format::f32) return load<f32x16>(w);
+  else if constexpr (F == Format::f16) return from_half(reinterpret_cast<const uint16_t*>(w));
+  else return load<u32x16>(w);
+}
+template <Format F> constexpr int kPlainBytes = F == Format::f16 ? 32 : 64;
+
+inline f32x16 dot_lane(f32x16 acc, f32x16 w, const uint8_t* a) {
+  float x;
+  std::memcpy(&x, a, 4);
+  return fma(w, splat(x), acc);
+}
+inline f32x16 dot_lane(f32x16 acc, u32x16 w, const uint8_t* a) { return dot2(acc, w, a); }
+
+// Quantised formats: a group of columns has eight operands, each four columns of sixteen rows.
+constexpr int kOperands = kGroup / 4;
+
+// What the numbers of operands are: bytes of any sign, or unsigned numbers up to 15, 31 or 63. An instruction set whose
+// dot product takes unsigned weights (kUnsignedBytes) gets bytes with 128 added.
+constexpr bool is_table(Format f) { return traits(traits(f).element).table != nullptr; }
+constexpr bool is_bytes(Format f) { return traits(f).bits == 8 || is_table(f); }
+
+template <Format F> constexpr int kLargest = is_bytes(F) ? 128 : (1 << traits(F).bits) - 1;
+
+// What was added to the numbers, and start values of sums cancel.
+template <Format F>
+constexpr int kOffset = is_bytes(F) ? (kUnsignedBytes ? 128 : 0) : traits(traits(F).element).offset;
+
+template <int Left>  // negative: to the right
+inline u8x64 shift(u8x64 v) {
+  if constexpr (Left > 0) return bits<u8x64>(bits<u32x16>(v) << Left);
+  else if constexpr (Left < 0) return bits<u8x64>(bits<u32x16>(v) >> -Left);
+  else return v;
+}
+
+template <int I>
+inline u8x64 nibbles(const uint8_t* p) {
+  return shift<I % 2 ? -4 : 0>(load<u8x64>(p + I / 2 * 64)) & 15;
+}
+
+// Operand I of the group at `group`. The layouts are in formats.hpp.
+template <Format F, int I>
+[[gnu::always_inline]] inline u8x64 operand(const uint8_t* group) {
+  constexpr int bits = traits(F).bits;
+  if constexpr (bits == 8) {
+    const u8x64 stored = load<u8x64>(group + I * 64);
+    return kUnsignedBytes ? stored : stored ^ 128;
+  } else if constexpr (bits == 4) {
+    return is_table(F) ? lookup_iq4(nibbles<I>(group)) : nibbles<I>(group);
+  } else if constexpr (bits == 5) {
+    return nibbles<I>(group + 64) | (shift<4 - I>(load<u8x64>(group)) & 16);
+  } else {
+    const uint8_t* half = group + I / 4 * 192;
+    return nibbles<I % 4>(half + 64) | (shift<4 - 2 * (I % 4)>(load<u8x64>(half)) & 48);
+  }
+}
+
+// The scales of a group, or of its halves, and what their minima add for each unit of the activations' sums.
+template <Format F>
+class Scales {
+  static constexpr Header kHeader = traits(F).header;
+
+ public:
+  static constexpr int kParts = kHeader == Header::half_scales ? 2 : 1;  // of a group
+  static constexpr bool kMinima = kHeader == Header::scale_minimum || kHeader == Header::scales_minima;
+
+  void set_super(const uint8_t* p) {
+    const uint16_t* halves = reinterpret_cast<const uint16_t*>(p);
+    d_ = from_half(halves);
+    if constexpr (kHeader == Header::scales_minima) m_ = from_half(halves + kPanel) * splat(-1.0f);
+  }
+  void set_block(const uint8_t* p) {
+    header_ = p;
+    if constexpr (kHeader == Header::group_scales) d_ = from_half(reinterpret_cast<const uint16_t*>(p));
+  }
+  f32x16 scale(int group, int part) const {
+    if constexpr (kHeader == Header::scale || kHeader == Header::scale_minimum) return half(group);
+    else if constexpr (kHeader == Header::group_scales) return d_ * factor(2 + group);
+    else return d_ * factor(group * kParts + part);
+  }
+  f32x16 minimum(int group) const {
+    if constexpr (kHeader == Header::scale_minimum) return half(2 + group);
+    else return m_ * factor(2 + group);
+  }
+
+ private:
+  f32x16 half(int i) const { return from_half(reinterpret_cast<const uint16_t*>(header_) + i * kPanel); }
+  f32x16 factor(int i) const {
+    return convert<f32x16>(widen_bytes(reinterpret_cast<const int8_t*>(header_) + i * kPanel));
+  }
+
+  const uint8_t* header_ = nullptr;
+  f32x16 d_, m_;
+};
+
+// A word of each group of a tile's rows.
+inline const uint8_t* group_word(const uint8_t* words, GroupWord word, int lanes) {
+  return words + int(word) * lanes * 4;
+}
+inline float float_at(const uint8_t* p) {
+  float x;
+  std::memcpy(&x, p, 4);
+  return x;
+}
+inline int32_t integer_at(const uint8_t* p) {
+  int32_t x;
+  std::memcpy(&x, p, 4);
+  return x;
+}
+
+// The word with which the sums of part `part` of a group start.
+template <Format F>
+constexpr GroupWord start_word(int part) {
+  if (kOffset<F> == 32) return part ? GroupWord::start_32_high : GroupWord::start_32_low;
+  return kOffset<F> == 8 ? GroupWord::start_8 : kOffset<F> == 16 ? GroupWord::start_16 : GroupWord::start_128;
+}
+
+// sum += dots * (weight scale * activation scale): one order of operations, whatever the instruction set.
+[[gnu::always_inline]] inline f32x16 add_scaled_dots(f32x16 sum, i32x16 dots, f32x16 weight_scale, float act_scale) {
+  return fma(convert<f32x16>(dots), weight_scale * splat(act_scale), sum);
 }
 
 }  // namespace PACELINE_NAMESPACE

@@ -13,20 +13,23 @@ namespace PACELINE_NAMESPACE {
 struct Stretch {
   const uint8_t* weights;
   const uint8_t* a;
-  const float* scale;
-  const int32_t* start;
+  const uint8_t* words;
   int lanes;
   int64_t columns;
   bool fetch;  // prefetch the next stretch: once is enough
 
-  void next_rows(int count) { a += 4 * count, scale += count, start += count, fetch = false; }
+  void next_rows(int count) { a += 4 * count, words += 4 * count, fetch = false; }
 };
 
-// Whole blocks of four kilobytes or a little more: eight of q4_0, four of q8_0.
+// Whole blocks, or super-blocks, of four kilobytes or a little more.
 template <Format F>
-constexpr int64_t kStretchBlocks = (4096 + traits(F).block_bytes - 1) / traits(F).block_bytes;
+constexpr int64_t kStretchColumns = [] {
+  constexpr FormatTraits format = traits(F);
+  constexpr int64_t least = format.super_bytes() ? kSuper : format.block_cols();
+  return paceline::round_up(4096, format.panel_bytes(least)) / format.panel_bytes(least) * least;
+}();
 template <Format F>
-constexpr int64_t kStretchBytes = kStretchBlocks<F> * traits(F).block_bytes;
+constexpr int64_t kStretchBytes = traits(F).panel_bytes(kStretchColumns<F>);
 
 struct RowSums {
   f32x16 even, odd;
@@ -34,69 +37,92 @@ struct RowSums {
 
 template <Format F, int M>
 inline void stretch_floats(const Stretch& s, RowSums* sums) {
-  using Load = typename Operands<F>::Load;
+  constexpr int bytes = kPlainBytes<F>;
   const int step = s.lanes * 4;
   const uint8_t *w = s.weights, *a = s.a;
   f32x16 even[M], odd[M];
   for (int m = 0; m < M; ++m) even[m] = sums[m].even, odd[m] = sums[m].odd;
-  for (int64_t i = 0; i < s.columns / traits(F).act.lane_columns(); i += 2, w += 128, a += 2 * step) {
-    if (s.fetch) prefetch(w + kStretchBytes<F>), prefetch(w + kStretchBytes<F> + 64);
-    const Load w0 = in_register(load<Load>(w));
+  for (int64_t i = 0; i < s.columns / lane_columns(traits(F).act()); i += 2, w += 2 * bytes, a += 2 * step) {
+    if (s.fetch) prefetch(w + kStretchBytes<F>), prefetch(w + kStretchBytes<F> + bytes);
+    const auto w0 = in_register(plain_weights<F>(w));
     for (int m = 0; m < M; ++m) even[m] = dot_lane(even[m], w0, a + 4 * m);
-    const Load w1 = in_register(load<Load>(w + 64));
+    const auto w1 = in_register(plain_weights<F>(w + bytes));
     for (int m = 0; m < M; ++m) odd[m] = dot_lane(odd[m], w1, a + step + 4 * m);
   }
   for (int m = 0; m < M; ++m) sums[m] = {even[m], odd[m]};
 }
 
-// Each group of columns as integers, then scaled: even += (W_q a_q) * (weight scale * activation scale).
+// One group of columns: exact sums of products of integers, then scaled and added to the rows' sums. `PartSum` takes
+// kRun<largest number> operands before `total` has to widen it.
+template <Format F, int M>
+[[gnu::always_inline]] inline void add_group(const Stretch& s, const uint8_t* w, const Scales<F>& scales, int second,
+                                             const uint8_t* a, const uint8_t* words, f32x16* sums) {
+  constexpr int parts = Scales<F>::kParts, of_part = kOperands / parts;
+  constexpr int run = std::min(of_part, kRun<kLargest<F>>), lines = int(traits(F).group_bytes()) / 64;
+  const auto word = [&](GroupWord which, int m) { return group_word(words, which, s.lanes) + 4 * m; };
+  unrolled<parts>([&]<int Part>() {
+    i32x16 dots[M];
+    for (int m = 0; m < M; ++m) dots[m] = kOffset<F> ? splat(integer_at(word(start_word<F>(Part), m))) : splat(0);
+    unrolled<of_part / run>([&]<int Run>() {
+      PartSum<kLargest<F>> part[M] = {};
+      unrolled<run>([&]<int J>() {
+        constexpr int i = Part * of_part + Run * run + J, line = i * lines / kOperands;
+        if constexpr (i == 0 || line != (i - 1) * lines / kOperands)
+          if (s.fetch) prefetch(w + kStretchBytes<F> + line * 64);
+        const u8x64 numbers = operand<F, i>(w);
+        for (int m = 0; m < M; ++m)
+          part[m] = dot4<kLargest<F>>(part[m], numbers, broadcast<u8x64>(a + (i * s.lanes + m) * 4));
+      });
+      for (int m = 0; m < M; ++m) dots[m] = dots[m] + total(part[m]);
+    });
+    const f32x16 scale = scales.scale(second, Part);
+    for (int m = 0; m < M; ++m) sums[m] = add_scaled_dots(sums[m], dots[m], scale, float_at(word(GroupWord::scale, m)));
+  });
+  if constexpr (Scales<F>::kMinima) {
+    const f32x16 minimum = scales.minimum(second);
+    for (int m = 0; m < M; ++m) sums[m] = fma(minimum, splat(float_at(word(GroupWord::scaled_sum, m))), sums[m]);
+  }
+}
+
 template <Format F, int M>
 inline void stretch_integers(const Stretch& s, RowSums* sums) {
-  constexpr OperandKind kind = Operands<F>::kKind;
-  constexpr int loads = kGroup / 4 / Operands<F>::kCount;  // of a group
-  const int step = s.lanes * 4;
-  const uint8_t *w = s.weights, *a = s.a;
-  const uint16_t* weight_scale = nullptr;
-  for (int64_t group = 0; group < s.columns / kGroup; ++group) {
-    const bool second = group % 2 != 0;
-    if (!second) {  // a block begins with the scales of its two groups
-      if (s.fetch) prefetch(w + kStretchBytes<F>);
-      weight_scale = reinterpret_cast<const uint16_t*>(w);
-      w += paceline::kScaleBytes;
-    }
-    GroupSum<kind> acc[M] = {};
-    for (int i = 0; i < loads; ++i, w += 64) {
-      if (s.fetch) prefetch(w + kStretchBytes<F>);
-      const u8x64 bytes = load<u8x64>(w);
-      for (int j = 0; j < Operands<F>::kCount; ++j, a += step) {
-        u8x64 operand = Operands<F>::get(bytes, j);
-        if constexpr (kind == OperandKind::bytes)
-          operand = operand ^ 128;  // signed: no offset for start values to cancel
-        for (int m = 0; m < M; ++m) acc[m] = dot4<kind>(acc[m], operand, broadcast<u8x64>(a + 4 * m));
+  constexpr FormatTraits format = traits(F);
+  const uint8_t *w = s.weights, *a = s.a, *words = s.words;
+  Scales<F> scales;
+  f32x16 sum[M];
+  for (int m = 0; m < M; ++m) sum[m] = sums[m].even;
+  for (int64_t k = 0; k < s.columns; k += 2 * kGroup) {
+    if constexpr (format.super_bytes() != 0)
+      if (k % kSuper == 0) {
+        if (s.fetch) prefetch(w + kStretchBytes<F>);
+        scales.set_super(w);
+        w += format.super_bytes();
       }
-    }
-    const f32x16 ws = from_half(weight_scale + second * kPanel);
-    for (int m = 0; m < M; ++m) {
-      const int64_t at = group * s.lanes + m;
-      i32x16 sum = total(acc[m]);
-      if constexpr (kind == OperandKind::nibbles) sum = sum + splat(s.start[at]);
-      sums[m].even = fma(convert<f32x16>(sum), ws * splat(s.scale[at]), sums[m].even);
+    for (int64_t line = 0; line < format.header_bytes(); line += 64)
+      if (s.fetch) prefetch(w + kStretchBytes<F> + line);
+    scales.set_block(w);
+    w += format.header_bytes();
+#pragma GCC unroll 1
+    for (int second = 0; second < 2; ++second) {
+      add_group<F, M>(s, w, scales, second, a, words, sum);
+      w += format.group_bytes();
+      a += kGroup * s.lanes;
+      words += paceline::kGroupWords * s.lanes * 4;
     }
   }
+  for (int m = 0; m < M; ++m) sums[m].even = sum[m];
 }
 
 // out [rows of the tile], rows in 1..kTile.
 template <Format F>
 void panel_tile(const uint8_t* panel, const ActView& act, int rows, f32x16* out) {
   constexpr int most = kRegisters * kLanes / (kIntegers<F> ? 32 : 64);  // half of the registers are for sums
-  constexpr int64_t stretch = kStretchBlocks<F> * traits(F).block_cols;
   RowSums sums[kTile];
   for (int m = 0; m < rows; ++m) sums[m] = {splat(0.0f), splat(0.0f)};
-  for (int64_t k = 0; k < act.padded_cols; k += stretch, panel += kStretchBytes<F>) {
-    const int64_t lane = k / traits(F).act.lane_columns() * act.lanes;
-    const int64_t group = kIntegers<F> ? k / kGroup * act.lanes : 0;
-    const int64_t columns = std::min(act.padded_cols - k, stretch);
-    Stretch s{panel, act.data + 4 * lane, act.scale + group, act.start + group, act.lanes, columns, true};
+  for (int64_t k = 0; k < act.padded_cols; k += kStretchColumns<F>, panel += kStretchBytes<F>) {
+    const uint8_t* words = kIntegers<F> ? act.words + k / kGroup * act.group_word_bytes() : nullptr;
+    const int64_t columns = std::min(act.padded_cols - k, kStretchColumns<F>);
+    Stretch s{panel, act.data + k * act_bytes(act.format) * act.lanes, words, act.lanes, columns, true};
     for (int first = 0; first < rows; first += most, s.next_rows(most))
       with_count<most>(std::min(rows - first, most), [&]<int M>() {
         if constexpr (kIntegers<F>) stretch_integers<F, M>(s, sums + first);

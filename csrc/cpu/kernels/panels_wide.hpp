@@ -12,51 +12,70 @@ constexpr int kAhead = 4096;  // bytes to prefetch ahead of a weight load
 
 template <Format F, int M>
 inline void panel_floats(const uint8_t* w, const ActView& act, f32x16* out) {
-  using Load = typename Operands<F>::Load;
+  constexpr int bytes = kPlainBytes<F>;
   const int step = act.lanes * 4;
   const uint8_t* a = act.data;
   f32x16 even[M], odd[M];
   for (int m = 0; m < M; ++m) even[m] = odd[m] = splat(0.0f);
-  for (int64_t i = 0; i < act.padded_cols / traits(F).act.lane_columns(); i += 2, w += 128, a += 2 * step) {
+  for (int64_t i = 0; i < act.padded_cols / lane_columns(act.format); i += 2, w += 2 * bytes, a += 2 * step) {
     prefetch(w + kAhead);
-    prefetch(w + kAhead + 64);
-    const Load w0 = load<Load>(w), w1 = load<Load>(w + 64);
+    if constexpr (bytes == 64) prefetch(w + kAhead + 64);
+    const auto w0 = plain_weights<F>(w), w1 = plain_weights<F>(w + bytes);
     for (int m = 0; m < M; ++m) even[m] = dot_lane(even[m], w0, a + 4 * m);
     for (int m = 0; m < M; ++m) odd[m] = dot_lane(odd[m], w1, a + step + 4 * m);
   }
   for (int m = 0; m < M; ++m) out[m] = even[m] + odd[m];
 }
 
-// Each group of columns as integers, then scaled: sum += (W_q a_q) * (weight scale * activation scale).
+// One group of columns: exact sums of products of integers, then scaled and added to the rows' sums.
+template <Format F, int M>
+[[gnu::always_inline]] inline void add_group(const uint8_t* w, const Scales<F>& scales, int second, const uint8_t* a,
+                                             const uint8_t* words, int lanes, f32x16* sum) {
+  constexpr int parts = Scales<F>::kParts, of_part = kOperands / parts, lines = int(traits(F).group_bytes()) / 64;
+  const auto word = [&](GroupWord which, int m) { return group_word(words, which, lanes) + 4 * m; };
+  unrolled<parts>([&]<int Part>() {
+    i32x16 dots[M];
+    for (int m = 0; m < M; ++m) dots[m] = kOffset<F> ? splat(integer_at(word(start_word<F>(Part), m))) : splat(0);
+    unrolled<of_part>([&]<int J>() {
+      constexpr int i = Part * of_part + J, line = i * lines / kOperands;
+      if constexpr (i == 0 || line != (i - 1) * lines / kOperands) prefetch(w + kAhead + line * 64);
+      const u8x64 numbers = operand<F, i>(w);
+      for (int m = 0; m < M; ++m) dots[m] = dot4(dots[m], numbers, a + (i * lanes + m) * 4);
+    });
+    const f32x16 scale = scales.scale(second, Part);
+    for (int m = 0; m < M; ++m) sum[m] = add_scaled_dots(sum[m], dots[m], scale, float_at(word(GroupWord::scale, m)));
+  });
+  if constexpr (Scales<F>::kMinima) {
+    const f32x16 minimum = scales.minimum(second);
+    for (int m = 0; m < M; ++m) sum[m] = fma(minimum, splat(float_at(word(GroupWord::scaled_sum, m))), sum[m]);
+  }
+}
+
 template <Format F, int M>
 inline void panel_integers(const uint8_t* w, const ActView& act, f32x16* out) {
-  constexpr int loads = kGroup / 4 / Operands<F>::kCount;  // of a group
-  const int step = act.lanes * 4;
-  const uint8_t* a = act.data;
-  const float* scale = act.scale;
-  const int32_t* start = act.start;
-  const uint16_t* weight_scale = nullptr;
+  constexpr FormatTraits format = traits(F);
+  const int lanes = act.lanes;
+  const uint8_t *a = act.data, *words = act.words;
+  Scales<F> scales;
   f32x16 sum[M];
   for (int m = 0; m < M; ++m) sum[m] = splat(0.0f);
-  for (int64_t k = 0; k < act.padded_cols; k += kGroup, scale += act.lanes, start += act.lanes) {
-    const bool second = k % traits(F).block_cols != 0;
-    if (!second) {  // a block begins with the scales of its two groups
-      prefetch(w + kAhead);
-      weight_scale = reinterpret_cast<const uint16_t*>(w);
-      w += paceline::kScaleBytes;
-    }
-    i32x16 acc[M];
-    for (int m = 0; m < M; ++m) acc[m] = splat(start[m]);
-    for (int i = 0; i < loads; ++i, w += 64) {
-      prefetch(w + kAhead);
-      const u8x64 bytes = load<u8x64>(w);
-      for (int j = 0; j < Operands<F>::kCount; ++j, a += step) {
-        const u8x64 operand = Operands<F>::get(bytes, j);
-        for (int m = 0; m < M; ++m) acc[m] = dot4(acc[m], operand, a + 4 * m);
+  for (int64_t k = 0; k < act.padded_cols; k += 2 * kGroup) {
+    if constexpr (format.super_bytes() != 0)
+      if (k % kSuper == 0) {
+        prefetch(w + kAhead);
+        scales.set_super(w);
+        w += format.super_bytes();
       }
+    for (int64_t line = 0; line < format.header_bytes(); line += 64) prefetch(w + kAhead + line);
+    scales.set_block(w);
+    w += format.header_bytes();
+#pragma GCC unroll 1
+    for (int second = 0; second < 2; ++second) {
+      add_group<F, M>(w, scales, second, a, words, lanes, sum);
+      w += format.group_bytes();
+      a += kGroup * lanes;
+      words += act.group_word_bytes();
     }
-    const f32x16 ws = from_half(weight_scale + second * kPanel);
-    for (int m = 0; m < M; ++m) sum[m] = fma(convert<f32x16>(acc[m]), ws * splat(scale[m]), sum[m]);
   }
   for (int m = 0; m < M; ++m) out[m] = sum[m];
 }

@@ -11,6 +11,8 @@
 #include <type_traits>
 #include <utility>
 
+#include "formats/elements.hpp"
+
 namespace PACELINE_NAMESPACE {
 
 // A vector of N registers.
@@ -168,8 +170,5 @@ inline V broadcast(const uint8_t* a) {
 }
 
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
-
-// What a 64-byte load of quantised weights holds for dot products: signed bytes, or numbers 0..15.
-enum class OperandKind { bytes, nibbles };
 
 }  // namespace PACELINE_NAMESPACE

@@ -110,28 +110,24 @@ size_t act_formats(std::initializer_list<const Matrix*> matrices) {
   std::vector<ActFormat> seen;
   for (const Matrix* matrix : matrices) {
     if (!matrix) continue;
-    const ActFormat& act = traits(matrix->view().format).act;
+    const ActFormat act = traits(matrix->view().format).act();
     if (std::find(seen.begin(), seen.end(), act) == seen.end()) seen.push_back(act);
   }
   return seen.size();
 }
 
 void PackedRows::reserve(int64_t lanes, int64_t padded_cols, int64_t copies) {
-  copy_floats_ = lanes * padded_cols;
-  copy_groups_ = round_up(lanes * padded_cols / kGroup, 16);
-  data_.reserve(product({copies, lanes, padded_cols, 4}));
-  scale_.reserve(product({copies, copy_groups_, 4}));
-  start_.reserve(product({copies, copy_groups_, 4}));
+  product({copies, lanes, padded_cols, 4});
+  copy_bytes_ = round_up(lanes * padded_cols * 4, int64_t(kAlign));
+  copy_words_ = round_up(lanes * padded_cols / kGroup * kGroupWords * 4, int64_t(kAlign));
+  data_.reserve(product({copies, copy_bytes_}));
+  words_.reserve(product({copies, copy_words_}));
 }
 
 ActView PackedRows::view(const Matrix& matrix, int lanes, int64_t copy) const {
   const MatrixView& v = matrix.view();
-  return {traits(v.format).act,
-          lanes,
-          v.padded_cols,
-          data_.data() + copy * copy_floats_ * 4,
-          scale_.floats() + copy * copy_groups_,
-          reinterpret_cast<int32_t*>(start_.data()) + copy * copy_groups_};
+  return {traits(v.format).act(), lanes, v.padded_cols, data_.data() + copy * copy_bytes_,
+          words_.data() + copy * copy_words_};
 }
 
 void LayerRunner::reserve(const std::vector<Layer>& layers, int64_t rows, int64_t context, int threads,

@@ -124,13 +124,14 @@ void Target::embed_rows(const Worker& w, const int32_t* tokens, int64_t rows) {
   w.barrier();
   const float root = 1.0f / std::sqrt(float(hidden)), half = std::sqrt(0.5f);
   w.for_share(rows, [&](int64_t r) {
+    Floats inputs(size_t(weights_.ple_table.cols));
+    weights_.ple_table.row(tokens[r], inputs.data());
     for (int64_t layer = 0; layer < layers; ++layer) {
       float* p = ple_.floats() + r * ld + layer * size;
       for (int64_t i = 0; i < size; ++i) p[i] *= root;
       kernels_.rms_norm(p, weights_.ple_norm.data(), size, weights_.config.eps, p);
-      const int64_t from = tokens[r] * weights_.ple_table.cols + layer * size;
-      for (int64_t i = 0; i < size; ++i)
-        p[i] = (p[i] + weights_.ple_table.element(from + i) * weights_.ple_scale) * half;
+      const float* input = &inputs[size_t(layer * size)];
+      for (int64_t i = 0; i < size; ++i) p[i] = (p[i] + input[i] * weights_.ple_scale) * half;
     }
   });
 }

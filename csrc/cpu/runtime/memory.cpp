@@ -83,15 +83,4 @@ void Matrix::fill_random(uint64_t seed) {
   randomise(view_, memory_.data(), seed);
 }
 
-float Table::element(int64_t index) const {
-  if (type == Element::f32) {
-    float value;
-    std::memcpy(&value, static_cast<const uint8_t*>(data) + index * 4, 4);
-    return value;
-  }
-  uint16_t bits;
-  std::memcpy(&bits, static_cast<const uint8_t*>(data) + index * 2, 2);
-  return type == Element::bf16 ? bf16_to_float(bits) : half_to_float(bits);
-}
-
 }  // namespace paceline

@@ -65,11 +65,11 @@ using MatrixPtr = std::shared_ptr<Matrix>;
 // A table in a mapped file, at any address, that is read a row at a time (per-layer embeddings).
 struct Table {
   Element type = Element::f32;
-  int64_t rows = 0, cols = 0;
-  const void* data = nullptr;
+  int64_t rows = 0, cols = 0;  // a row is whole blocks of the type
+  const uint8_t* data = nullptr;
   std::shared_ptr<void> owner;  // keeps the mapping alive
 
-  float element(int64_t index) const;
+  void row(int64_t i, float* out) const { decode(type, data + i * row_bytes(type, cols), 0, cols, out); }
 };
 
 }  // namespace paceline

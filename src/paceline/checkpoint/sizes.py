@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from paceline.checkpoint.names import PLE_TABLE, TOKEN_ORDERING, expected_tensors
 from paceline.config import DrafterConfig, TargetConfig
-from paceline.quant.formats import FORMATS, GROUP
+from paceline.quant.formats import FORMATS
 from paceline.quant.recipes import RECIPES
 
 CACHE_BYTES = 2  # bf16
@@ -41,8 +41,8 @@ def weight_bytes(config: TargetConfig | DrafterConfig, quant: str) -> int:
     for name, shape in expected_tensors(config).items():
         if name == PLE_TABLE:
             continue
-        group_bytes = 4 * GROUP if len(shape) == 1 else FORMATS[RECIPES[quant].format_of(name)].group_bytes
-        total += math.prod(shape) * group_bytes // GROUP
+        bits = 32 if len(shape) == 1 else FORMATS[RECIPES[quant].format_of(name)].bits_per_weight
+        total += int(math.prod(shape) * bits) // 8
     return total
 
 

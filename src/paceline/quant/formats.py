@@ -1,16 +1,15 @@
-"""The table of weight formats. What a format means in C++ is in `csrc/cpu/formats/formats.hpp`.
+"""The table of weight formats: how a matrix can be held in memory. The layouts are in `csrc/cpu/formats/formats.hpp`.
 
-Quantised formats share a grid: 32 neighbouring columns of a row are a group with an fp16 scale, and each value is
-scale * q with a whole number q. Names are GGUF's in lower case. This module imports neither NumPy nor native code.
+Names are those of GGUF's types in lower case, and a format holds the bits of a tensor of its type. Columns of a row
+form groups of 32 (in q6_k of 16) that share a scale, and in some formats a minimum. This module imports neither NumPy
+nor native code.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-GROUP = 32  # columns that share a scale
-SCALE_BYTES = 2
+GROUP = 32  # columns that share a scale of activations
 PANEL = 16  # output rows that are packed together
 
 
@@ -21,34 +20,31 @@ class WeightFormat:
     Attributes:
         name: what recipes and pack files call it.
         bits: of a stored number.
-        offset: quantised formats: added to q, so that stored numbers are unsigned; 0: not quantised.
-        divisor: quantised formats: scale = max |x| / divisor and q = x / scale rounded half away from zero; or, if it
-            is negative, scale = (x of largest magnitude) / divisor and q = x / scale rounded, at most offset - 1.
+        scale_bits: what scales and minima add to a weight, in bits; 0: not quantised.
     """
 
     name: str
     bits: int
-    offset: int = 0
-    divisor: int = 0
+    scale_bits: float = 0
+
+    @property
+    def element(self) -> str:
+        """The type of tensor elements whose bits it holds."""
+        return self.name.upper()
 
     @property
     def quantised(self) -> bool:
-        return self.offset != 0
+        return self.scale_bits != 0
 
     @property
-    def group_bytes(self) -> int:
-        """Bytes of 32 weights of one row."""
-        return GROUP * self.bits // 8 + (SCALE_BYTES if self.quantised else 0)
+    def bits_per_weight(self) -> float:
+        """Memory of a weight, but for padding: what a pass reads."""
+        return self.bits + self.scale_bits
 
     @property
     def block(self) -> int:
         """Columns that packed matrices are padded to a multiple of."""
         return 2 * GROUP if self.quantised else GROUP
-
-    @property
-    def deviation(self) -> float:
-        """Standard deviation of evenly spread stored numbers, for random weights."""
-        return math.sqrt((4 * self.offset**2 - 1) / 12)
 
 
 # From the most precise to the smallest.
@@ -56,8 +52,32 @@ FORMATS = {
     f.name: f
     for f in (
         WeightFormat("f32", bits=32),
+        WeightFormat("f16", bits=16),
         WeightFormat("bf16", bits=16),
-        WeightFormat("q8_0", bits=8, offset=128, divisor=127),
-        WeightFormat("q4_0", bits=4, offset=8, divisor=-8),
+        WeightFormat("q8_0", bits=8, scale_bits=0.5),
+        WeightFormat("q6_k", bits=6, scale_bits=0.625),
+        WeightFormat("q5_1", bits=5, scale_bits=1),
+        WeightFormat("q5_k", bits=5, scale_bits=0.625),
+        WeightFormat("q5_0", bits=5, scale_bits=0.5),
+        WeightFormat("q4_1", bits=4, scale_bits=1),
+        WeightFormat("q4_k", bits=4, scale_bits=0.625),
+        WeightFormat("q4_0", bits=4, scale_bits=0.5),
+        WeightFormat("iq4_nl", bits=4, scale_bits=0.5),
+        WeightFormat("iq4_xs", bits=4, scale_bits=0.5),
     )
 }
+
+# Types of tensor elements without a format of their own, and the smallest format that holds all their values.
+WIDER = {"Q2_K": "f32", "Q3_K": "q6_k", "MXFP4": "bf16"}
+
+
+def native_format(element: str) -> str:
+    """The format that holds every value of tensors of an element type, such as "Q4_K".
+
+    Raises:
+        ValueError: there is none.
+    """
+    fmt = WIDER.get(element, element.lower())
+    if fmt not in FORMATS or element != element.upper():
+        raise ValueError(f"no weight format holds tensors of type {element}")
+    return fmt

@@ -29,25 +29,37 @@ inline f32x16 from_half(const uint16_t* p) {
   return map([](u16 h) { return (f32)_mm256_cvtph_ps((__m128i)h); }, load<u16x16>(p));
 }
 
-// Sums of two products fit 16 bits: 2 * 128 * 127 for bytes, and for nibbles even those of a whole group, 16 * 15 * 127.
-template <OperandKind O> using GroupSum = std::conditional_t<O == OperandKind::nibbles, i16x32, i32x16>;
+inline i32x16 widen_bytes(const int8_t* p) {
+  return {{(i32)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))),
+           (i32)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8)))}};
+}
+
+inline u8x64 lookup_iq4(u8x64 index) {
+  const __m256i table =
+      _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(paceline::kIq4Values)));
+  return map([table](u8 i) { return (u8)_mm256_shuffle_epi8(table, (__m256i)i); }, index);
+}
+
+constexpr bool kUnsignedBytes = false;
+template <int Largest> using PartSum = std::conditional_t<portable::fits_16_bits<Largest>, i16x32, i32x16>;
+template <int Largest> constexpr int kRun = portable::kRun<Largest>;
 
 inline i32x16 total(i32x16 sum) { return sum; }
 inline i32x16 total(i16x32 sum) {
   return map([](i16 s) { return (i32)_mm256_madd_epi16((__m256i)s, _mm256_set1_epi16(1)); }, sum);
 }
 
-template <OperandKind O>
-inline GroupSum<O> dot4(GroupSum<O> sum, u8x64 w, u8x64 a) {
+template <int Largest>
+inline PartSum<Largest> dot4(PartSum<Largest> sum, u8x64 w, u8x64 a) {
   // maddubs takes unsigned by signed bytes: of signed weights the magnitudes, their signs given to the activations.
   const i16x32 pairs = map(
       [](u8 x, u8 y) {
         const __m256i u = (__m256i)x, v = (__m256i)y;
-        if constexpr (O == OperandKind::nibbles) return (i16)_mm256_maddubs_epi16(u, v);
+        if constexpr (Largest < 128) return (i16)_mm256_maddubs_epi16(u, v);
         else return (i16)_mm256_maddubs_epi16(_mm256_abs_epi8(u), _mm256_sign_epi8(v, u));
       },
       w, a);
-  if constexpr (O == OperandKind::nibbles) return sum + pairs;
+  if constexpr (portable::fits_16_bits<Largest>) return sum + pairs;
   else return sum + total(pairs);
 }
 

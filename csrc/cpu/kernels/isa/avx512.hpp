@@ -30,6 +30,18 @@ inline void store_bytes(int8_t* p, i32x16 v) {
   store(p, __builtin_convertvector(v, i8x16));
 }
 
+inline i32x16 widen_bytes(const int8_t* p) {
+  return (i32x16)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+
+constexpr bool kUnsignedBytes = true;
+
+inline u8x64 lookup_iq4(u8x64 index) {
+  const __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i*>(paceline::kIq4Values));
+  const __m512i table = _mm512_broadcast_i32x4(_mm_xor_si128(values, _mm_set1_epi8(char(-128))));
+  return (u8x64)_mm512_shuffle_epi8(table, (__m512i)index);
+}
+
 // acc[i] += w[4 i + 0..3] * a[0..3]: unsigned weight bytes by the four signed bytes at `a`. Exact.
 inline i32x16 dot4(i32x16 acc, u8x64 w, const uint8_t* a) {
   int32_t lane;

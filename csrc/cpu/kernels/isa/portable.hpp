@@ -5,10 +5,13 @@
 //   widen_halves  sixteen 16-bit numbers as 32-bit ones
 //   from_half     sixteen fp16 as floats
 //   store_bytes   lanes of integers as bytes; they fit
+//   widen_bytes   sixteen signed bytes as integers
+//   lookup_iq4    bytes 0..15 as the values of the IQ4 formats; with 128 added if kUnsignedBytes
 //   multiply      low and high halves of the products of lanes with a number
 //   dot2          acc[i] += w[2 i] * a[0] + w[2 i + 1] * a[1] over the two bfloat16 at `a`
-//   dot4          the same of four 8-bit integers; with panels_narrow.hpp over a group of columns: `GroupSum<OperandKind>`
-//                 collects eight times four weights by four activations, exactly, and `total` gives the sixteen sums
+//   dot4          the same of four 8-bit integers, weights unsigned if kUnsignedBytes. With panels_narrow.hpp a
+//                 `PartSum<Largest>` takes kRun<Largest> times four weights up to the largest by four activations,
+//                 exactly, and `total` gives the sixteen sums. Weights are unsigned but where the largest is 128.
 #pragma once
 
 #include "kernels/registers.hpp"
@@ -26,6 +29,29 @@ inline V widen_halves(const uint16_t* p) {
             (R)__builtin_shufflevector(b, zero, 0, 8, 1, 9, 2, 10, 3, 11),
             (R)__builtin_shufflevector(b, zero, 4, 12, 5, 13, 6, 14, 7, 15)}};
 }
+
+inline i32x16 widen_bytes(const int8_t* p) {
+  int32_t t[16];
+  for (int i = 0; i < 16; ++i) t[i] = p[i];
+  return load<i32x16>(t);
+}
+
+inline u8x64 lookup_iq4(u8x64 index) {
+  uint8_t t[64];
+  store(t, index);
+  for (uint8_t& x : t) x = uint8_t(paceline::kIq4Values[x & 15]);
+  return load<u8x64>(t);
+}
+
+// Of sums in 16 bits, for processors that add two products of bytes so: operands of which 16 bits hold the sums, each two
+// weights by two activations up to 127. A power of two, and at most a group's.
+template <int Largest>
+constexpr int kRun = [] {
+  int run = 1;
+  while (run < 8 && 2 * run * 2 * Largest * 127 <= 32767) run *= 2;
+  return run;
+}();
+template <int Largest> constexpr bool fits_16_bits = kRun<Largest> > 1;
 
 inline void store_bytes(int8_t* p, i32x16 v) {
   int32_t t[16];
