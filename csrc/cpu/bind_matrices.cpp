@@ -130,6 +130,12 @@ void bind_matrices(nb::module_& module) {
           [](Table* self, const AnyRows& rows, const std::string& type) { new (self) Table(table_of(rows, type)); },
           "rows"_a, "type"_a = "", "Rows are given as to Matrix.pack.")
       .def("row", &table_row, "index"_a, "One row as float32 [cols].")
+      .def(
+          "data",
+          [](const Table& t) {
+            return Numpy<const uint8_t, 1>(t.data, {size_t(t.rows * row_bytes(t.type, t.cols))});
+          },
+          nb::rv_policy::reference_internal, "Its bytes, in place.")
       .def_prop_ro("shape", [](const Table& t) { return nb::make_tuple(t.rows, t.cols); })
       .def_prop_ro("type", [](const Table& t) { return traits(t.type).name; });
   module.def("dequantise", &dequantise, "rows"_a, "type"_a, "cols"_a,

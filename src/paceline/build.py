@@ -173,7 +173,8 @@ def _on_cpu(parts: Parts) -> Backend:
     sources = [opened(parts.target, parts.quant)]
     weights, pair = sources[0].weights, None
     if parts.drafter:
-        sources.append(opened(parts.drafter, RECIPES[weights.quant].drafter))
+        quant = "file" if parts.drafter[0].is_gguf else RECIPES[weights.quant].drafter
+        sources.append(opened(parts.drafter, quant))
         pair = (parts.drafter[1], sources[1].weights)
     isa = os.environ.get("PACELINE_ISA", "")
     backend = CpuBackend((parts.target[1], weights), pair, threads=threads, isa=isa, **parts.sizes)

@@ -1,25 +1,31 @@
-"""Which format weights are held in, whatever the backend."""
+"""Which recipe weights are held by, whatever the backend."""
 
 from __future__ import annotations
 
-from paceline.checkpoint.sizes import weight_bytes
-from paceline.config import DrafterConfig, TargetConfig
+from paceline.checkpoint import Checkpoint, Tensors
+from paceline.checkpoint.names import PLE_TABLE
 from paceline.errors import SettingsError
-from paceline.memory import AUTO_SHARE
-from paceline.quant.recipes import RECIPES
+from paceline.quant.recipes import DEFAULT, RECIPES
+
+SMALL = 256 << 20  # bytes of matrices in the files, up to which nothing is gained by making them smaller
 
 
 def check_quant(quant: str) -> None:
-    """Raise `SettingsError` unless this is a weight format or auto."""
+    """Raise `SettingsError` unless this is a recipe or auto."""
     if quant not in (*RECIPES, "auto"):
         raise SettingsError(f"unknown quantisation {quant!r}; use one of {', '.join(RECIPES)} or auto")
 
 
-def choose_quant(config: TargetConfig | DrafterConfig, dtype: str, memory: int) -> str:
-    """The most precise format whose weights take at most 70 % of `memory` bytes; the smallest if none does.
+def choose_quant(checkpoint: Checkpoint, tensors: Tensors) -> str:
+    """The recipe that `auto` stands for.
 
-    A checkpoint in bf16 has nothing to gain from f32, which is chosen only where the files hold it.
+    It depends on the files alone, not on the machine, so that every start makes the same choice: a GGUF stays what it
+    is, small models keep their precision, and others are held by the default recipe.
     """
-    candidates = [name for name in RECIPES if name != "f32" or dtype == "F32"]
-    fitting = (name for name in candidates if weight_bytes(config, name) <= AUTO_SHARE * memory)
-    return next(fitting, candidates[-1])
+    matrices = [ref for name, ref in tensors.refs.items() if len(ref.shape) > 1 and name != PLE_TABLE]
+    if checkpoint.is_gguf:
+        return "file"
+    if sum(ref.bytes for ref in matrices) > SMALL:
+        return DEFAULT
+    types = {ref.dtype for ref in matrices}
+    return "f32" if "F32" in types else "bf16" if types == {"BF16"} else "file"

@@ -22,9 +22,9 @@ def random_weights(config: TargetConfig | DrafterConfig, quant: str) -> Weights:
     """
     weights = Weights(quant, embedding_scales(config, lambda _: True))
     for name, shape in native_shapes(config).items():
-        fmt = RECIPES[quant].format_of(name)
+        fmt = RECIPES[quant].format_of(name, "BF16")
         if name == PLE_TABLE:
-            tensor: Tensor = np.zeros(shape, np.uint16)
+            tensor: Tensor = _cpu.Table(np.zeros(shape, np.uint16))
         elif name == "ordered_head.tokens":
             tokens = np.arange(shape[0], dtype=np.int32)
             tensor = np.where(tokens < config.vocab_size, tokens, np.int32(-1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from paceline.checkpoint.names import PLE_TABLE, TOKEN_ORDERING, expected_tensors
@@ -11,6 +12,7 @@ from paceline.quant.formats import FORMATS
 from paceline.quant.recipes import RECIPES
 
 CACHE_BYTES = 2  # bf16
+BF16: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,13 @@ def count_parameters(config: TargetConfig | DrafterConfig) -> Parameters:
     return Parameters(total, effective, active)
 
 
-def weight_bytes(config: TargetConfig | DrafterConfig, quant: str) -> int:
-    """Memory of the packed weights: matrices in the format, vectors in f32, the token ordering in int32.
+def weight_bytes(config: TargetConfig | DrafterConfig, quant: str, elements: Mapping[str, str] = BF16) -> int:
+    """Memory of the packed weights: matrices by the recipe, vectors in f32, the token ordering in int32.
+
+    Args:
+        config: the model's.
+        quant: a recipe.
+        elements: types of the tensors in the files, by canonical name; bf16 where none is given.
 
     The per-layer-embedding table is not counted: it stays in its file and is read by row.
     """
@@ -41,8 +48,8 @@ def weight_bytes(config: TargetConfig | DrafterConfig, quant: str) -> int:
     for name, shape in expected_tensors(config).items():
         if name == PLE_TABLE:
             continue
-        bits = 32 if len(shape) == 1 else FORMATS[RECIPES[quant].format_of(name)].bits_per_weight
-        total += int(math.prod(shape) * bits) // 8
+        fmt = "f32" if len(shape) == 1 else RECIPES[quant].format_of(name, elements.get(name, "BF16"))
+        total += int(math.prod(shape) * FORMATS[fmt].bits_per_weight) // 8
     return total
 
 

@@ -56,6 +56,11 @@ class TensorRef:
     def rows(self) -> int:
         return self.shape[0] if self.shape else 1
 
+    @property
+    def block_type(self) -> str:
+        """The type of its blocks as native code takes it; "" for plain numbers."""
+        return self.dtype if self.dtype in BLOCKS else ""
+
     def read(self, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         """Read rows `start` to `stop` of the first dimension into new memory.
 

@@ -350,7 +350,7 @@ def damaged_weights(quant: str, isa: str) -> None:
                     given[name] = [damaged(random, matrix, odd, share) for matrix in tensor]
                 elif isinstance(tensor, _cpu.Matrix):
                     given[name] = damaged(random, tensor, odd, share)
-                elif tensor.dtype == np.float32:
+                elif isinstance(tensor, np.ndarray) and tensor.dtype == np.float32:
                     given[name] = np.where(random.random(tensor.shape) < share / 10, odd[3], tensor).astype(np.float32)
                 else:
                     given[name] = tensor

@@ -16,10 +16,9 @@ from paceline.backends.cpu.pack_cache import fingerprint, pack_path
 from paceline.backends.cpu.packfile import StalePack, _checksum, open_pack, write_pack
 from paceline.backends.cpu.weights import Weights, pack_checkpoint
 from paceline.backends.formats import choose_quant
-from paceline.bench.shapes import official_target
-from paceline.checkpoint import Checkpoint, resolve
+from paceline.checkpoint import Checkpoint, TensorRef, Tensors, resolve
 from paceline.errors import CheckpointError, SettingsError
-from paceline.quant.recipes import RECIPES
+from paceline.quant.recipes import DEFAULT, RECIPES
 from tests.fixtures.backends import cpu_backend, run, sequence
 from tests.fixtures.checkpoints import PREFIX, TARGET, changed, target_weights, write
 from tests.fixtures.pairs import write_pair
@@ -244,6 +243,17 @@ def cpu_table(folder: Path) -> np.ndarray:
     return resolve(checkpoint, checkpoint.drafter_config())["embed_tokens.weight"].read()
 
 
-@pytest.mark.parametrize(("gigabytes", "choice"), [(40, "bf16"), (5, "q8"), (3, "q4"), (0.1, "q4")])
-def test_auto_takes_the_most_precise_format_that_fits(gigabytes: float, choice: str) -> None:
-    assert choose_quant(official_target("e2b"), "BF16", int(gigabytes * 1e9)) == choice
+@pytest.mark.parametrize(
+    ("element", "columns", "choice"),
+    [
+        ("BF16", 64, "bf16"),
+        ("F32", 64, "f32"),
+        ("F16", 64, "file"),
+        ("BF16", 1 << 28, DEFAULT),
+        ("F32", 1 << 28, DEFAULT),
+    ],
+)
+def test_auto_depends_on_the_files_alone(pair: tuple[Path, Path], element: str, columns: int, choice: str) -> None:
+    checkpoint = Checkpoint.open(pair[0])
+    ref = TensorRef("x", element, (2, columns), pair[0], 0, 2 * columns * (4 if element == "F32" else 2))
+    assert choose_quant(checkpoint, Tensors({"x": ref}, {})) == choice

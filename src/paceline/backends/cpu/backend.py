@@ -61,7 +61,7 @@ class CpuBackend:
                 slots=slots,
                 context=context,
                 max_rows=max_rows,
-                bf16_cache=weights.quant != "f32",
+                bf16_cache=not weights.is_f32,
             )
         except ValueError as error:
             raise BackendError(str(error)) from error

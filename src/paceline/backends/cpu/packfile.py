@@ -3,8 +3,9 @@
 The file, all numbers little-endian:
 
 * 8 bytes `PACELINE`, a uint32 format version (3), a uint32 header length, a uint32 CRC-32 of the header;
-* the header, JSON: `fingerprint` (of source and settings), `quant`, `items` (name -> kind, shape, offset, bytes, and
-  a matrix's `format`, an array's `dtype`; items of kind `expert` make up a list), `bytes` (of the data), `checksum`;
+* the header, JSON: `fingerprint` (of source and settings), `quant`, `items` (name -> kind, shape, offset, bytes, and a
+  matrix's `format`, a vector's `dtype`, a table's element `type`; items of kind `expert` make up a list), `bytes` (of
+  the data), `checksum`;
 * zeros up to a multiple of 4096, then the data: each item starts at a multiple of 4096 from the start of the data and
   is filled up with zeros to one. Matrices are as `csrc/cpu/formats/formats.hpp` describes, vectors float32 or int32.
 
@@ -24,9 +25,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paceline import _cpu
-from paceline.backends.cpu.weights import Weights, check_weights
+from paceline.backends.cpu.weights import Weights, check_weights, map_table
 from paceline.checkpoint import Tensors
 from paceline.checkpoint.names import PLE_TABLE
+from paceline.checkpoint.tensors import BLOCKS, ELEMENTS
 from paceline.config import DrafterConfig, TargetConfig
 from paceline.errors import MAX_REASON, shorten
 from paceline.files import MAX_JSON_BYTES, atomic_file
@@ -107,7 +109,7 @@ def open_pack(
         weights = Weights(header["quant"])
         added = [_add(weights, name, item, data) for name, item in header["items"].items()]
         if tensors and PLE_TABLE in tensors.refs:
-            weights.tensors[PLE_TABLE] = tensors[PLE_TABLE].map()
+            weights.tensors[PLE_TABLE] = map_table(tensors[PLE_TABLE])
         check_weights(weights, config)
         if _checksum([raw for raw in added if raw is not None], threads) != header["checksum"]:
             raise StalePack("damaged data")
@@ -145,9 +147,12 @@ def _add(weights: Weights, name: str, item: Mapping[str, Any], data: NDArray[np.
     ):
         raise StalePack(f"{name} lies at a place of the file that does not exist")
     raw = data[offset : offset + size]
-    if kind in ("table", "vector"):
+    if kind == "table":
+        weights.tensors[name] = _table(raw, item["type"], shape)
+        return None
+    if kind == "vector":
         weights.tensors[name] = raw.view(item["dtype"]).reshape(shape)
-        return None if kind == "table" else raw
+        return raw
     if item["format"] not in FORMATS:
         raise StalePack(f"{name} is in an unknown format")
     rows, columns = shape
@@ -161,13 +166,22 @@ def _add(weights: Weights, name: str, item: Mapping[str, Any], data: NDArray[np.
     return raw
 
 
+def _table(raw: NDArray[np.uint8], element: str, shape: list[int]) -> _cpu.Table:
+    rows, columns = shape
+    if element in BLOCKS:
+        return _cpu.Table(raw.reshape(rows, -1), element)
+    return _cpu.Table(raw.view(ELEMENTS[element]).reshape(rows, columns))
+
+
 def _contents(weights: Weights, with_tables: bool) -> Iterator[tuple[str, str, NDArray[Any], dict[str, Any]]]:
     for name, matrix in weights.matrices:
         kind = "matrix" if name in weights.tensors else "expert"
         yield name, kind, matrix.packed(), {"format": matrix.format, "shape": matrix.shape}
     for name, tensor in weights.tensors.items():
-        if isinstance(tensor, np.ndarray) and (tensor.ndim == 1 or with_tables):
-            yield name, "vector" if tensor.ndim == 1 else "table", tensor, {"dtype": tensor.dtype.str}
+        if isinstance(tensor, np.ndarray):
+            yield name, "vector", tensor, {"dtype": tensor.dtype.str}
+        elif isinstance(tensor, _cpu.Table) and with_tables:
+            yield name, "table", tensor.data(), {"type": tensor.type, "shape": tensor.shape}
 
 
 def _checksum(parts: list[NDArray[np.uint8]], threads: int) -> int:

@@ -13,7 +13,6 @@ from paceline.backends.formats import choose_quant
 from paceline.checkpoint import Checkpoint, resolve
 from paceline.config import DrafterConfig, TargetConfig
 from paceline.errors import CheckpointError, SettingsError
-from paceline.memory import available_memory
 
 
 @dataclass(frozen=True)
@@ -65,8 +64,7 @@ def open_source(
         return WeightSource(_open_converted(checkpoint.packed, config, quant, threads), checkpoint, threads)
     tensors = resolve(checkpoint, config)
     if quant == "auto":
-        quant = choose_quant(config, tensors["embed_tokens.weight"].dtype, available_memory())
-        notify(f"weights: {quant} (chosen for the memory at hand)")
+        quant = choose_quant(checkpoint, tensors)
     try:
         about = fingerprint(checkpoint, quant)
         weights = open_pack(pack_path(checkpoint, quant), config, threads, fingerprint=about, tensors=tensors)

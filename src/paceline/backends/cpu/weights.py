@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paceline import _cpu
-from paceline.checkpoint import Tensors
+from paceline.checkpoint import TensorRef, Tensors
 from paceline.checkpoint.names import PLE_TABLE, TOKEN_ORDERING, expected_tensors
 from paceline.config import DrafterConfig, TargetConfig
 from paceline.errors import CheckpointError
@@ -29,9 +29,8 @@ from paceline.quant.recipes import RECIPES
 EMBEDDING = "embed_tokens.weight"
 CENTROIDS = "masked_embedding.centroids.weight"
 SLICE_BYTES = 32 << 20  # read at a time while packing
-TABLE_TYPES = ("<f4", "<f2", "<u2")  # float32, float16, the bits of bfloat16
 
-Tensor = _cpu.Matrix | list[_cpu.Matrix] | NDArray[Any]
+Tensor = _cpu.Matrix | list[_cpu.Matrix] | _cpu.Table | NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,11 @@ class Weights:
     def nbytes(self) -> int:
         """Bytes of all packed matrices."""
         return sum(matrix.nbytes for _, matrix in self.matrices)
+
+    @property
+    def is_f32(self) -> bool:
+        """Whether all matrices are held in f32."""
+        return all(matrix.format == "f32" for _, matrix in self.matrices)
 
 
 def native_shapes(config: TargetConfig | DrafterConfig) -> dict[str, tuple[int, ...]]:
@@ -87,16 +91,15 @@ def check_weights(weights: Weights, config: TargetConfig | DrafterConfig) -> Non
     if odd:
         raise ValueError(f"{odd[0]} is {'missing' if odd[0] in expected else 'not part of the model'}")
     for name, tensor in weights.tensors.items():
+        shape: tuple[int, ...]
         if isinstance(tensor, np.ndarray):
-            table = name == PLE_TABLE
-            types = TABLE_TYPES if table else ("<i4",) if name == "ordered_head.tokens" else ("<f4",)
-            right = tensor.dtype.str in types and (table or tensor.ndim == 1)
-            shape: tuple[int, ...] = tensor.shape
+            right = tensor.dtype.str == ("<i4" if name == "ordered_head.tokens" else "<f4") and tensor.ndim == 1
+            shape = tensor.shape
         elif isinstance(tensor, list):
             right = len({matrix.shape for matrix in tensor}) == 1
             shape = (len(tensor), *tensor[0].shape)
         else:
-            right, shape = name != PLE_TABLE, tensor.shape
+            right, shape = isinstance(tensor, _cpu.Table) == (name == PLE_TABLE), tensor.shape
         if not right or shape != expected[name]:
             raise ValueError(f"{name} is {list(shape)} where config.json calls for {list(expected[name])}")
 
@@ -139,21 +142,32 @@ def pack_checkpoint(
     """
     weights = Weights(quant, embedding_scales(config, lambda name: tensors[name].dtype == "BF16"))
     for name, shape in native_shapes(config).items():
-        fmt = (formats or {}).get(name) or RECIPES[quant].format_of(name)
         if name == PLE_TABLE:
-            tensor: Tensor = tensors[name].map()
-        elif name == "ordered_head.weight":
-            tensor = _ordered_head(tensors, fmt, progress)
+            weights.tensors[name] = map_table(tensors[name])
         elif name == "ordered_head.tokens":
-            tensor = _ordered_tokens(tensors).ravel()
-        elif len(shape) == 3:
-            tensor = _experts(tensors, name, fmt, progress)
-        elif len(shape) == 2:
-            tensor = _matrix(tensors, name, fmt, progress)
+            weights.tensors[name] = _ordered_tokens(tensors).ravel()
+        elif len(shape) == 1:
+            weights.tensors[name] = tensors.vector(name)
         else:
-            tensor = tensors.vector(name)
-        weights.tensors[name] = tensor
+            ref = _source(tensors, name)
+            fmt = (formats or {}).get(name) or RECIPES[quant].format_of(name, ref.dtype)
+            pack = _ordered_head if name == "ordered_head.weight" else _experts if len(shape) == 3 else _matrix
+            weights.tensors[name] = pack(tensors, name, fmt, progress)
     return weights
+
+
+def map_table(ref: TensorRef) -> _cpu.Table:
+    """A table of per-layer embeddings, left in its file."""
+    return _cpu.Table(ref.map(), ref.block_type)
+
+
+def _source(tensors: Tensors, name: str) -> TensorRef:
+    """The tensor in the files that a native matrix, or list of them, is made of."""
+    if name == "ordered_head.weight":
+        return tensors[EMBEDDING]
+    if name not in tensors.refs:  # gate and up projections of experts in one
+        return tensors[f"{name.rpartition('.')[0]}.gate_up_proj"]
+    return tensors[name]
 
 
 def _matrix(tensors: Tensors, name: str, fmt: str, progress: Callable[[int], None]) -> _cpu.Matrix:
@@ -162,21 +176,21 @@ def _matrix(tensors: Tensors, name: str, fmt: str, progress: Callable[[int], Non
     matrix = _cpu.Matrix(fmt, rows, columns)
     step = max(PANEL, SLICE_BYTES * rows // max(1, ref.bytes) // PANEL * PANEL)
     for start in range(0, rows, step):
-        matrix.pack(ref.read(start, min(start + step, rows)), start)
+        matrix.pack(ref.read(start, min(start + step, rows)), start, ref.block_type)
     progress(ref.bytes)
     return matrix
 
 
 def _experts(tensors: Tensors, name: str, fmt: str, progress: Callable[[int], None]) -> list[_cpu.Matrix]:
-    prefix, _, part = name.rpartition(".")
-    ref = tensors[name if part == "down_proj" else f"{prefix}.gate_up_proj"]
-    half = ref.shape[1] // 2
-    chosen = {"gate_proj": slice(half), "up_proj": slice(half, None), "down_proj": slice(None)}[part]
+    ref, chosen = _source(tensors, name), slice(None)
+    if name not in tensors.refs:
+        half = ref.shape[1] // 2
+        chosen = slice(half) if name.endswith("gate_proj") else slice(half, None)
     matrices = []
     for expert in range(ref.shape[0]):
         rows = np.ascontiguousarray(ref.read(expert, expert + 1)[0, chosen])
-        matrices.append(_cpu.Matrix(fmt, *rows.shape))
-        matrices[-1].pack(rows)
+        matrices.append(_cpu.Matrix(fmt, len(rows), ref.shape[2]))
+        matrices[-1].pack(rows, 0, ref.block_type)
         progress(rows.nbytes)
     return matrices
 
@@ -190,11 +204,12 @@ def _ordered_tokens(tensors: Tensors) -> NDArray[np.int32]:
     return np.pad(ordering.astype(np.int32), ((0, 0), (0, -ordering.shape[1] % PANEL)), constant_values=-1)
 
 
-def _ordered_head(tensors: Tensors, fmt: str, progress: Callable[[int], None]) -> _cpu.Matrix:
+def _ordered_head(tensors: Tensors, _: str, fmt: str, progress: Callable[[int], None]) -> _cpu.Matrix:
     ref = tensors[EMBEDDING]
     tokens, rows = _ordered_tokens(tensors), ref.read()
     matrix = _cpu.Matrix(fmt, tokens.size, ref.shape[1])
     for index, members in enumerate(tokens):
-        matrix.pack(np.where(members[:, None] >= 0, rows[members], np.zeros((), rows.dtype)), index * len(members))
+        listed = np.where(members[:, None] >= 0, rows[members], np.zeros((), rows.dtype))  # zero bytes are zeros
+        matrix.pack(listed, index * len(members), ref.block_type)
     progress(ref.bytes)
     return matrix

@@ -12,10 +12,8 @@ from paceline.backends.torch.backend import TorchBackend
 from paceline.backends.torch.measure import device_name
 from paceline.backends.torch.weights import CheckpointSource, RandomSource
 from paceline.checkpoint import Checkpoint, resolve
-from paceline.checkpoint.names import PLE_TABLE
 from paceline.config import DrafterConfig, TargetConfig
 from paceline.errors import BackendError
-from paceline.memory import available_memory
 from paceline.quant.recipes import RECIPES
 
 __all__ = ["device_name", "load_backend", "open_device", "random_backend"]
@@ -53,8 +51,7 @@ def load_backend(
     where = open_device(device)
     tensors = resolve(*target)
     if quant == "auto":
-        table = tensors.refs[PLE_TABLE].bytes if target[1].ple_size else 0  # on the device whatever the format
-        quant = choose_quant(target[1], tensors["embed_tokens.weight"].dtype, free_memory(where) - table)
+        quant = choose_quant(target[0], tensors)
     if threads:
         torch.set_num_threads(threads)
     pair = None
@@ -125,8 +122,3 @@ def open_device(name: str) -> torch.device:
                 f"{name}: Triton cannot compile kernels here ({first}); it needs a C compiler"
             ) from error
     return device
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that weights and caches may take."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
