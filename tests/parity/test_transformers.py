@@ -12,6 +12,7 @@ import transformers as hf
 
 from paceline import _cpu
 from paceline.backends.base import Backend
+from paceline.backends.cpu.weights import choose_formats
 from paceline.checkpoint import Checkpoint, resolve
 from paceline.quant.recipes import RECIPES
 from paceline.types import GREEDY, Draft, Result, Work
@@ -219,6 +220,8 @@ def test_logits_are_exact_integer_sums(tmp_path: Path, quant: str, isa: str) -> 
     for position, token in enumerate(prompt().tolist()):
         logits.append(feed(backend, slot, np.array([token]), position)[0])
         hidden.append(backend._decoder.hidden(slot))
-    product = reference_formats.matmul(table, np.array(hidden), RECIPES[quant].format_of("embed_tokens.weight", "F32"))
+    product = reference_formats.matmul(
+        table, np.array(hidden), choose_formats(config, quant, lambda _: "F32")["embed_tokens.weight"]
+    )
     expected = config.softcap * np.tanh(product / config.softcap) if config.softcap else product
     assert np.abs(np.array(logits) - expected).max() <= 2e-6 * np.abs(expected).max()

@@ -7,10 +7,9 @@ import zlib
 import numpy as np
 
 from paceline import _cpu
-from paceline.backends.cpu.weights import Tensor, Weights, embedding_scales, native_shapes
+from paceline.backends.cpu.weights import Tensor, Weights, choose_formats, embedding_scales, native_shapes
 from paceline.checkpoint.names import PLE_TABLE
 from paceline.config import DrafterConfig, TargetConfig
-from paceline.quant.recipes import RECIPES
 
 
 def random_weights(config: TargetConfig | DrafterConfig, quant: str) -> Weights:
@@ -21,17 +20,17 @@ def random_weights(config: TargetConfig | DrafterConfig, quant: str) -> Weights:
     The per-layer-embedding table reads as zeros and takes no memory, where a real one costs a page from disk a token.
     """
     weights = Weights(quant, embedding_scales(config, lambda _: True))
+    formats = choose_formats(config, quant)
     for name, shape in native_shapes(config).items():
-        fmt = RECIPES[quant].format_of(name, "BF16")
         if name == PLE_TABLE:
             tensor: Tensor = _cpu.Table(np.zeros(shape, np.uint16))
         elif name == "ordered_head.tokens":
             tokens = np.arange(shape[0], dtype=np.int32)
             tensor = np.where(tokens < config.vocab_size, tokens, np.int32(-1))
         elif len(shape) == 3:
-            tensor = [_random(f"{name}.{expert}", shape[1:], fmt) for expert in range(shape[0])]
+            tensor = [_random(f"{name}.{expert}", shape[1:], formats[name]) for expert in range(shape[0])]
         elif len(shape) == 2:
-            tensor = _random(name, shape, fmt)
+            tensor = _random(name, shape, formats[name])
         else:
             tensor = np.full(shape, 0.05 if "post_" in name and "norm" in name else 1.0, np.float32)
         weights.tensors[name] = tensor

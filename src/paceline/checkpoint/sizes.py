@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from paceline.checkpoint.names import PLE_TABLE, TOKEN_ORDERING, expected_tensors
 from paceline.config import DrafterConfig, TargetConfig
 from paceline.quant.formats import FORMATS
-from paceline.quant.recipes import RECIPES
+from paceline.quant.recipes import RECIPES, Stored
 
 CACHE_BYTES = 2  # bf16
 BF16: Mapping[str, str] = {}
@@ -44,13 +44,11 @@ def weight_bytes(config: TargetConfig | DrafterConfig, quant: str, elements: Map
 
     The per-layer-embedding table is not counted: it stays in its file and is read by row.
     """
-    total = 0
-    for name, shape in expected_tensors(config).items():
-        if name == PLE_TABLE:
-            continue
-        fmt = "f32" if len(shape) == 1 else RECIPES[quant].format_of(name, elements.get(name, "BF16"))
-        total += int(math.prod(shape) * FORMATS[fmt].bits_per_weight) // 8
-    return total
+    shapes = {name: shape for name, shape in expected_tensors(config).items() if name != PLE_TABLE}
+    matrices = {n: Stored(shape, elements.get(n, "BF16")) for n, shape in shapes.items() if len(shape) > 1}
+    formats = RECIPES[quant].formats(matrices)
+    bits = {name: FORMATS[formats[name]].bits_per_weight if name in formats else 32 for name in shapes}
+    return sum(int(math.prod(shape) * bits[name]) // 8 for name, shape in shapes.items())
 
 
 def cache_bytes(config: TargetConfig, positions: int) -> int:

@@ -1,13 +1,27 @@
 """What users choose by `--quant`: a recipe says in which format each tensor of a model is held.
 
-This module imports neither NumPy nor native code.
+The formats of q4, q5 and q6 were chosen by what they cost on a real model (docs/formats.md). This module imports
+neither NumPy nor native code.
 """
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from paceline.quant.formats import native_format
+from paceline.quant.formats import FORMATS, native_format
+
+ROUTER = "router.proj.weight"  # decides what runs, so it keeps its precision
+
+
+class Stored(NamedTuple):
+    """A matrix, or list of them, in a model's files."""
+
+    shape: tuple[int, ...]
+    element: str  # type of its elements
 
 
 @dataclass(frozen=True)
@@ -19,35 +33,57 @@ class Recipe:
         summary: ends the sentence "weights in memory: f32 ...".
         drafter: the recipe of a drafter beside a target of this one. A drafter is small, and its mistakes cost rounds,
             so it is never below q8.
+        base: the format of a matrix.
+        upgrades: better formats of matrices whose names match an expression, the most worthwhile first; each is taken
+            if the matrices' mean stays within the budget.
+        budget: bits a weight.
         uniform: the format of every matrix, where a backend holds them all alike.
     """
 
     name: str
     summary: str
     drafter: str
+    base: str
     uniform: str
+    upgrades: tuple[tuple[str, str], ...] = ()
+    budget: float = math.inf
 
-    def format_of(self, name: str, element: str) -> str:
-        """The format of a matrix.
-
-        Args:
-            name: its native name. A router decides what runs, so it keeps its precision.
-            element: the type of its elements in the file.
-        """
+    def formats(self, matrices: Mapping[str, Stored]) -> dict[str, str]:
+        """The format of each matrix of a model, by name."""
         if self.name == "file":
-            return native_format(element)
-        return "bf16" if name.endswith("router.proj.weight") and self.uniform != "f32" else self.uniform
+            return {name: native_format(stored.element) for name, stored in matrices.items()}
+        router = "f32" if self.base == "f32" else "bf16"
+        chosen = {name: router if name.endswith(ROUTER) else self.base for name in matrices}
+        for pattern, better in self.upgrades:
+            upgraded = {name: better for name in matrices if re.search(pattern, name) and not name.endswith(ROUTER)}
+            if mean_bits(matrices, chosen | upgraded) <= self.budget:
+                chosen |= upgraded
+        return chosen
+
+
+def mean_bits(matrices: Mapping[str, Stored], formats: Mapping[str, str]) -> float:
+    """Bits a weight of a model's matrices, scales included."""
+    sizes = {name: math.prod(stored.shape) for name, stored in matrices.items()}
+    return sum(FORMATS[formats[name]].bits_per_weight * size for name, size in sizes.items()) / sum(sizes.values())
+
+
+def _upgrades(keys: str, others: str) -> tuple[tuple[str, str], ...]:
+    """Better formats of keys and values, then of other matrices, by what a weight of each loses."""
+    parts = ("v_proj", "k_proj", "up_proj", "gate_proj", "gate_up_proj", "down_proj", "q_proj", "o_proj")
+    return tuple((rf"{part}(\.|$)", keys if part in ("v_proj", "k_proj") else others) for part in parts)
 
 
 # As the file has it, then from the most precise to the smallest.
 RECIPES = {
     r.name: r
     for r in (
-        Recipe("file", "each tensor as the file holds it", drafter="file", uniform="bf16"),
-        Recipe("f32", "as the reference", drafter="f32", uniform="f32"),
-        Recipe("bf16", "in half of f32", drafter="bf16", uniform="bf16"),
-        Recipe("q8", "in a quarter", drafter="q8", uniform="q8_0"),
-        Recipe("q4", "in an eighth", drafter="q8", uniform="q4_0"),
+        Recipe("file", "each tensor as the file holds it", drafter="file", base="bf16", uniform="bf16"),
+        Recipe("f32", "as the reference", drafter="f32", base="f32", uniform="f32"),
+        Recipe("bf16", "in half of f32", drafter="bf16", base="bf16", uniform="bf16"),
+        Recipe("q8", "in a quarter", drafter="q8", base="q8_0", uniform="q8_0"),
+        Recipe("q6", "in 6.6 to 7 bits a weight", "q8", "q6_k", "q8_0", _upgrades("q8_0", "q8_0"), budget=7.0),
+        Recipe("q5", "in 5.6 to 6 bits a weight", "q8", "q5_k", "q8_0", _upgrades("q6_k", "q6_k"), budget=6.0),
+        Recipe("q4", "in 4.6 to 5 bits a weight", "q8", "q4_k", "q4_0", _upgrades("q6_k", "q5_k"), budget=5.0),
     )
 }
 METAVAR = "|".join(RECIPES)

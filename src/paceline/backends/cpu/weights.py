@@ -24,7 +24,7 @@ from paceline.config import DrafterConfig, TargetConfig
 from paceline.errors import CheckpointError
 from paceline.quant.bf16 import from_bf16, to_bf16
 from paceline.quant.formats import PANEL
-from paceline.quant.recipes import RECIPES
+from paceline.quant.recipes import RECIPES, Stored
 
 EMBEDDING = "embed_tokens.weight"
 CENTROIDS = "masked_embedding.centroids.weight"
@@ -141,6 +141,7 @@ def pack_checkpoint(
         CheckpointError: a file ended early, or a drafter's token ordering is damaged.
     """
     weights = Weights(quant, embedding_scales(config, lambda name: tensors[name].dtype == "BF16"))
+    chosen = choose_formats(config, quant, lambda name: _source(tensors, name).dtype) | dict(formats or {})
     for name, shape in native_shapes(config).items():
         if name == PLE_TABLE:
             weights.tensors[name] = map_table(tensors[name])
@@ -149,11 +150,17 @@ def pack_checkpoint(
         elif len(shape) == 1:
             weights.tensors[name] = tensors.vector(name)
         else:
-            ref = _source(tensors, name)
-            fmt = (formats or {}).get(name) or RECIPES[quant].format_of(name, ref.dtype)
             pack = _ordered_head if name == "ordered_head.weight" else _experts if len(shape) == 3 else _matrix
-            weights.tensors[name] = pack(tensors, name, fmt, progress)
+            weights.tensors[name] = pack(tensors, name, chosen[name], progress)
     return weights
+
+
+def choose_formats(
+    config: TargetConfig | DrafterConfig, quant: str, element: Callable[[str], str] = lambda _: "BF16"
+) -> dict[str, str]:
+    """The format of each native matrix by a recipe; `element` gives the type of its elements in the files."""
+    shapes = {name: s for name, s in native_shapes(config).items() if len(s) > 1 and name != PLE_TABLE}
+    return RECIPES[quant].formats({name: Stored(shape, element(name)) for name, shape in shapes.items()})
 
 
 def map_table(ref: TensorRef) -> _cpu.Table:
