@@ -12,7 +12,7 @@ from types import ModuleType
 from paceline.backends.base import Backend
 from paceline.backends.cpu.backend import CpuBackend, default_threads, processors
 from paceline.backends.cpu.sources import WeightSource, open_source
-from paceline.backends.formats import check_quant
+from paceline.backends.formats import check_quant, drafter_quant
 from paceline.checkpoint import Checkpoint, locate, locate_drafter, resolve, unless_asked
 from paceline.checkpoint.config_json import token_ids
 from paceline.config import LIMITS, DrafterConfig, TargetConfig, check_pair
@@ -23,7 +23,6 @@ from paceline.engine.proposers import DrafterProposer, GrammarProposer, Proposer
 from paceline.engine.scheduler import Scheduler
 from paceline.errors import BackendError, CheckpointError, SettingsError
 from paceline.files import cache_folder
-from paceline.quant.recipes import RECIPES
 from paceline.sampling_params import check_sampling_params
 from paceline.text.chat import ChatTemplate
 from paceline.text.tokenizer import Tokenizer
@@ -173,8 +172,7 @@ def _on_cpu(parts: Parts) -> Backend:
     sources = [opened(parts.target, parts.quant)]
     weights, pair = sources[0].weights, None
     if parts.drafter:
-        quant = "file" if parts.drafter[0].is_gguf else RECIPES[weights.quant].drafter
-        sources.append(opened(parts.drafter, quant))
+        sources.append(opened(parts.drafter, drafter_quant(parts.drafter[0], weights.quant)))
         pair = (parts.drafter[1], sources[1].weights)
     isa = os.environ.get("PACELINE_ISA", "")
     backend = CpuBackend((parts.target[1], weights), pair, threads=threads, isa=isa, **parts.sizes)

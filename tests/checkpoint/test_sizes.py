@@ -4,7 +4,7 @@ import pytest
 
 from paceline.checkpoint import target_tensors
 from paceline.checkpoint.config_json import drafter_config, target_config
-from paceline.checkpoint.sizes import cache_bytes, count_parameters, weight_bytes
+from paceline.checkpoint.sizes import bits_per_weight, cache_bytes, count_parameters, weight_bytes
 from tests.fixtures import shapes
 
 # Published, in units of 1e9: text parameters (without vision and audio), used per token; and the drafter's, 1e6.
@@ -35,7 +35,10 @@ def test_weight_bytes() -> None:
     routers = 30 * 128 * 2816  # in bf16
     quantised = parameters - vectors - routers
     assert weight_bytes(config, "q8") == quantised * 34 // 32 + 2 * routers + 4 * vectors
-    assert weight_bytes(config, "q4") == quantised * 18 // 32 + 2 * routers + 4 * vectors
+    bits = bits_per_weight(config, "q8")
+    assert bits == pytest.approx((8.5 * quantised + 16 * routers) / (quantised + routers))
+    experts = dict.fromkeys((name for name in target_tensors(config) if "experts" in name), "Q4_0")
+    assert weight_bytes(config, "file", experts) < 0.3 * weight_bytes(config, "file")
 
 
 def test_the_mapped_table_costs_no_memory() -> None:

@@ -29,3 +29,8 @@ def choose_quant(checkpoint: Checkpoint, tensors: Tensors) -> str:
         return DEFAULT
     types = {ref.dtype for ref in matrices}
     return "f32" if "F32" in types else "bf16" if types == {"BF16"} else "file"
+
+
+def drafter_quant(drafter: Checkpoint, quant: str) -> str:
+    """The recipe of a drafter beside a target of recipe `quant`. A GGUF stays what it is."""
+    return "file" if drafter.is_gguf else RECIPES[quant].drafter

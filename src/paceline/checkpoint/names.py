@@ -57,6 +57,11 @@ class Tensors:
     def __getitem__(self, name: str) -> TensorRef:
         return self.refs[name]
 
+    @property
+    def elements(self) -> dict[str, str]:
+        """Types of elements by canonical name; experts' gate and up projections are one tensor, as in the settings."""
+        return {name.replace("experts.gate_proj", "experts.gate_up_proj"): ref.dtype for name, ref in self.refs.items()}
+
     def vector(self, name: str) -> NDArray[Any]:
         """A tensor of one dimension: float32, of norms the values to multiply by; int32 or int64 as in the file.
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from paceline.checkpoint.names import PLE_TABLE, TOKEN_ORDERING, expected_tensors
 from paceline.config import DrafterConfig, TargetConfig
 from paceline.quant.formats import FORMATS
-from paceline.quant.recipes import RECIPES, Stored
+from paceline.quant.recipes import RECIPES, Stored, mean_bits
 
 CACHE_BYTES = 2  # bf16
 BF16: Mapping[str, str] = {}
@@ -44,11 +44,23 @@ def weight_bytes(config: TargetConfig | DrafterConfig, quant: str, elements: Map
 
     The per-layer-embedding table is not counted: it stays in its file and is read by row.
     """
-    shapes = {name: shape for name, shape in expected_tensors(config).items() if name != PLE_TABLE}
-    matrices = {n: Stored(shape, elements.get(n, "BF16")) for n, shape in shapes.items() if len(shape) > 1}
+    matrices = _matrices(config, elements)
     formats = RECIPES[quant].formats(matrices)
-    bits = {name: FORMATS[formats[name]].bits_per_weight if name in formats else 32 for name in shapes}
-    return sum(int(math.prod(shape) * bits[name]) // 8 for name, shape in shapes.items())
+    total = sum(4 * shape[0] for shape in expected_tensors(config).values() if len(shape) == 1)
+    for name, stored in matrices.items():
+        total += int(math.prod(stored.shape) * FORMATS[formats[name]].bits_per_weight) // 8
+    return total
+
+
+def bits_per_weight(config: TargetConfig | DrafterConfig, quant: str, elements: Mapping[str, str] = BF16) -> float:
+    """Of the matrices in memory, scales included; see `weight_bytes`."""
+    matrices = _matrices(config, elements)
+    return mean_bits(matrices, RECIPES[quant].formats(matrices))
+
+
+def _matrices(config: TargetConfig | DrafterConfig, elements: Mapping[str, str]) -> dict[str, Stored]:
+    shapes = {name: shape for name, shape in expected_tensors(config).items() if len(shape) > 1 and name != PLE_TABLE}
+    return {name: Stored(shape, elements.get(name, "BF16")) for name, shape in shapes.items()}
 
 
 def cache_bytes(config: TargetConfig, positions: int) -> int:

@@ -8,13 +8,13 @@ from typing import Annotated
 import typer
 
 from paceline.cli import options as opt
-from paceline.quant.recipes import METAVAR
+from paceline.quant.recipes import DEFAULT, METAVAR
 
 
 def convert(
     model: Annotated[str, typer.Argument(help=opt.MODEL_HELP, metavar="MODEL")],
     out: Annotated[Path, typer.Argument(help="The folder to create; it must not exist.", metavar="OUT")],
-    quant: Annotated[str, typer.Option(help="Weight format.", metavar=METAVAR)] = "q4",
+    quant: Annotated[str, typer.Option(help="Weight format.", metavar=METAVAR)] = DEFAULT,
     drafter: opt.DrafterOption = "auto",
     threads: opt.ThreadsOption = None,
 ) -> None:
@@ -32,8 +32,9 @@ def convert(
     from paceline.backends.cpu.convert import convert as run
     from paceline.checkpoint import locate, locate_drafter
 
-    folder = locate(model)
-    found = locate_drafter(model, folder, drafter)
-    run(folder, found, out, quant, threads or default_threads())
+    place = locate(model, opt.note)
+    found = locate_drafter(model, place, drafter, opt.note)
+    bits = run(place, found, out, quant, threads or default_threads())
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    print(f"{out}: {quant}, {size / 1e9:.2f} GB, {'with its drafter' if found else 'without a drafter'}")
+    drafted = "with its drafter" if found else "without a drafter"
+    print(f"{out}: {quant}, {bits:.2f} bits a weight, {size / 1e9:.2f} GB, {drafted}")

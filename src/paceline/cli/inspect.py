@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from paceline.checkpoint import Checkpoint, Tensors
-    from paceline.config import DrafterConfig, TargetConfig
+    from paceline.config import TargetConfig
 
 CONTEXT = 4096  # positions for which the size of the KV cache is shown
 
@@ -55,11 +55,11 @@ def report(model: str, drafter: str) -> dict[str, Any]:
     from paceline.checkpoint import Checkpoint, Tensors, locate, locate_drafter, resolve
     from paceline.checkpoint.sizes import count_parameters
 
-    folder = locate(model)
+    folder = locate(model, opt.note)
     checkpoint = Checkpoint.open(folder)
     config = checkpoint.target_config()
     tensors = Tensors({}, {}) if checkpoint.packed else resolve(checkpoint, config)
-    drafter_folder = locate_drafter(model, folder, drafter)
+    drafter_folder = locate_drafter(model, folder, drafter, opt.note)
     return {
         "model": model,
         "folder": str(folder),
@@ -67,7 +67,7 @@ def report(model: str, drafter: str) -> dict[str, Any]:
         "parameters": asdict(count_parameters(config)),
         "stored_as": dict(Counter(ref.dtype for ref in tensors.refs.values()).most_common()),
         "files": _file_sizes(checkpoint),
-        "memory": _memory(config),
+        **_memory(config, tensors),
         "cache": _cache(config),
         "tokenizer": checkpoint.has_tokenizer,
         "chat_template": checkpoint.has_chat_template,
@@ -103,11 +103,15 @@ def _shape(config: TargetConfig) -> dict[str, Any]:
     }
 
 
-def _memory(config: TargetConfig | DrafterConfig) -> dict[str, int]:
-    from paceline.checkpoint.sizes import weight_bytes
+def _memory(config: TargetConfig, tensors: Tensors) -> dict[str, dict[str, float]]:
+    from paceline.checkpoint.sizes import bits_per_weight, weight_bytes
     from paceline.quant.recipes import RECIPES
 
-    return {quant: weight_bytes(config, quant) for quant in RECIPES}
+    quants = [quant for quant in RECIPES if tensors.refs or quant != "file"]
+    return {
+        "memory": {quant: weight_bytes(config, quant, tensors.elements) for quant in quants},
+        "bits_per_weight": {quant: bits_per_weight(config, quant, tensors.elements) for quant in quants},
+    }
 
 
 def _cache(config: TargetConfig) -> dict[str, int]:
@@ -137,7 +141,8 @@ def _skipped(checkpoint: Checkpoint, tensors: Tensors) -> dict[str, dict[str, An
 
 
 def _drafter(target: TargetConfig, folder: Path) -> dict[str, Any]:
-    from paceline.checkpoint import Checkpoint, resolve
+    from paceline.backends.formats import drafter_quant
+    from paceline.checkpoint import Checkpoint, Tensors, resolve
     from paceline.checkpoint.sizes import count_parameters, weight_bytes
     from paceline.config import check_pair
     from paceline.errors import PairError
@@ -145,8 +150,7 @@ def _drafter(target: TargetConfig, folder: Path) -> dict[str, Any]:
 
     checkpoint = Checkpoint.open(folder)
     config = checkpoint.drafter_config()
-    if not checkpoint.packed:
-        resolve(checkpoint, config)
+    tensors = Tensors({}, {}) if checkpoint.packed else resolve(checkpoint, config)
     try:
         check_pair(target, config)
         misfit = None
@@ -161,7 +165,9 @@ def _drafter(target: TargetConfig, folder: Path) -> dict[str, Any]:
         "centroids": config.centroids,
         "parameters": count_parameters(config).total,
         "files": _file_sizes(checkpoint),
-        "memory": {quant: weight_bytes(config, f.drafter) for quant, f in RECIPES.items()},
+        "memory": {
+            quant: weight_bytes(config, drafter_quant(checkpoint, quant), tensors.elements) for quant in RECIPES
+        },
     }
 
 
@@ -227,7 +233,7 @@ def _memory_lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     lines = []
     for quant, size in found["memory"].items():
         with_drafter = f" + {_size(drafter[quant])} drafter" if drafter else ""
-        lines.append((quant, f"{_size(size)}{with_drafter}"))
+        lines.append((quant, f"{_size(size)}{with_drafter}, {found['bits_per_weight'][quant]:.2f} bits a weight"))
     return lines
 
 

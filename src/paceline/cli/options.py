@@ -8,21 +8,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from paceline.errors import PromptError, SettingsError
-from paceline.quant.recipes import METAVAR, RECIPES
+from paceline.quant.recipes import DEFAULT, METAVAR, RECIPES
 
 if TYPE_CHECKING:
     from paceline import Engine
     from paceline.engine.engine import DraftTokens
 
 DEFAULT_MODEL = "tiny-python"
-MODEL_HELP = "Model folder, hub id such as google/gemma-4-E2B-it, or tiny-python, which comes with paceline."
+MODEL_HELP = (
+    "Model folder, GGUF, hub id such as google/gemma-4-E2B-it or org/repository:Q4_K_M, ollama:NAME, or tiny-python, "
+    "which comes with paceline."
+)
 
 ModelOption = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP, metavar="MODEL")]
 DrafterOption = Annotated[
     str,
     typer.Option(
-        help="The model's MTP drafter: a folder or hub id; none disables speculative decoding; auto looks for the "
-        "model's name with -assistant appended.",
+        help="The model's MTP drafter, named like a model; none disables speculative decoding; auto looks beside the "
+        "model for -assistant or mtp in the name.",
         metavar="auto|none|MODEL",
     ),
 ]
@@ -38,7 +41,7 @@ QuantOption = Annotated[
     str,
     typer.Option(
         help=f"Weight format in memory: {', '.join(f'{f.name} {f.summary}' for f in RECIPES.values())}; "
-        "auto is the most precise one that fits into memory.",
+        f"auto keeps what a GGUF or a small model holds, and takes {DEFAULT} for others.",
         metavar=f"auto|{METAVAR}",
     ),
 ]

@@ -31,6 +31,7 @@ class Recipe:
     Attributes:
         name: what users and pack files call it.
         summary: ends the sentence "weights in memory: f32 ...".
+        cost: what users are told that it loses.
         drafter: the recipe of a drafter beside a target of this one. A drafter is small, and its mistakes cost rounds,
             so it is never below q8.
         base: the format of a matrix.
@@ -45,6 +46,7 @@ class Recipe:
     drafter: str
     base: str
     uniform: str
+    cost: str = "the files' own precision"
     upgrades: tuple[tuple[str, str], ...] = ()
     budget: float = math.inf
 
@@ -80,10 +82,37 @@ RECIPES = {
         Recipe("file", "each tensor as the file holds it", drafter="file", base="bf16", uniform="bf16"),
         Recipe("f32", "as the reference", drafter="f32", base="f32", uniform="f32"),
         Recipe("bf16", "in half of f32", drafter="bf16", base="bf16", uniform="bf16"),
-        Recipe("q8", "in a quarter", drafter="q8", base="q8_0", uniform="q8_0"),
-        Recipe("q6", "in 6.6 to 7 bits a weight", "q8", "q6_k", "q8_0", _upgrades("q8_0", "q8_0"), budget=7.0),
-        Recipe("q5", "in 5.6 to 6 bits a weight", "q8", "q5_k", "q8_0", _upgrades("q6_k", "q6_k"), budget=6.0),
-        Recipe("q4", "in 4.6 to 5 bits a weight", "q8", "q4_k", "q4_0", _upgrades("q6_k", "q5_k"), budget=5.0),
+        Recipe("q8", "in 8.5 bits a weight", drafter="q8", base="q8_0", uniform="q8_0", cost="of no loss to see"),
+        Recipe(
+            "q6",
+            "in 6.6 to 7",
+            drafter="q8",
+            base="q6_k",
+            uniform="q8_0",
+            cost="of little loss",
+            upgrades=_upgrades("q8_0", "q8_0"),
+            budget=7.0,
+        ),
+        Recipe(
+            "q5",
+            "in 5.6 to 6",
+            drafter="q8",
+            base="q5_k",
+            uniform="q8_0",
+            cost="of little loss",
+            upgrades=_upgrades("q6_k", "q6_k"),
+            budget=6.0,
+        ),
+        Recipe(
+            "q4",
+            "in 4.6 to 5",
+            drafter="q8",
+            base="q4_k",
+            uniform="q4_0",
+            cost="of some loss",
+            upgrades=_upgrades("q6_k", "q5_k"),
+            budget=5.0,
+        ),
     )
 }
 METAVAR = "|".join(RECIPES)

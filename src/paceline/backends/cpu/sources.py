@@ -13,6 +13,7 @@ from paceline.backends.formats import choose_quant
 from paceline.checkpoint import Checkpoint, resolve
 from paceline.config import DrafterConfig, TargetConfig
 from paceline.errors import CheckpointError, SettingsError
+from paceline.quant.recipes import RECIPES
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,9 @@ def open_source(
     Args:
         checkpoint: the opened folder.
         config: its settings.
-        quant: weight format, or auto.
+        quant: recipe, or auto.
         threads: for checking a pack file.
-        notify: told what was chosen.
+        notify: told what auto chose.
         progress: called with the file bytes of every tensor as it is packed.
 
     Raises:
@@ -63,14 +64,18 @@ def open_source(
     if checkpoint.packed:
         return WeightSource(_open_converted(checkpoint.packed, config, quant, threads), checkpoint, threads)
     tensors = resolve(checkpoint, config)
-    if quant == "auto":
+    automatic = quant == "auto"
+    if automatic:
         quant = choose_quant(checkpoint, tensors)
     try:
         about = fingerprint(checkpoint, quant)
         weights = open_pack(pack_path(checkpoint, quant), config, threads, fingerprint=about, tensors=tensors)
-        return WeightSource(weights, checkpoint, threads)
+        packed_now = False
     except StalePack:
-        return WeightSource(pack_checkpoint(tensors, config, quant, progress), checkpoint, threads, packed_now=True)
+        weights, packed_now = pack_checkpoint(tensors, config, quant, progress), True
+    if automatic:
+        notify(f"weights: {quant}, {RECIPES[quant].cost}; {weights.bits_per_weight:.1f} bits a weight")
+    return WeightSource(weights, checkpoint, threads, packed_now)
 
 
 def _open_converted(path: Path, config: TargetConfig | DrafterConfig, quant: str, threads: int) -> Weights:

@@ -55,6 +55,12 @@ class Weights:
         return sum(matrix.nbytes for _, matrix in self.matrices)
 
     @property
+    def bits_per_weight(self) -> float:
+        """Of the matrices, scales and padding included."""
+        count = sum(rows * columns for rows, columns in (matrix.shape for _, matrix in self.matrices))
+        return float(8 * self.nbytes / count)
+
+    @property
     def is_f32(self) -> bool:
         """Whether all matrices are held in f32."""
         return all(matrix.format == "f32" for _, matrix in self.matrices)
