@@ -26,8 +26,11 @@ class WeightSource:
     packed_now: bool = False  # not mapped from a pack file
 
     def keep(self, notify: Callable[[str], None]) -> None:
-        """Write the pack file once everything is loaded. A full disk costs nothing but the next start's time."""
-        if not self.packed_now or self.weights.nbytes < LEAST_BYTES:
+        """Write the pack file once everything is loaded. A full disk costs nothing but the next start's time.
+
+        Small models are packed in no time; f32 is for comparisons, and its files would be the largest.
+        """
+        if not self.packed_now or self.weights.nbytes < LEAST_BYTES or self.weights.is_f32:
             return
         path = pack_path(self.checkpoint, self.weights.quant)
         try:
