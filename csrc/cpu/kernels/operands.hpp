@@ -23,9 +23,8 @@ template <Format F> constexpr bool kIntegers = traits(F).act() == ActFormat::int
 // f<0>(), f<1>(), ... f<N - 1>().
 template <int N, class F>
 PACELINE_INLINE inline void unrolled(F f) {
-  [&]<int... I>(std::integer_sequence<int, I...>) {
-    (f.template operator()<I>(), ...);
-  }(std::make_integer_sequence<int, N>());
+  [&]<int... I>(std::integer_sequence<int, I...>)
+      PACELINE_INLINE { (f.template operator()<I>(), ...); }(std::make_integer_sequence<int, N>());
 }
 
 // f<count>(), count from 1 to Most.

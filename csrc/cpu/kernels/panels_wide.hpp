@@ -32,22 +32,22 @@ template <Format F, int M>
 PACELINE_INLINE inline void add_group(const uint8_t* w, const Scales<F>& scales, int second, const uint8_t* a, int step,
                                       const ActGroup* groups, f32x16* sum) {
   constexpr int parts = Scales<F>::kParts, of_part = kOperands / parts, lines = int(traits(F).group_bytes()) / 64;
-  unrolled<parts>([&]<int Part>() {
+  unrolled<parts>([&]<int Part>() PACELINE_INLINE {
     i32x16 dots[M];
-    for (int m = 0; m < M; ++m) dots[m] = start<F, Part>(groups[m]);
-    unrolled<of_part>([&]<int J>() {
+    unrolled<M>([&]<int m>() PACELINE_INLINE { dots[m] = start<F, Part>(groups[m]); });
+    unrolled<of_part>([&]<int J>() PACELINE_INLINE {
       constexpr int i = Part * of_part + J, line = i * lines / kOperands;
       if constexpr (i == 0 || line != (i - 1) * lines / kOperands) prefetch(w + kAhead + line * 64);
       const u8x64 numbers = operand<F, i>(w);
-      for (int m = 0; m < M; ++m) dots[m] = dot4(dots[m], numbers, a + 4 * m);
+      unrolled<M>([&]<int m>() PACELINE_INLINE { dots[m] = dot4(dots[m], numbers, a + 4 * m); });
       a += step;
     });
     const f32x16 scale = scales.scale(second, Part);
-    for (int m = 0; m < M; ++m) sum[m] = add_scaled_dots(sum[m], dots[m], scale, groups[m].scale);
+    unrolled<M>([&]<int m>() PACELINE_INLINE { sum[m] = add_scaled_dots(sum[m], dots[m], scale, groups[m].scale); });
   });
   if constexpr (Scales<F>::kMinima) {
     const f32x16 minimum = scales.minimum(second);
-    for (int m = 0; m < M; ++m) sum[m] = fma(minimum, splat(groups[m].scaled_sum), sum[m]);
+    unrolled<M>([&]<int m>() PACELINE_INLINE { sum[m] = fma(minimum, splat(groups[m].scaled_sum), sum[m]); });
   }
 }
 
