@@ -120,14 +120,15 @@ Floats integer_rows(Random& random, int64_t rows, int64_t cols) {
 // Rows of activations in the layout of the kernels, and their memory.
 struct Activations {
   ActView view;
-  Memory data, words;
+  Memory data, groups;
 
   // For products with the matrix.
   Activations(const MatrixView& matrix, int64_t rows)
       : view{traits(matrix.format).act(), lanes_for(rows), matrix.padded_cols, nullptr, nullptr},
-        data(tiles(rows) * view.tile_bytes()), words(tiles(rows) * view.groups() * view.group_word_bytes()) {
+        data(tiles(rows) * view.tile_bytes()),
+        groups(tiles(rows) * view.groups() * view.lanes * int64_t(sizeof(ActGroup))) {
     view.data = data.get();
-    view.words = words.get();
+    view.act_groups = reinterpret_cast<ActGroup*>(groups.get());
   }
   int64_t tiles(int64_t rows) const { return round_up(rows, view.lanes) / view.lanes; }
 };
@@ -241,8 +242,8 @@ bool same_row(const Activations& a, const Activations& b, int64_t r) {
   bool ok = true;
   for (int64_t i = r % lanes; i < x.padded_cols / lane_columns(x.format) * lanes; i += lanes)
     ok = ok && std::memcmp(x.data + i * 4, y.data + i * 4, 4) == 0;
-  for (int64_t i = r % lanes; x.format == ActFormat::int8 && i < x.groups() * kGroupWords * lanes; i += lanes)
-    ok = ok && std::memcmp(x.words + i * 4, y.words + i * 4, 4) == 0;
+  for (int64_t i = r % lanes; x.format == ActFormat::int8 && i < x.groups() * lanes; i += lanes)
+    ok = ok && std::memcmp(x.act_groups + i, y.act_groups + i, sizeof(ActGroup)) == 0;
   return ok;
 }
 

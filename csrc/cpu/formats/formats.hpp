@@ -130,18 +130,15 @@ struct MatrixView {
   int64_t bytes() const { return panels() * stride; }
 };
 
-// What rows of int8 carry for each group of columns, four bytes each; `sum` is the sum of the group's numbers.
-enum class GroupWord : int {
-  scale,       // float
-  scaled_sum,  // float: scale * sum, which minima of weights are multiplied with
-  // Start values of sums of products: they cancel what makes the weights' numbers unsigned.
-  start_8,        // -8 sum
-  start_16,       // -16 sum
-  start_128,      // -128 sum
-  start_32_low,   // -32 times the sum of the first half of the group
-  start_32_high,  // and of the second
+// What rows of int8 carry for each group of columns; `sum` is the sum of the group's numbers.
+struct ActGroup {
+  float scale;
+  float scaled_sum;  // scale * sum, which minima of weights are multiplied with
+  // Start values of sums of products, which cancel what makes the weights' numbers unsigned: -8, -16 and -128 sum, and
+  // -32 times the sum of each half of the group.
+  int32_t start_8, start_16, start_128, start_32[2];
+  int32_t padding;
 };
-constexpr int kGroupWords = 7;
 
 // Rows of activations, packed in the format that a matrix takes.
 //
@@ -152,15 +149,14 @@ struct ActView {
   int lanes = 1;
   int64_t padded_cols = 0;
   uint8_t* data = nullptr;
-  uint8_t* words = nullptr;  // int8: [tile][group][GroupWord][lanes]
+  ActGroup* act_groups = nullptr;  // int8: [tile][group][lanes]
 
   int64_t groups() const { return padded_cols / kGroup; }
   int64_t tile_bytes() const { return padded_cols * act_bytes(format) * lanes; }
-  int64_t group_word_bytes() const { return int64_t(kGroupWords) * lanes * 4; }  // of one group of a tile
   ActView tile(int64_t i) const {
     ActView t = *this;
     t.data += i * tile_bytes();
-    if (words) t.words += i * groups() * group_word_bytes();
+    if (act_groups) t.act_groups += i * groups() * lanes;
     return t;
   }
   bool fits(const MatrixView& w) const { return format == traits(w.format).act() && padded_cols == w.padded_cols; }

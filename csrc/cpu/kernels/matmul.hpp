@@ -53,7 +53,7 @@ inline i32x16 to_int8(f32x16 x) {
 }
 
 // Pack one group of columns of a row into its lane of a tile. Always inline: its vectors would be passed in memory.
-[[gnu::always_inline]] inline void pack_group(const ActView& act, int64_t row, int64_t group, f32x16 x0, f32x16 x1) {
+PACELINE_INLINE inline void pack_group(const ActView& act, int64_t row, int64_t group, f32x16 x0, f32x16 x1) {
   static_assert(kGroup == 32);  // x0 and x1
   const int64_t lane = row % act.lanes;
   const ActView tile = act.tile(row / act.lanes);
@@ -76,13 +76,9 @@ inline i32x16 to_int8(f32x16 x) {
     store_bytes(packed, q0);
     store_bytes(packed + 16, q1);
     store_lanes<4>(tile, group, lane, packed);
-    const int low = sum(q0), high = sum(q1), whole = low + high;
-    uint8_t* words = tile.words + group * tile.group_word_bytes() + 4 * lane;
-    const auto set = [&](GroupWord word, auto x) { std::memcpy(words + int(word) * 4 * tile.lanes, &x, 4); };
-    set(GroupWord::scale, scale), set(GroupWord::scaled_sum, scale * float(whole));
-    set(GroupWord::start_8, -8 * whole), set(GroupWord::start_16, -16 * whole);
-    set(GroupWord::start_128, -128 * whole);
-    set(GroupWord::start_32_low, -32 * low), set(GroupWord::start_32_high, -32 * high);
+    const int32_t low = sum(q0), high = sum(q1), all = low + high;
+    tile.act_groups[group * tile.lanes + lane] = {scale,      scale * float(all),      -8 * all, -16 * all,
+                                                  -128 * all, {-32 * low, -32 * high}, 0};
   }
 }
 

@@ -7,10 +7,10 @@
 namespace PACELINE_NAMESPACE {
 
 using paceline::ActFormat;
+using paceline::ActGroup;
 using paceline::ActView;
 using paceline::Format;
 using paceline::FormatTraits;
-using paceline::GroupWord;
 using paceline::Header;
 using paceline::kGroup;
 using paceline::kPanel;
@@ -22,10 +22,9 @@ template <Format F> constexpr bool kIntegers = traits(F).act() == ActFormat::int
 
 // f<0>(), f<1>(), ... f<N - 1>().
 template <int N, class F>
-[[gnu::always_inline]] inline void unrolled(F f) {
-  [&]<int... I>(std::integer_sequence<int, I...>) {
-    (f.template operator()<I>(), ...);
-  }(std::make_integer_sequence<int, N>());
+PACELINE_INLINE inline void unrolled(F f) {
+  [&]<int... I>(std::integer_sequence<int, I...>)
+      PACELINE_INLINE { (f.template operator()<I>(), ...); }(std::make_integer_sequence<int, N>());
 }
 
 // f<count>(), count from 1 to Most.
@@ -68,20 +67,20 @@ template <Format F>
 constexpr int kOffset = is_bytes(F) ? (kUnsignedBytes ? 128 : 0) : traits(traits(F).element).offset;
 
 template <int Left>  // negative: to the right
-inline u8x64 shift(u8x64 v) {
+PACELINE_INLINE inline u8x64 shift(u8x64 v) {
   if constexpr (Left > 0) return bits<u8x64>(bits<u32x16>(v) << Left);
   else if constexpr (Left < 0) return bits<u8x64>(bits<u32x16>(v) >> -Left);
   else return v;
 }
 
 template <int I>
-inline u8x64 nibbles(const uint8_t* p) {
+PACELINE_INLINE inline u8x64 nibbles(const uint8_t* p) {
   return shift<I % 2 ? -4 : 0>(load<u8x64>(p + I / 2 * 64)) & 15;
 }
 
 // Operand I of the group at `group`. The layouts are in formats.hpp.
 template <Format F, int I>
-[[gnu::always_inline]] inline u8x64 operand(const uint8_t* group) {
+PACELINE_INLINE inline u8x64 operand(const uint8_t* group) {
   constexpr int bits = traits(F).bits;
   if constexpr (bits == 8) {
     const u8x64 stored = load<u8x64>(group + I * 64);
@@ -134,30 +133,20 @@ class Scales {
   f32x16 d_, m_;
 };
 
-// A word of each group of a tile's rows.
-inline const uint8_t* group_word(const uint8_t* words, GroupWord word, int lanes) {
-  return words + int(word) * lanes * 4;
-}
-inline float float_at(const uint8_t* p) {
-  float x;
-  std::memcpy(&x, p, 4);
-  return x;
-}
-inline int32_t integer_at(const uint8_t* p) {
-  int32_t x;
-  std::memcpy(&x, p, 4);
-  return x;
-}
-
-// The word with which the sums of part `part` of a group start.
-template <Format F>
-constexpr GroupWord start_word(int part) {
-  if (kOffset<F> == 32) return part ? GroupWord::start_32_high : GroupWord::start_32_low;
-  return kOffset<F> == 8 ? GroupWord::start_8 : kOffset<F> == 16 ? GroupWord::start_16 : GroupWord::start_128;
+// With what the sums of part `Part` of a group start.
+template <Format F, int Part>
+PACELINE_INLINE inline i32x16 start(const ActGroup& group) {
+  constexpr int offset = kOffset<F>;
+  static_assert(offset == 0 || offset == 8 || offset == 16 || offset == 32 || offset == 128);
+  if constexpr (offset == 0) return splat(0);
+  else if constexpr (offset == 8) return splat(group.start_8);
+  else if constexpr (offset == 16) return splat(group.start_16);
+  else if constexpr (offset == 128) return splat(group.start_128);
+  else return splat(group.start_32[Part]);
 }
 
 // sum += dots * (weight scale * activation scale): one order of operations, whatever the instruction set.
-[[gnu::always_inline]] inline f32x16 add_scaled_dots(f32x16 sum, i32x16 dots, f32x16 weight_scale, float act_scale) {
+PACELINE_INLINE inline f32x16 add_scaled_dots(f32x16 sum, i32x16 dots, f32x16 weight_scale, float act_scale) {
   return fma(convert<f32x16>(dots), weight_scale * splat(act_scale), sum);
 }
 

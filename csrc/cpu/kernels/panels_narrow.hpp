@@ -1,7 +1,7 @@
 // Panel kernels for registers that hold less than a panel's sixteen outputs.
 //
-// All registers together hold the sums of two batch rows (floats) or four (integers), so a tile's rows are taken that
-// many at a time, over stretches of weights that stay in the nearest cache: each is fetched from memory once, whatever
+// The registers hold the sums of few batch rows (kFloatRows, kIntegerRows), so a tile's rows are taken that many at a
+// time, over stretches of weights that stay in the nearest cache: each is fetched from memory once, whatever
 // the number of rows. Each row has its own sums, in the same order for every number of rows. Included by matmul.hpp.
 #pragma once
 
@@ -13,12 +13,12 @@ namespace PACELINE_NAMESPACE {
 struct Stretch {
   const uint8_t* weights;
   const uint8_t* a;
-  const uint8_t* words;
+  const ActGroup* groups;
   int lanes;
   int64_t columns;
-  bool fetch;  // prefetch the next stretch: once is enough
+  int64_t ahead;  // bytes to the next stretch, which is prefetched; then 0: once is enough, but a branch costs more
 
-  void next_rows(int count) { a += 4 * count, words += 4 * count, fetch = false; }
+  void next_rows(int count) { a += 4 * count, groups += count, ahead = 0; }
 };
 
 // Whole blocks, or super-blocks, of four kilobytes or a little more.
@@ -43,7 +43,7 @@ inline void stretch_floats(const Stretch& s, RowSums* sums) {
   f32x16 even[M], odd[M];
   for (int m = 0; m < M; ++m) even[m] = sums[m].even, odd[m] = sums[m].odd;
   for (int64_t i = 0; i < s.columns / lane_columns(traits(F).act()); i += 2, w += 2 * bytes, a += 2 * step) {
-    if (s.fetch) prefetch(w + kStretchBytes<F>), prefetch(w + kStretchBytes<F> + bytes);
+    prefetch(w + s.ahead), prefetch(w + s.ahead + bytes);
     const auto w0 = in_register(plain_weights<F>(w));
     for (int m = 0; m < M; ++m) even[m] = dot_lane(even[m], w0, a + 4 * m);
     const auto w1 = in_register(plain_weights<F>(w + bytes));
@@ -55,59 +55,61 @@ inline void stretch_floats(const Stretch& s, RowSums* sums) {
 // One group of columns: exact sums of products of integers, then scaled and added to the rows' sums. `PartSum` takes
 // kRun<largest number> operands before `total` has to widen it.
 template <Format F, int M>
-[[gnu::always_inline]] inline void add_group(const Stretch& s, const uint8_t* w, const Scales<F>& scales, int second,
-                                             const uint8_t* a, const uint8_t* words, f32x16* sums) {
+PACELINE_INLINE inline void add_group(const Stretch& s, const uint8_t* w, const Scales<F>& scales, int second,
+                                      const uint8_t* a, const ActGroup* groups, f32x16* sums) {
   constexpr int parts = Scales<F>::kParts, of_part = kOperands / parts;
   constexpr int run = std::min(of_part, kRun<kLargest<F>>), lines = int(traits(F).group_bytes()) / 64;
-  const auto word = [&](GroupWord which, int m) { return group_word(words, which, s.lanes) + 4 * m; };
-  unrolled<parts>([&]<int Part>() {
+  unrolled<parts>([&]<int Part>() PACELINE_INLINE {
     i32x16 dots[M];
-    for (int m = 0; m < M; ++m) dots[m] = kOffset<F> ? splat(integer_at(word(start_word<F>(Part), m))) : splat(0);
-    unrolled<of_part / run>([&]<int Run>() {
+    unrolled<of_part / run>([&]<int Run>() PACELINE_INLINE {
       PartSum<kLargest<F>> part[M] = {};
-      unrolled<run>([&]<int J>() {
+      unrolled<run>([&]<int J>() PACELINE_INLINE {
         constexpr int i = Part * of_part + Run * run + J, line = i * lines / kOperands;
-        if constexpr (i == 0 || line != (i - 1) * lines / kOperands)
-          if (s.fetch) prefetch(w + kStretchBytes<F> + line * 64);
+        if constexpr (i == 0 || line != (i - 1) * lines / kOperands) prefetch(w + s.ahead + line * 64);
         const u8x64 numbers = operand<F, i>(w);
-        for (int m = 0; m < M; ++m)
-          part[m] = dot4<kLargest<F>>(part[m], numbers, broadcast<u8x64>(a + (i * s.lanes + m) * 4));
+        unrolled<M>([&]<int m>() PACELINE_INLINE {  // GCC would keep all the products and add them at the end
+          part[m] = in_register(dot4<kLargest<F>>(part[m], numbers, broadcast<u8x64>(a + 4 * m)));
+        });
+        a += 4 * s.lanes;
       });
-      for (int m = 0; m < M; ++m) dots[m] = dots[m] + total(part[m]);
+      unrolled<M>([&]<int m>() PACELINE_INLINE { dots[m] = Run ? dots[m] + total(part[m]) : total(part[m]); });
     });
     const f32x16 scale = scales.scale(second, Part);
-    for (int m = 0; m < M; ++m) sums[m] = add_scaled_dots(sums[m], dots[m], scale, float_at(word(GroupWord::scale, m)));
+    unrolled<M>([&]<int m>() PACELINE_INLINE {
+      if constexpr (kOffset<F> != 0) dots[m] = dots[m] + start<F, Part>(groups[m]);
+      sums[m] = add_scaled_dots(sums[m], dots[m], scale, groups[m].scale);
+    });
   });
   if constexpr (Scales<F>::kMinima) {
     const f32x16 minimum = scales.minimum(second);
-    for (int m = 0; m < M; ++m) sums[m] = fma(minimum, splat(float_at(word(GroupWord::scaled_sum, m))), sums[m]);
+    unrolled<M>([&]<int m>() PACELINE_INLINE { sums[m] = fma(minimum, splat(groups[m].scaled_sum), sums[m]); });
   }
 }
 
 template <Format F, int M>
 inline void stretch_integers(const Stretch& s, RowSums* sums) {
   constexpr FormatTraits format = traits(F);
-  const uint8_t *w = s.weights, *a = s.a, *words = s.words;
+  const uint8_t *w = s.weights, *a = s.a;
+  const ActGroup* groups = s.groups;
   Scales<F> scales;
   f32x16 sum[M];
   for (int m = 0; m < M; ++m) sum[m] = sums[m].even;
   for (int64_t k = 0; k < s.columns; k += 2 * kGroup) {
     if constexpr (format.super_bytes() != 0)
       if (k % kSuper == 0) {
-        if (s.fetch) prefetch(w + kStretchBytes<F>);
+        prefetch(w + s.ahead);
         scales.set_super(w);
         w += format.super_bytes();
       }
-    for (int64_t line = 0; line < format.header_bytes(); line += 64)
-      if (s.fetch) prefetch(w + kStretchBytes<F> + line);
+    for (int64_t line = 0; line < format.header_bytes(); line += 64) prefetch(w + s.ahead + line);
     scales.set_block(w);
     w += format.header_bytes();
 #pragma GCC unroll 1
     for (int second = 0; second < 2; ++second) {
-      add_group<F, M>(s, w, scales, second, a, words, sum);
+      add_group<F, M>(s, w, scales, second, a, groups, sum);
       w += format.group_bytes();
       a += kGroup * s.lanes;
-      words += paceline::kGroupWords * s.lanes * 4;
+      groups += s.lanes;
     }
   }
   for (int m = 0; m < M; ++m) sums[m].even = sum[m];
@@ -116,13 +118,13 @@ inline void stretch_integers(const Stretch& s, RowSums* sums) {
 // out [rows of the tile], rows in 1..kTile.
 template <Format F>
 void panel_tile(const uint8_t* panel, const ActView& act, int rows, f32x16* out) {
-  constexpr int most = kRegisters * kLanes / (kIntegers<F> ? 32 : 64);  // half of the registers are for sums
+  constexpr int most = kIntegers<F> ? kIntegerRows : kFloatRows;
   RowSums sums[kTile];
   for (int m = 0; m < rows; ++m) sums[m] = {splat(0.0f), splat(0.0f)};
   for (int64_t k = 0; k < act.padded_cols; k += kStretchColumns<F>, panel += kStretchBytes<F>) {
-    const uint8_t* words = kIntegers<F> ? act.words + k / kGroup * act.group_word_bytes() : nullptr;
+    const ActGroup* groups = kIntegers<F> ? act.act_groups + k / kGroup * act.lanes : nullptr;
     const int64_t columns = std::min(act.padded_cols - k, kStretchColumns<F>);
-    Stretch s{panel, act.data + k * act_bytes(act.format) * act.lanes, words, act.lanes, columns, true};
+    Stretch s{panel, act.data + k * act_bytes(act.format) * act.lanes, groups, act.lanes, columns, kStretchBytes<F>};
     for (int first = 0; first < rows; first += most, s.next_rows(most))
       with_count<most>(std::min(rows - first, most), [&]<int M>() {
         if constexpr (kIntegers<F>) stretch_integers<F, M>(s, sums + first);

@@ -29,25 +29,25 @@ inline void panel_floats(const uint8_t* w, const ActView& act, f32x16* out) {
 
 // One group of columns: exact sums of products of integers, then scaled and added to the rows' sums.
 template <Format F, int M>
-[[gnu::always_inline]] inline void add_group(const uint8_t* w, const Scales<F>& scales, int second, const uint8_t* a,
-                                             const uint8_t* words, int lanes, f32x16* sum) {
+PACELINE_INLINE inline void add_group(const uint8_t* w, const Scales<F>& scales, int second, const uint8_t* a, int step,
+                                      const ActGroup* groups, f32x16* sum) {
   constexpr int parts = Scales<F>::kParts, of_part = kOperands / parts, lines = int(traits(F).group_bytes()) / 64;
-  const auto word = [&](GroupWord which, int m) { return group_word(words, which, lanes) + 4 * m; };
-  unrolled<parts>([&]<int Part>() {
+  unrolled<parts>([&]<int Part>() PACELINE_INLINE {
     i32x16 dots[M];
-    for (int m = 0; m < M; ++m) dots[m] = kOffset<F> ? splat(integer_at(word(start_word<F>(Part), m))) : splat(0);
-    unrolled<of_part>([&]<int J>() {
+    unrolled<M>([&]<int m>() PACELINE_INLINE { dots[m] = start<F, Part>(groups[m]); });
+    unrolled<of_part>([&]<int J>() PACELINE_INLINE {
       constexpr int i = Part * of_part + J, line = i * lines / kOperands;
       if constexpr (i == 0 || line != (i - 1) * lines / kOperands) prefetch(w + kAhead + line * 64);
       const u8x64 numbers = operand<F, i>(w);
-      for (int m = 0; m < M; ++m) dots[m] = dot4(dots[m], numbers, a + (i * lanes + m) * 4);
+      unrolled<M>([&]<int m>() PACELINE_INLINE { dots[m] = dot4(dots[m], numbers, a + 4 * m); });
+      a += step;
     });
     const f32x16 scale = scales.scale(second, Part);
-    for (int m = 0; m < M; ++m) sum[m] = add_scaled_dots(sum[m], dots[m], scale, float_at(word(GroupWord::scale, m)));
+    unrolled<M>([&]<int m>() PACELINE_INLINE { sum[m] = add_scaled_dots(sum[m], dots[m], scale, groups[m].scale); });
   });
   if constexpr (Scales<F>::kMinima) {
     const f32x16 minimum = scales.minimum(second);
-    for (int m = 0; m < M; ++m) sum[m] = fma(minimum, splat(float_at(word(GroupWord::scaled_sum, m))), sum[m]);
+    unrolled<M>([&]<int m>() PACELINE_INLINE { sum[m] = fma(minimum, splat(groups[m].scaled_sum), sum[m]); });
   }
 }
 
@@ -55,7 +55,8 @@ template <Format F, int M>
 inline void panel_integers(const uint8_t* w, const ActView& act, f32x16* out) {
   constexpr FormatTraits format = traits(F);
   const int lanes = act.lanes;
-  const uint8_t *a = act.data, *words = act.words;
+  const uint8_t* a = act.data;
+  const ActGroup* groups = act.act_groups;
   Scales<F> scales;
   f32x16 sum[M];
   for (int m = 0; m < M; ++m) sum[m] = splat(0.0f);
@@ -71,10 +72,10 @@ inline void panel_integers(const uint8_t* w, const ActView& act, f32x16* out) {
     w += format.header_bytes();
 #pragma GCC unroll 1
     for (int second = 0; second < 2; ++second) {
-      add_group<F, M>(w, scales, second, a, words, lanes, sum);
+      add_group<F, M>(w, scales, second, a, 4 * lanes, groups, sum);
       w += format.group_bytes();
       a += kGroup * lanes;
-      words += act.group_word_bytes();
+      groups += lanes;
     }
   }
   for (int m = 0; m < M; ++m) out[m] = sum[m];

@@ -53,6 +53,9 @@ struct RegisterOf<V> {
 template <class V> using Register = typename RegisterOf<V>::type;
 template <class V> using Scalar = std::remove_cvref_t<decltype(Register<V>{}[0])>;
 
+// For functions whose vectors, several registers each, would be passed in memory, and for lambdas that change them.
+#define PACELINE_INLINE __attribute__((always_inline))
+
 // f for the registers of the vectors, the first ones, the second ones and so on.
 template <class F, class... V>
 inline auto map(F f, V... v) {

@@ -6,23 +6,34 @@
 
 namespace PACELINE_NAMESPACE {
 
-// f over the lanes in pairs: lanes i and i + 8, then i and i + 4, and so on.
+// f of registers over the lanes in pairs: lanes i and i + 8, then i and i + 4, and so on. Lane 0 holds the result.
+template <int Width, class R, class F>
+inline R fold_lanes(R r, F f) {
+  if constexpr (Width == 0) {
+    return r;
+  } else {
+    const R other = [r]<int... I>(std::integer_sequence<int, I...>) {
+      return __builtin_shufflevector(r, r, (I ^ Width)...);
+    }(std::make_integer_sequence<int, kLanes>());
+    return fold_lanes<Width / 2>(f(r, other), f);
+  }
+}
 template <class V, class F>
 inline Scalar<V> fold(V v, F f) {
-  Scalar<V> t[16];
-  store(t, v);
-#pragma GCC unroll 4
-  for (int width = 8; width; width /= 2)
-#pragma GCC unroll 8
-    for (int i = 0; i < width; ++i) t[i] = f(t[i], t[i + width]);
-  return t[0];
+  if constexpr (Split<V>) {
+    for (int width = 8 / kLanes; width; width /= 2)
+      for (int i = 0; i < width; ++i) v.part[i] = f(v.part[i], v.part[i + width]);
+    return fold_lanes<kLanes / 2>(v.part[0], f)[0];
+  } else {
+    return fold_lanes<kLanes / 2>(v, f)[0];
+  }
 }
 template <class V>
 inline Scalar<V> sum(V v) {
-  return fold(v, [](Scalar<V> a, Scalar<V> b) { return a + b; });
+  return fold(v, [](auto a, auto b) { return a + b; });
 }
 inline float max_lane(f32x16 v) {
-  return fold(v, [](float a, float b) { return b > a ? b : a; });
+  return fold(v, [](f32 a, f32 b) { return b > a ? b : a; });
 }
 
 inline u16x16 to_bf16(f32x16 v) {  // to nearest, ties to even; the inputs are finite

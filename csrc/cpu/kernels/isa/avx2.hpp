@@ -5,8 +5,8 @@
 
 namespace PACELINE_NAMESPACE {
 
-constexpr int kLanes = 8;  // 32-bit lanes of a register
-constexpr int kRegisters = 16;
+constexpr int kLanes = 8;                        // 32-bit lanes of a register
+constexpr int kFloatRows = 2, kIntegerRows = 4;  // whose sums take half of the registers
 
 }  // namespace PACELINE_NAMESPACE
 
@@ -44,13 +44,13 @@ constexpr bool kUnsignedBytes = false;
 template <int Largest> using PartSum = std::conditional_t<portable::fits_16_bits<Largest>, i16x32, i32x16>;
 template <int Largest> constexpr int kRun = portable::kRun<Largest>;
 
-inline i32x16 total(i32x16 sum) { return sum; }
-inline i32x16 total(i16x32 sum) {
+PACELINE_INLINE inline i32x16 total(i32x16 sum) { return sum; }
+PACELINE_INLINE inline i32x16 total(i16x32 sum) {
   return map([](i16 s) { return (i32)_mm256_madd_epi16((__m256i)s, _mm256_set1_epi16(1)); }, sum);
 }
 
 template <int Largest>
-inline PartSum<Largest> dot4(PartSum<Largest> sum, u8x64 w, u8x64 a) {
+PACELINE_INLINE inline PartSum<Largest> dot4(PartSum<Largest> sum, u8x64 w, u8x64 a) {
   // maddubs takes unsigned by signed bytes: of signed weights the magnitudes, their signs given to the activations.
   const i16x32 pairs = map(
       [](u8 x, u8 y) {

@@ -6,7 +6,6 @@
 namespace PACELINE_NAMESPACE {
 
 constexpr int kLanes = 16;  // 32-bit lanes of a register
-constexpr int kRegisters = 32;
 
 }  // namespace PACELINE_NAMESPACE
 

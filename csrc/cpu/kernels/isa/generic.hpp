@@ -5,9 +5,9 @@ namespace PACELINE_NAMESPACE {
 
 constexpr int kLanes = 4;  // 32-bit lanes of a register
 #if __aarch64__
-constexpr int kRegisters = 32;
+constexpr int kFloatRows = 2, kIntegerRows = 2;  // whose sums take half of the registers
 #else
-constexpr int kRegisters = 16;
+constexpr int kFloatRows = 1, kIntegerRows = 1;
 #endif
 
 }  // namespace PACELINE_NAMESPACE
@@ -43,13 +43,13 @@ constexpr bool kUnsignedBytes = false;
 template <int Largest> using PartSum = std::conditional_t<portable::fits_16_bits<Largest>, i16x32, i32x16>;
 template <int Largest> constexpr int kRun = portable::kRun<Largest>;
 
-inline i32x16 total(i32x16 sum) { return sum; }
-inline i32x16 total(i16x32 sum) {
+PACELINE_INLINE inline i32x16 total(i32x16 sum) { return sum; }
+PACELINE_INLINE inline i32x16 total(i16x32 sum) {
   return map([](i16 s) { return (((i32)s << 16) >> 16) + ((i32)s >> 16); }, sum);
 }
 
 template <int Largest>
-inline PartSum<Largest> dot4(PartSum<Largest> sum, u8x64 w, u8x64 a) {
+PACELINE_INLINE inline PartSum<Largest> dot4(PartSum<Largest> sum, u8x64 w, u8x64 a) {
   const i16x32 pairs = map(
       [](u8 u, u8 v) {
         const i16 x = (i16)u, y = (i16)v;

@@ -5,8 +5,8 @@
 
 namespace PACELINE_NAMESPACE {
 
-constexpr int kLanes = 4;  // 32-bit lanes of a register
-constexpr int kRegisters = 32;
+constexpr int kLanes = 4;                        // 32-bit lanes of a register
+constexpr int kFloatRows = 2, kIntegerRows = 4;  // whose sums take half of the registers
 
 }  // namespace PACELINE_NAMESPACE
 
@@ -45,10 +45,10 @@ constexpr bool kUnsignedBytes = false;
 template <int> using PartSum = i32x16;
 template <int> constexpr int kRun = 8;  // a whole group
 
-inline i32x16 total(i32x16 sum) { return sum; }
+PACELINE_INLINE inline i32x16 total(i32x16 sum) { return sum; }
 
 template <int>
-inline i32x16 dot4(i32x16 sum, u8x64 w, u8x64 a) {
+PACELINE_INLINE inline i32x16 dot4(i32x16 sum, u8x64 w, u8x64 a) {
   return map([](i32 s, u8 x, u8 y) { return (i32)vdotq_s32((int32x4_t)s, (int8x16_t)x, (int8x16_t)y); }, sum, w, a);
 }
 

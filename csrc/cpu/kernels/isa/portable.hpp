@@ -43,15 +43,15 @@ inline u8x64 lookup_iq4(u8x64 index) {
   return load<u8x64>(t);
 }
 
-// Of sums in 16 bits, for processors that add two products of bytes so: operands of which 16 bits hold the sums, each two
-// weights by two activations up to 127. A power of two, and at most a group's.
-template <int Largest>
-constexpr int kRun = [] {
+// For processors that add two products of bytes in 16 bits: how many operands' sums these hold, each two weights by two
+// activations up to 127. A power of two, and at most a group's. A single one is worth no sums in 16 bits.
+constexpr int operands_in_16_bits(int largest) {
   int run = 1;
-  while (run < 8 && 2 * run * 2 * Largest * 127 <= 32767) run *= 2;
+  while (run < 8 && 2 * run * 2 * largest * 127 <= 32767) run *= 2;
   return run;
-}();
-template <int Largest> constexpr bool fits_16_bits = kRun<Largest> > 1;
+}
+template <int Largest> constexpr bool fits_16_bits = operands_in_16_bits(Largest) > 1;
+template <int Largest> constexpr int kRun = fits_16_bits<Largest> ? operands_in_16_bits(Largest) : 8;
 
 inline void store_bytes(int8_t* p, i32x16 v) {
   int32_t t[16];
