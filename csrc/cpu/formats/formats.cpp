@@ -28,15 +28,40 @@ void load_nibbles(uint8_t* group, int pairs, int lane, uint32_t* q) {
   }
 }
 
+void store_pairs(const uint32_t* q, int lane, uint8_t* group) {  // the low two bits
+  for (int half = 0; half < 2; ++half, q += 4) {
+    uint32_t pairs = 0;
+    for (int i = 0; i < 4; ++i) pairs |= (q[i] & 0x03030303) << 2 * i;
+    word(group, half, lane) = pairs;
+  }
+}
+
+void load_pairs(uint8_t* group, int lane, uint32_t* q) {
+  for (int i = 0; i < kOperands; ++i) q[i] = word(group, i / 4, lane) >> 2 * (i % 4) & 0x03030303;
+}
+
+void store_bit(const uint32_t* q, int bit, int lane, uint8_t* group) {
+  uint32_t bits = 0;
+  for (int i = 0; i < kOperands; ++i) bits |= (q[i] >> bit & 0x01010101) << i;
+  word(group, 0, lane) = bits;
+}
+
+void load_bit(uint8_t* group, int bit, int lane, uint32_t* q) {
+  for (int i = 0; i < kOperands; ++i) q[i] |= (word(group, 0, lane) >> i & 0x01010101) << bit;
+}
+
 void store_numbers(int bits, const uint32_t* q, int lane, uint8_t* group) {
   if (bits == 8) {
     for (int i = 0; i < kOperands; ++i) word(group, i, lane) = q[i];
+  } else if (bits == 2) {
+    store_pairs(q, lane, group);
+  } else if (bits == 3) {
+    store_bit(q, 2, lane, group);
+    store_pairs(q, lane, group + 64);
   } else if (bits == 4) {
     store_nibbles(q, 4, lane, group);
   } else if (bits == 5) {
-    uint32_t high = 0;
-    for (int i = 0; i < kOperands; ++i) high |= (q[i] >> 4 & 0x01010101) << i;
-    word(group, 0, lane) = high;
+    store_bit(q, 4, lane, group);
     store_nibbles(q, 4, lane, group + 64);
   } else {
     for (int half = 0; half < 2; ++half, q += 4, group += 192) {
@@ -51,11 +76,16 @@ void store_numbers(int bits, const uint32_t* q, int lane, uint8_t* group) {
 void load_numbers(int bits, uint8_t* group, int lane, uint32_t* q) {
   if (bits == 8) {
     for (int i = 0; i < kOperands; ++i) q[i] = word(group, i, lane);
+  } else if (bits == 2) {
+    load_pairs(group, lane, q);
+  } else if (bits == 3) {
+    load_pairs(group + 64, lane, q);
+    load_bit(group, 2, lane, q);
   } else if (bits == 4) {
     load_nibbles(group, 4, lane, q);
   } else if (bits == 5) {
     load_nibbles(group + 64, 4, lane, q);
-    for (int i = 0; i < kOperands; ++i) q[i] |= (word(group, 0, lane) >> i & 0x01010101) << 4;
+    load_bit(group, 4, lane, q);
   } else {
     for (int half = 0; half < 2; ++half, q += 4, group += 192) {
       load_nibbles(group + 64, 2, lane, q);
@@ -84,21 +114,36 @@ void move(T& packed, T& field) {
   else field = packed;
 }
 
+// MXFP4's scale 2^(x - 128), x a byte, as bfloat16. The smallest two are subnormal.
+uint16_t power_to_bf16(int x) { return uint16_t(x < 2 ? 0x20 << x : (x - 1) << 7); }
+uint16_t power_from_bf16(uint16_t b) { return uint16_t(b < 0x80 ? b >> 6 : (b >> 7) + 1); }
+
 // The header of group `index` of a block, between its fields and lane `lane` of a panel.
 template <Direction D>
 void move_header(const FormatTraits& t, const Place& at, int lane, int index, BlockFields& f) {
   uint16_t *halves = reinterpret_cast<uint16_t*>(at.header), *super = reinterpret_cast<uint16_t*>(at.super);
   int8_t* factors = reinterpret_cast<int8_t*>(at.header);
-  const int row = at.second * kPanel + lane;
+  const int row = at.second * kPanel + lane, half = 2 * at.second * kPanel + lane;
   switch (t.header) {
     case Header::none: break;
     case Header::scale: move<D>(halves[row], f.d); break;
+    case Header::power:
+      if (D == Direction::store) halves[row] = power_to_bf16(f.d);
+      else f.d = power_from_bf16(halves[row]);
+      break;
     case Header::scale_minimum: move<D>(halves[row], f.d), move<D>(halves[2 * kPanel + row], f.m); break;
     case Header::group_scales: move<D>(halves[lane], f.d), move<D>(factors[2 * kPanel + row], f.scale[index]); break;
     case Header::half_scales:
       move<D>(super[lane], f.d);
-      for (int i = 0; i < 2; ++i) move<D>(factors[(2 * at.second + i) * kPanel + lane], f.scale[2 * index + i]);
+      for (int i = 0; i < 2; ++i) move<D>(factors[half + i * kPanel], f.scale[2 * index + i]);
       if (D == Direction::store) super[kPanel + lane] = 0;
+      break;
+    case Header::half_minima:
+      move<D>(super[lane], f.d), move<D>(super[kPanel + lane], f.m);
+      for (int i = 0; i < 2; ++i) {
+        move<D>(factors[half + i * kPanel], f.scale[2 * index + i]);
+        move<D>(factors[4 * kPanel + half + i * kPanel], f.min[2 * index + i]);
+      }
       break;
     case Header::scales_minima:
       move<D>(super[lane], f.d), move<D>(super[kPanel + lane], f.m);
@@ -130,8 +175,6 @@ void store_blocks(const MatrixView& shape, uint8_t* panel, int lane, Element typ
   for (int64_t k = 0; k < shape.padded_cols; k += e.columns) {
     if (k < shape.cols) {
       e.read(blocks + k / e.columns * e.bytes, f);
-      if (type == Element::q3_k)  // q - 4 of three bits as q - 32 of six
-        for (uint8_t& q : f.q) q += 28;
       past.d = f.d, past.m = f.m;  // groups of a super-block share them
     } else {
       past = {};
@@ -177,10 +220,10 @@ float next_uniform(uint64_t& state, float spread) {
 BlockFields random_scales(const FormatTraits& t, float spread) {
   constexpr int factor = 32;
   const ElementTraits& e = traits(t.element);
-  const float top = e.table ? 127.0f : float(1 << (t.bits - 1));  // the largest number, but for the offset
-  const float d = spread / (top / 2), m = -d * (top - 0.5f);      // the mean number times d
+  const float top = e.table ? float(e.table[7]) : float(1 << (t.bits - 1));  // the size of the largest numbers
+  const float d = spread / (top / 2), m = -d * (top - 0.5f);                 // the mean number times d
   BlockFields f = {};
-  f.d = float_to_half(e.part ? d / factor : d);
+  f.d = t.header == Header::power ? uint16_t(128 + std::ilogb(d)) : float_to_half(e.part ? d / factor : d);
   f.m = float_to_half(e.part ? -m / factor : m);
   std::fill_n(f.scale, 16, int8_t(factor)), std::fill_n(f.min, 16, int8_t(factor));
   return f;
@@ -205,7 +248,9 @@ void throw_misfit(const MatrixView& w, const ActView& act) {
 
 void pack_rows(const MatrixView& shape, uint8_t* data, Element type, const void* source, int64_t first, int64_t count) {
   const FormatTraits& t = traits(shape.format);
-  const bool same_bits = type == t.element || (type == Element::q3_k && t.element == Element::q6_k);
+  const bool same_bits = type == t.element;
+  if (!same_bits && !t.plain() && !traits(t.element).write)
+    throw std::invalid_argument(std::string("nothing is quantised to ") + t.name + "; it takes blocks of its own type");
   const int64_t stride = row_bytes(type, shape.cols), own = traits(t.element).columns;
   std::vector<float> x(size_t(round_up(shape.padded_cols, own)), 0.0f);
   std::vector<uint8_t> blocks(t.plain() || same_bits ? 0 : size_t(row_bytes(t.element, int64_t(x.size()))));

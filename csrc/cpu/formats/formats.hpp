@@ -13,6 +13,8 @@
 // 4 i .. 4 i + 3 of the sixteen rows as unsigned bytes, packed by the bits of a number:
 //
 //   8  [8 operands][16][4]
+//   2  [2 halves of the group][16][4]: bits 2 i and 2 i + 1 are operand i of the half's four
+//   3  [16][4]: bit i is the third bit of operand i; then the low two bits, as above
 //   4  [4][16][4]: operand 2 i in the low halves, 2 i + 1 in the high ones
 //   5  [16][4]: bit i is the fifth bit of operand i; then the low four bits, as above
 //   6  for both halves of the group, of four operands each: [16][4]: bits 2 i and 2 i + 1 are the highest bits of
@@ -36,7 +38,24 @@
 
 namespace paceline {
 
-enum class Format : int { f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, q4_k, q5_k, q6_k, iq4_nl, iq4_xs };
+enum class Format : int {
+  f32,
+  f16,
+  bf16,
+  q8_0,
+  q4_0,
+  q4_1,
+  q5_0,
+  q5_1,
+  q2_k,
+  q3_k,
+  q4_k,
+  q5_k,
+  q6_k,
+  iq4_nl,
+  iq4_xs,
+  mxfp4
+};
 
 constexpr int kPanel = 16;   // output rows of a panel
 constexpr int kUnit = 32;    // outputs that one thread computes at a time: two panels
@@ -56,13 +75,15 @@ constexpr int lane_columns(ActFormat f) { return 4 / act_bytes(f); }  // in the 
 enum class Header : int {
   none,
   scale,          // d fp16 [2 groups][16]
+  power,          // d bfloat16 [2][16]
   scale_minimum,  // d, then m fp16 [2][16]
   group_scales,   // d fp16 [16], int8 [2][16]
   half_scales,    // int8 [4 halves of groups][16]; super-block: d fp16 [16], 32 bytes of padding
+  half_minima,    // scales, then minima int8 [4][16]; super-block: d, then m fp16 [16]
   scales_minima,  // scales, then minima int8 [2][16]; super-block: d, then m fp16 [16]
 };
 
-constexpr int64_t kHeaderBytes[] = {0, 64, 128, 64, 64, 64};
+constexpr int64_t kHeaderBytes[] = {0, 64, 64, 128, 64, 64, 128, 64};
 
 struct FormatTraits {
   const char* name;
@@ -76,7 +97,7 @@ struct FormatTraits {
   constexpr int64_t header_bytes() const { return kHeaderBytes[int(header)]; }
   constexpr int64_t block_bytes() const { return header_bytes() + block_cols() / kGroup * group_bytes(); }
   constexpr int64_t super_bytes() const {  // of its header; 0: there are no super-blocks
-    return header == Header::half_scales || header == Header::scales_minima ? 64 : 0;
+    return header >= Header::half_scales ? 64 : 0;
   }
   // Of a panel that many columns wide, a multiple of block_cols.
   constexpr int64_t panel_bytes(int64_t cols) const {
@@ -97,11 +118,14 @@ inline constexpr FormatTraits kFormats[] = {
     {"q4_1", Element::q4_1, 4, Header::scale_minimum},
     {"q5_0", Element::q5_0, 5, Header::scale},
     {"q5_1", Element::q5_1, 5, Header::scale_minimum},
+    {"q2_k", Element::q2_k, 2, Header::half_minima},
+    {"q3_k", Element::q3_k, 3, Header::half_scales},
     {"q4_k", Element::q4_k, 4, Header::scales_minima},
     {"q5_k", Element::q5_k, 5, Header::scales_minima},
     {"q6_k", Element::q6_k, 6, Header::half_scales},
     {"iq4_nl", Element::iq4_nl, 4, Header::scale},
     {"iq4_xs", Element::iq4_xs, 4, Header::group_scales},
+    {"mxfp4", Element::mxfp4, 4, Header::power},
 };
 constexpr int kFormatCount = int(std::size(kFormats));
 
@@ -137,7 +161,7 @@ struct ActGroup {
   // Start values of sums of products, which cancel what makes the weights' numbers unsigned: -8, -16 and -128 sum, and
   // -32 times the sum of each half of the group.
   int32_t start_8, start_16, start_128, start_32[2];
-  int32_t padding;
+  float scaled_half;  // scale * the sum of the first half
 };
 
 // Rows of activations, packed in the format that a matrix takes.
@@ -177,8 +201,8 @@ inline int lanes_for(int64_t rows) {
 }
 
 // Pack rows [count, cols] of a checkpoint tensor into `data`, as matrix rows `first`, first + 1, ... Blocks of the
-// format's own element type keep their bits; so do, in q6_k, those of Q3_K. Others are quantised from their values.
-// Throws std::invalid_argument if the rows are no whole blocks of their type.
+// format's own element type keep their bits; others are quantised from their values. Throws std::invalid_argument if the
+// rows are no whole blocks of their type, or if the format is one that nothing is quantised to.
 void pack_rows(const MatrixView& shape, uint8_t* data, Element type, const void* source, int64_t first, int64_t count);
 
 // Undo the packing of one row: out [cols].

@@ -77,8 +77,8 @@ PACELINE_INLINE inline void pack_group(const ActView& act, int64_t row, int64_t 
     store_bytes(packed + 16, q1);
     store_lanes<4>(tile, group, lane, packed);
     const int32_t low = sum(q0), high = sum(q1), all = low + high;
-    tile.act_groups[group * tile.lanes + lane] = {scale,      scale * float(all),      -8 * all, -16 * all,
-                                                  -128 * all, {-32 * low, -32 * high}, 0};
+    tile.act_groups[group * tile.lanes + lane] = {scale,      scale * float(all),      -8 * all,          -16 * all,
+                                                  -128 * all, {-32 * low, -32 * high}, scale * float(low)};
   }
 }
 

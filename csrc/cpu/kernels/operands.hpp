@@ -60,11 +60,13 @@ constexpr int kOperands = kGroup / 4;
 constexpr bool is_table(Format f) { return traits(traits(f).element).table != nullptr; }
 constexpr bool is_bytes(Format f) { return traits(f).bits == 8 || is_table(f); }
 
-template <Format F> constexpr int kLargest = is_bytes(F) ? 128 : (1 << traits(F).bits) - 1;
+// Three-bit numbers are multiplied by eight, so that start values serve them which other formats have too.
+template <Format F> constexpr int kFactor = traits(F).bits == 3 ? 8 : 1;
+template <Format F> constexpr int kLargest = is_bytes(F) ? 128 : kFactor<F> * ((1 << traits(F).bits) - 1);
 
 // What was added to the numbers, and start values of sums cancel.
 template <Format F>
-constexpr int kOffset = is_bytes(F) ? (kUnsignedBytes ? 128 : 0) : traits(traits(F).element).offset;
+constexpr int kOffset = is_bytes(F) ? (kUnsignedBytes ? 128 : 0) : kFactor<F> * traits(traits(F).element).offset;
 
 template <int Left>  // negative: to the right
 PACELINE_INLINE inline u8x64 shift(u8x64 v) {
@@ -85,8 +87,15 @@ PACELINE_INLINE inline u8x64 operand(const uint8_t* group) {
   if constexpr (bits == 8) {
     const u8x64 stored = load<u8x64>(group + I * 64);
     return kUnsignedBytes ? stored : stored ^ 128;
+  } else if constexpr (bits == 2) {
+    return shift<-2 * (I % 4)>(load<u8x64>(group + I / 4 * 64)) & 3;
+  } else if constexpr (bits == 3) {
+    return (shift<3 - 2 * (I % 4)>(load<u8x64>(group + 64 + I / 4 * 64)) & 24) |
+           (shift<5 - I>(load<u8x64>(group)) & 32);
+  } else if constexpr (bits == 4 && is_table(F)) {
+    return lookup(traits(traits(F).element).table, nibbles<I>(group));
   } else if constexpr (bits == 4) {
-    return is_table(F) ? lookup_iq4(nibbles<I>(group)) : nibbles<I>(group);
+    return nibbles<I>(group);
   } else if constexpr (bits == 5) {
     return nibbles<I>(group + 64) | (shift<4 - I>(load<u8x64>(group)) & 16);
   } else {
@@ -101,30 +110,33 @@ class Scales {
   static constexpr Header kHeader = traits(F).header;
 
  public:
-  static constexpr int kParts = kHeader == Header::half_scales ? 2 : 1;  // of a group
-  static constexpr bool kMinima = kHeader == Header::scale_minimum || kHeader == Header::scales_minima;
+  static constexpr int kParts = kHeader == Header::half_scales || kHeader == Header::half_minima ? 2 : 1;  // of a group
+  static constexpr bool kMinima = traits(traits(F).element).has_min;
 
   void set_super(const uint8_t* p) {
     const uint16_t* halves = reinterpret_cast<const uint16_t*>(p);
     d_ = from_half(halves);
-    if constexpr (kHeader == Header::scales_minima) m_ = from_half(halves + kPanel) * splat(-1.0f);
+    if constexpr (kFactor<F> != 1) d_ = d_ * splat(1.0f / kFactor<F>);
+    if constexpr (kMinima) m_ = from_half(halves + kPanel) * splat(-1.0f);
   }
   void set_block(const uint8_t* p) {
     header_ = p;
-    if constexpr (kHeader == Header::group_scales) d_ = from_half(reinterpret_cast<const uint16_t*>(p));
+    if constexpr (kHeader == Header::group_scales) d_ = half(0);
   }
   f32x16 scale(int group, int part) const {
     if constexpr (kHeader == Header::scale || kHeader == Header::scale_minimum) return half(group);
+    else if constexpr (kHeader == Header::power) return bits<f32x16>(widen_halves(halves(group)) << 16);
     else if constexpr (kHeader == Header::group_scales) return d_ * factor(2 + group);
     else return d_ * factor(group * kParts + part);
   }
-  f32x16 minimum(int group) const {
+  f32x16 minimum(int group, int part) const {
     if constexpr (kHeader == Header::scale_minimum) return half(2 + group);
-    else return m_ * factor(2 + group);
+    else return m_ * factor((2 + group) * kParts + part);
   }
 
  private:
-  f32x16 half(int i) const { return from_half(reinterpret_cast<const uint16_t*>(header_) + i * kPanel); }
+  const uint16_t* halves(int i) const { return reinterpret_cast<const uint16_t*>(header_) + i * kPanel; }
+  f32x16 half(int i) const { return from_half(halves(i)); }
   f32x16 factor(int i) const {
     return convert<f32x16>(widen_bytes(reinterpret_cast<const int8_t*>(header_) + i * kPanel));
   }
@@ -132,6 +144,13 @@ class Scales {
   const uint8_t* header_ = nullptr;
   f32x16 d_, m_;
 };
+
+// What a minimum is multiplied with: the scaled sum of a row's group, or of a half of it.
+template <Format F, int Part>
+PACELINE_INLINE inline f32x16 scaled_sum(const ActGroup& group) {
+  if constexpr (Scales<F>::kParts == 1) return splat(group.scaled_sum);
+  else return splat(Part ? group.scaled_sum - group.scaled_half : group.scaled_half);
+}
 
 // With what the sums of part `Part` of a group start.
 template <Format F, int Part>

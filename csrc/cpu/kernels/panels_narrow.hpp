@@ -79,11 +79,11 @@ PACELINE_INLINE inline void add_group(const Stretch& s, const uint8_t* w, const 
       if constexpr (kOffset<F> != 0) dots[m] = dots[m] + start<F, Part>(groups[m]);
       sums[m] = add_scaled_dots(sums[m], dots[m], scale, groups[m].scale);
     });
+    if constexpr (Scales<F>::kMinima) {
+      const f32x16 minimum = scales.minimum(second, Part);
+      unrolled<M>([&]<int m>() PACELINE_INLINE { sums[m] = fma(minimum, scaled_sum<F, Part>(groups[m]), sums[m]); });
+    }
   });
-  if constexpr (Scales<F>::kMinima) {
-    const f32x16 minimum = scales.minimum(second);
-    unrolled<M>([&]<int m>() PACELINE_INLINE { sums[m] = fma(minimum, splat(groups[m].scaled_sum), sums[m]); });
-  }
 }
 
 template <Format F, int M>

@@ -44,11 +44,11 @@ PACELINE_INLINE inline void add_group(const uint8_t* w, const Scales<F>& scales,
     });
     const f32x16 scale = scales.scale(second, Part);
     unrolled<M>([&]<int m>() PACELINE_INLINE { sum[m] = add_scaled_dots(sum[m], dots[m], scale, groups[m].scale); });
+    if constexpr (Scales<F>::kMinima) {
+      const f32x16 minimum = scales.minimum(second, Part);
+      unrolled<M>([&]<int m>() PACELINE_INLINE { sum[m] = fma(minimum, scaled_sum<F, Part>(groups[m]), sum[m]); });
+    }
   });
-  if constexpr (Scales<F>::kMinima) {
-    const f32x16 minimum = scales.minimum(second);
-    unrolled<M>([&]<int m>() PACELINE_INLINE { sum[m] = fma(minimum, splat(groups[m].scaled_sum), sum[m]); });
-  }
 }
 
 template <Format F, int M>

@@ -11,8 +11,6 @@
 #include <type_traits>
 #include <utility>
 
-#include "formats/elements.hpp"
-
 namespace PACELINE_NAMESPACE {
 
 // A vector of N registers.

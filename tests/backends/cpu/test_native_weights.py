@@ -56,6 +56,21 @@ def test_each_matrix_gets_activations_of_its_format(tmp_path: Path, mix: Mix) ->
     assert np.std(mixed - exact) <= 0.06 * np.std(exact)  # activations are rounded; those of another format give 0.75
 
 
+@pytest.mark.parametrize("element", ["Q8_0", "Q5_1", "MXFP4"])
+def test_tables_are_read_in_the_type_of_the_file(tmp_path: Path, element: str) -> None:
+    checkpoint = Checkpoint.open(write(tmp_path / "model", TARGET, target_weights()))
+    config = checkpoint.target_config()
+    weights = pack_checkpoint(resolve(checkpoint, config), config, "f32")
+    blocks = reference_formats.random_blocks(416, 160, element, seed=0)
+    tokens, results = list(range(3, 19)), []
+    for table in (_cpu.Table(blocks, element), _cpu.Table(reference_formats.values_of(blocks, element))):
+        weights.tensors["embed_tokens_per_layer.weight"] = table
+        backend = CpuBackend((config, weights), threads=2, context=64)
+        results.append(backend.run([Work(backend.open_slot(), 0, tokens, GREEDY, logits=True)])[0].logits)
+    np.testing.assert_array_equal(*results)
+    assert np.all(np.isfinite(results[0]))
+
+
 @pytest.mark.parametrize(
     ("name", "tensor", "complaint"),
     [

@@ -34,9 +34,8 @@ inline i32x16 widen_bytes(const int8_t* p) {
            (i32)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8)))}};
 }
 
-inline u8x64 lookup_iq4(u8x64 index) {
-  const __m256i table =
-      _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(paceline::kIq4Values)));
+inline u8x64 lookup(const int8_t* values, u8x64 index) {
+  const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));
   return map([table](u8 i) { return (u8)_mm256_shuffle_epi8(table, (__m256i)i); }, index);
 }
 

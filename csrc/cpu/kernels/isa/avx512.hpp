@@ -35,9 +35,9 @@ inline i32x16 widen_bytes(const int8_t* p) {
 
 constexpr bool kUnsignedBytes = true;
 
-inline u8x64 lookup_iq4(u8x64 index) {
-  const __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i*>(paceline::kIq4Values));
-  const __m512i table = _mm512_broadcast_i32x4(_mm_xor_si128(values, _mm_set1_epi8(char(-128))));
+inline u8x64 lookup(const int8_t* values, u8x64 index) {
+  const __m128i sixteen = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
+  const __m512i table = _mm512_broadcast_i32x4(_mm_xor_si128(sixteen, _mm_set1_epi8(char(-128))));
   return (u8x64)_mm512_shuffle_epi8(table, (__m512i)index);
 }
 

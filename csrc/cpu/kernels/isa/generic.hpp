@@ -19,7 +19,7 @@ constexpr int kFloatRows = 1, kIntegerRows = 1;
 namespace PACELINE_NAMESPACE {
 
 using portable::dot2;
-using portable::lookup_iq4;
+using portable::lookup;
 using portable::multiply;
 using portable::store_bytes;
 using portable::widen_bytes;

@@ -36,8 +36,8 @@ inline i32x16 widen_bytes(const int8_t* p) {
            (i32)vmovl_s16(vget_high_s16(high))}};
 }
 
-inline u8x64 lookup_iq4(u8x64 index) {
-  const uint8x16_t table = vreinterpretq_u8_s8(vld1q_s8(paceline::kIq4Values));
+inline u8x64 lookup(const int8_t* values, u8x64 index) {
+  const uint8x16_t table = vreinterpretq_u8_s8(vld1q_s8(values));
   return map([table](u8 i) { return (u8)vqtbl1q_u8(table, (uint8x16_t)i); }, index);
 }
 

@@ -6,7 +6,7 @@
 //   from_half     sixteen fp16 as floats
 //   store_bytes   lanes of integers as bytes; they fit
 //   widen_bytes   sixteen signed bytes as integers
-//   lookup_iq4    bytes 0..15 as the values of the IQ4 formats; with 128 added if kUnsignedBytes
+//   lookup        for bytes 0..15 those of sixteen values; with 128 added if kUnsignedBytes
 //   multiply      low and high halves of the products of lanes with a number
 //   dot2          acc[i] += w[2 i] * a[0] + w[2 i + 1] * a[1] over the two bfloat16 at `a`
 //   dot4          the same of four 8-bit integers, weights unsigned if kUnsignedBytes. With panels_narrow.hpp a
@@ -36,10 +36,10 @@ inline i32x16 widen_bytes(const int8_t* p) {
   return load<i32x16>(t);
 }
 
-inline u8x64 lookup_iq4(u8x64 index) {
+inline u8x64 lookup(const int8_t* values, u8x64 index) {
   uint8_t t[64];
   store(t, index);
-  for (uint8_t& x : t) x = uint8_t(paceline::kIq4Values[x & 15]);
+  for (uint8_t& x : t) x = uint8_t(values[x & 15]);
   return load<u8x64>(t);
 }
 
