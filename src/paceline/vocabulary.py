@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +58,26 @@ class Strings(Sequence[str]):
         return None
 
     def __iter__(self) -> Iterator[str]:
-        data, places = self._data, self._places.tolist()
-        return iter([str(data[start + 8 : end], "utf-8") for start, end in pairwise(places)])
+        return iter(self.joined("\0").split("\0")) if len(self) else iter(())
+
+    def joined(self, separator: str) -> str:
+        """All strings in one, which takes a fraction of the time that one after the other would.
+
+        Args:
+            separator: one ASCII character.
+
+        Raises:
+            ValueError: a string holds it, or is not UTF-8.
+        """
+        data, starts = np.frombuffer(self._data, np.uint8).copy(), self._places[:-1]
+        kept = np.ones(len(data), bool)
+        for byte in range(8):  # of a string's length; one gives way to the separator
+            kept[starts + byte] = byte == 0
+        data[starts] = ord(separator)
+        text = str(data[kept].tobytes()[1:], "utf-8")
+        if text.count(separator) != len(self) - 1:
+            raise ValueError(f"a string holds {separator!r}")
+        return text
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from paceline.checkpoint import Checkpoint, drafter_tensors, target_tensors
+from paceline.checkpoint import Checkpoint, drafter_tensors, resolve, target_tensors
 from paceline.checkpoint.config_json import drafter_config, target_config
 from paceline.errors import CheckpointError
 from tests.fixtures import checkpoints, shapes
@@ -91,6 +91,48 @@ def test_official_shapes(name: str, tmp_path: Path) -> None:
     assert found.tensors.keys() == weights.keys()
 
 
+GEMMA3: dict[str, Any] = {
+    "model_type": "gemma3_text",
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 7,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "query_pre_attn_scalar": 16,
+    "sliding_window": 8,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-6,
+}
+
+
+def scale_rope(writer: gguf.GGUFWriter) -> None:
+    writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+    writer.add_rope_scaling_factor(8.0)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_gemma_3(scaled: bool, tmp_path: Path) -> None:
+    """Every sixth layer is full, all heads are of one size, rotary is scaled in larger models; norms are whole."""
+    ropes = {"rope_scaling": {"rope_type": "linear", "factor": 8.0}} if scaled else {}
+    expected = target_config(GEMMA3 | ropes)
+    weights = random(target_tensors(expected))
+    change = scale_rope if scaled else lambda _: None
+    found = opened(write_gguf(tmp_path / "m.gguf", GEMMA3 | ropes, weights, dialect="gemma3", change=change))
+    assert found.target_config() == replace(expected, norms_include_one=True)
+    assert [layer.sliding for layer in expected.layers] == [True] * 5 + [False, True]
+    assert expected.rope_full.scaling == (8.0 if scaled else 1.0)
+    assert_same_tensors(found, weights)
+
+
+def test_gemma_3_27b_scales_attention_by_its_width(tmp_path: Path) -> None:
+    config = GEMMA3 | {"num_hidden_layers": 62, "hidden_size": 64, "num_attention_heads": 2}
+    weights = {name: np.zeros(shape, np.float32) for name, shape in target_tensors(target_config(config)).items()}
+    found = opened(write_gguf(tmp_path / "m.gguf", config, weights, dialect="gemma3")).target_config()
+    assert found.query_pre_attn_scalar == 32
+
+
 @pytest.mark.parametrize("head", ["centroids", "dense"])
 @pytest.mark.parametrize("dialect", DRAFTERS)
 def test_drafters(dialect: str, head: str, tmp_path: Path) -> None:
@@ -104,6 +146,15 @@ def test_drafters(dialect: str, head: str, tmp_path: Path) -> None:
     assert_same_tensors(found, weights)
     with pytest.raises(CheckpointError, match="this is a drafter; pass it as --drafter"):
         found.target_config()
+
+
+def test_a_drafter_names_its_target(tmp_path: Path) -> None:
+    config = checkpoints.DRAFTER | {"backbone_hidden_size": 1536, "use_ordered_embeddings": False}
+    weights = {name: np.zeros(shape, np.float32) for name, shape in drafter_tensors(drafter_config(config)).items()}
+    refused(
+        write_gguf(tmp_path / "d.gguf", config, weights, dialect="gemma4-assistant"),
+        "this is a drafter of Gemma 4 E2B; pass it as --drafter, not as the model",
+    )
 
 
 def test_a_drafter_says_its_targets_size_or_its_tensors_do(tmp_path: Path) -> None:
@@ -121,6 +172,16 @@ def test_settings_of_a_head_that_is_not_there(tmp_path: Path) -> None:
     del weights["masked_embedding.centroids.weight"], weights["masked_embedding.token_ordering"]
     path = write_gguf(tmp_path / "d.gguf", checkpoints.DRAFTER, weights, dialect="gemma4-assistant")
     assert opened(path).drafter_config().centroids == 0
+
+
+def test_keys_and_values_of_layers_that_share_them(tmp_path: Path) -> None:
+    """Early files have them, later ones have not."""
+    expected = target_config(CONFIGS["edge"])
+    extra = {"blk.4.attn_k.weight": (32, 32), "blk.4.attn_v.weight": (32, 32), "blk.4.attn_k_norm.weight": (32,)}
+    weights = random(target_tensors(expected))
+    found = opened(write_gguf(tmp_path / "m.gguf", CONFIGS["edge"], weights, tensors=random(extra)))
+    assert found.target_config().layers == expected.layers
+    assert resolve(found, found.target_config()).refs.keys() == weights.keys()
 
 
 def test_ollamas_conversion(tmp_path: Path) -> None:
@@ -230,6 +291,7 @@ def test_types_are_mixed(tmp_path: Path) -> None:
             raw = gguf.quantize(values, Type[ref.dtype])
             np.testing.assert_array_equal(stored, raw.view(np.uint16) if ref.dtype == "BF16" else raw)
         np.testing.assert_array_equal(ref.read(1, 3), stored[1:3])
+        np.testing.assert_array_equal(ref.slice(1, 3).read(), stored[1:3])
         np.testing.assert_array_equal(ref.map(), stored)
     assert seen == {"F32", *(kind.name for kind in TYPES)}
 

@@ -13,6 +13,7 @@ from random import Random
 from typing import Any
 
 from tests.robustness import bases
+from tests.robustness.gguf_mutators import Raw, mutated
 from tests.robustness.templates import BOMBS, FRAGMENTS
 
 BIG = 1 << 20
@@ -119,7 +120,9 @@ def damage(path: Path, dice: Random) -> None:
 
 
 def unchanged(dice: Random, root: Path, to: Path) -> Case:
-    return Case(bases.copy(root, dice.choice(("edge", "moe", "sharded", "q8", "q4")), to), must_load=True)
+    return Case(
+        bases.copy(root, dice.choice(("edge", "moe", "sharded", "q8", "q4", "gguf", "parts")), to), must_load=True
+    )
 
 
 def config(dice: Random, root: Path, to: Path) -> Case:
@@ -363,6 +366,35 @@ def pack_header(path: Path, dice: Random) -> None:
     path.write_bytes(head + padded + data[start:])
 
 
+def gguf(dice: Random, root: Path, to: Path) -> Case:
+    model = bases.copy(root, "gguf", to)
+    path = model / "model.gguf" if dice.random() < 0.75 else to / "model-assistant" / "mtp.gguf"
+    path.write_bytes(mutated(dice, Raw.of(path.read_bytes()))[1])
+    return Case(model)
+
+
+def parts(dice: Random, root: Path, to: Path) -> Case:
+    """A model in several GGUF files: parts that are missing, changed, swapped, or another's."""
+    model = bases.copy(root, "parts", to)
+    files = sorted(model.glob("*.gguf"))
+    one, other = dice.choice(files), dice.choice(files)
+    act = dice.randrange(5)
+    if act == 0:
+        one.unlink()
+    elif act == 1:
+        one.write_bytes(other.read_bytes())
+    elif act == 2:
+        one.rename(model / dice.choice(("x.gguf", "model-00009-of-00009.gguf", other.name)))
+    elif act == 3:
+        raw = Raw.of(one.read_bytes())
+        key = dice.choice([key for key in raw.keys if key[0].startswith(b"split.")])
+        key[2] = bytes(dice.choice((0, 1, 2, 3, 255)) for _ in key[2])
+        one.write_bytes(raw.join())
+    else:
+        one.write_bytes(mutated(dice, Raw.of(one.read_bytes()))[1])
+    return Case(model)
+
+
 def packs(dice: Random, root: Path, to: Path) -> Case:
     """Damage to kept packs must not show: the checkpoint is packed again."""
     return _kept(dice, root, to, "*.pack", pack_header if dice.random() < 0.5 else damage)
@@ -402,4 +434,6 @@ MUTATORS: dict[str, tuple[int, Mutator]] = {  # with their share of the cases
     "packs": (3, packs),
     "converted": (13, converted),
     "costs": (3, costs),
+    "gguf": (11, gguf),
+    "parts": (3, parts),
 }

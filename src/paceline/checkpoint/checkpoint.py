@@ -87,6 +87,11 @@ class Checkpoint:
         return self.path.is_file()
 
     @property
+    def cure(self) -> str:
+        """What to do where the settings and the tensors do not agree, or one is missing."""
+        return "take another file of this model" if self.is_gguf else "download it again, with its own config.json"
+
+    @property
     def tokenizer(self) -> Path | Vocabulary:
         """What a tokenizer is made of: `tokenizer.json`, whether it is there or not, or a GGUF file's vocabulary.
 

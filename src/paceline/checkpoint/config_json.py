@@ -15,6 +15,7 @@ from paceline.errors import CheckpointError
 
 GEMMA3_TYPES = ("gemma3", "gemma3_text")
 TARGET_TYPES = ("gemma4", "gemma4_unified", "gemma4_text", "gemma4_unified_text", *GEMMA3_TYPES)
+TARGETS_BY_WIDTH = {1536: "E2B", 2560: "E4B", 2816: "26B-A4B", 3840: "12B", 5376: "31B"}  # whose drafters see it
 DRAFTER_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
 
 # What a Gemma 3 config.json leaves out (the official ones of 4B and more leave out most of it): the defaults of
@@ -47,7 +48,9 @@ def target_config(config: Mapping[str, Any]) -> TargetConfig:
     """
     kind = config.get("model_type")
     if kind in DRAFTER_TYPES:
-        raise CheckpointError(f"model_type is {kind}: this is a drafter; pass it as --drafter, not as the model")
+        width = config.get("backbone_hidden_size")
+        of = f" of Gemma 4 {TARGETS_BY_WIDTH[width]}" if type(width) is int and width in TARGETS_BY_WIDTH else ""
+        raise CheckpointError(f"model_type is {kind}: this is a drafter{of}; pass it as --drafter, not as the model")
     if kind not in TARGET_TYPES:
         raise CheckpointError(f"model_type is {kind!r}, not a Gemma 3 or Gemma 4 model ({', '.join(TARGET_TYPES)})")
     text = _text_part(config)

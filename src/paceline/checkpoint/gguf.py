@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from paceline.checkpoint.choice import SHARD
 from paceline.checkpoint.tensors import BLOCKS, TensorRef
 from paceline.errors import CheckpointError
 from paceline.vocabulary import Strings
@@ -80,7 +81,6 @@ TYPES: dict[int, tuple[str, int, int]] = {number: (name, *BLOCKS[name]) for numb
 REMOVED = {4: "Q4_2", 5: "Q4_3", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8"}
 REMOVED |= {36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8"}
 
-SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 OTHER_FILES = {  # first bytes -> what such a file is, and what to do
     b"version ": "is a Git LFS pointer, not the weights; run `git lfs pull` in its folder",
     b"lmgg": "is an old GGML file; take the model as GGUF",
@@ -184,7 +184,7 @@ def read_gguf(path: Path) -> Gguf:
         )
     tensors = dict(first.tensors)
     for number in range(1, count):
-        part = path.with_name(f"{name[1]}-{number + 1:05}-of-{count:05}.gguf")
+        part = path.with_name(f"{name[1]}-{number + 1:05}-of-{count:05}{path.suffix}")
         if not os.path.isfile(part):
             raise CheckpointError(f"{part}: this part of the model is missing; download it to the same folder")
         shard = _read_file(part)

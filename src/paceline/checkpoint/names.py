@@ -195,15 +195,14 @@ def resolve(checkpoint: Checkpoint, config: TargetConfig | DrafterConfig) -> Ten
     missing = [name for name in expected if name not in refs]
     if missing:
         raise CheckpointError(
-            f"{checkpoint.path}: the tensor {missing[0]} is missing{_more(missing)}; "
-            "download the checkpoint again, with the config.json that belongs to it"
+            f"{checkpoint.path}: the tensor {missing[0]} is missing{_more(missing)}; {checkpoint.cure}"
         )
     for name, ref in refs.items():
-        _check(name, ref, expected[name])
+        _check(name, ref, expected[name], checkpoint.cure)
     if leftover:
         raise CheckpointError(
-            f"{leftover[0].path}: the tensor {leftover[0].name} {list(leftover[0].shape)} is unknown{_more(leftover)}; "
-            "this is not the checkpoint that its config.json describes, so download both again"
+            f"{leftover[0].path}: the tensor {leftover[0].name} {list(leftover[0].shape)} is unknown{_more(leftover)}, "
+            f"so this is not the model that its settings describe; {checkpoint.cure}"
         )
     whole = isinstance(config, DrafterConfig) or config.norms_include_one
     return Tensors(refs, skipped, norm_offset=0.0 if whole else 1.0)
@@ -274,11 +273,11 @@ def _why_skipped(canonical: str, ref: TensorRef, config: TargetConfig | DrafterC
     return None
 
 
-def _check(name: str, ref: TensorRef, shape: tuple[int, ...]) -> None:
+def _check(name: str, ref: TensorRef, shape: tuple[int, ...], cure: str) -> None:
     if ref.shape != shape:
         raise CheckpointError(
-            f"{ref.path}: the tensor {ref.name} has shape {list(ref.shape)}, but config.json calls for {list(shape)}; "
-            "download both again"
+            f"{ref.path}: the tensor {ref.name} has shape {list(ref.shape)}, but its settings call for {list(shape)}; "
+            f"{cure}"
         )
     kinds = INTEGER if name == TOKEN_ORDERING else FLOATING if len(shape) == 1 else (*FLOATING, *BLOCKS)
     if ref.dtype not in kinds:

@@ -66,6 +66,7 @@ class Tokenizer:
         add_bos = settings.get("add_bos_token")
         if add_bos is not None and type(add_bos) is not bool:
             raise CheckpointError(f"tokenizer_config.json: add_bos_token is {add_bos!r}; it must be true or false")
+        longest: int | None
         if isinstance(source, Vocabulary):
             path, cure = source.path, CURE
             backend, longest = read_vocabulary(source, vocab_size)

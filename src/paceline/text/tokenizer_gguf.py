@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import tokenizers
@@ -20,9 +20,12 @@ from paceline.text.detokenizer import BYTE_OF_CHARACTER
 from paceline.text.tokenizer_file import BUNDLED_EXPRESSION, MAX_TOKEN, MAX_TOKENS
 from paceline.vocabulary import CURE, Vocabulary
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # what stands for a space in tokens
 UNKNOWN_TOKEN = "<unk>"
+MAX_FOUND = 256  # bytes of a token that is looked for in texts
+BYTE_FALLBACK, BYTE_LEVEL = ("gemma4", "llama"), "gpt2"
+Merges = list[tuple[str, str]]
 # Special whatever a file says: llama.cpp types some as text so that it prints them, and bad conversions others.
 SPECIAL = frozenset(
     (
@@ -42,34 +45,44 @@ def read_vocabulary(vocabulary: Vocabulary, vocab_size: int | None) -> tuple[tok
     Raises:
         CheckpointError: the kind is not known, or the vocabulary is damaged or does not fit the model.
     """
-    with (
-        translated(CheckpointError, f"{vocabulary.path}: has no valid tokenizer ({{reason}}); {CURE}"),
-        _no_collection(),
-    ):
-        if vocabulary.model not in ("gemma4", "llama", "gpt2"):
-            raise ValueError(f"of the kind {vocabulary.model!r}; only 'gemma4', 'llama' and 'gpt2' are supported")
-        byte_level = vocabulary.model == "gpt2"
-        # Conversions write runs of spaces, which are tokens of their own, plainly; merges have the sign for them.
-        tokens = [
-            token.replace(" ", SPACE) if not byte_level and token.isspace() else token for token in vocabulary.tokens
-        ]
-        ids = _checked_ids(tokens, vocab_size or MAX_TOKENS, byte_level)
-        if vocabulary.types is None:
-            raise ValueError("it does not say which tokens are special")
-        types: list[int] = vocabulary.types.tolist()
+    with _valid(vocabulary), _no_collection():
+        byte_level = vocabulary.model == BYTE_LEVEL
+        tokens = _read_tokens(vocabulary, vocab_size or MAX_TOKENS)
+        ids = {token: number for number, token in enumerate(tokens)}
+        if len(ids) != len(tokens):
+            raise ValueError("two of its tokens are the same")
+        # every text must have tokens: those of single bytes
+        names = BYTE_OF_CHARACTER if byte_level else {f"<0x{byte:02X}>": byte for byte in range(256)}
+        missing = next((byte for name, byte in names.items() if name not in ids), None)
+        if missing is not None:
+            raise ValueError(f"it has no token for the byte {missing}")
+        special, as_text = _added(vocabulary, tokens)
         from_scores = vocabulary.merges is None
-        merges = _scored_merges(vocabulary, tokens, types) if from_scores else _listed_merges(vocabulary)
         model = models.BPE(
             ids,
-            merges,
+            _scored_merges(vocabulary, tokens) if from_scores else _listed_merges(vocabulary),
             unk_token=None if byte_level or UNKNOWN_TOKEN not in ids else UNKNOWN_TOKEN,
             fuse_unk=not byte_level,
             byte_fallback=not byte_level,
         )
         backend = tokenizers.Tokenizer(model)
         _add_steps(backend, vocabulary, byte_level)
-        _add_tokens(backend, tokens, types, from_scores)
+        added = {token: AddedToken(tokens[token], special=True, normalized=False) for token in special}
+        # With a vocabulary of SentencePiece's, those that are text are found after spaces have their sign, as there.
+        added |= {token: AddedToken(tokens[token], special=False, normalized=from_scores) for token in as_text}
+        backend.add_tokens([added[token] for token in sorted(added)])
+        odd = next((token for token in added if backend.token_to_id(tokens[token]) != token), None)
+        if odd is not None:
+            raise ValueError(f"the token {tokens[odd]!r} has the id {odd} and another")
     return backend, max(map(len, tokens))
+
+
+@contextlib.contextmanager
+def _valid(vocabulary: Vocabulary) -> Iterator[None]:
+    with translated(CheckpointError, f"{vocabulary.path}: has no valid tokenizer ({{reason}}); {CURE}"):
+        if vocabulary.model not in (*BYTE_FALLBACK, BYTE_LEVEL):
+            raise ValueError(f"of the kind {vocabulary.model!r}; only 'gemma4', 'llama' and 'gpt2' are supported")
+        yield
 
 
 @contextlib.contextmanager
@@ -84,41 +97,66 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _checked_ids(tokens: list[str], limit: int, byte_level: bool) -> dict[str, int]:
+def _read_tokens(vocabulary: Vocabulary, limit: int) -> list[str]:
+    tokens = list(vocabulary.tokens)
     if not 0 < len(tokens) <= limit:
         raise ValueError(f"it has {len(tokens)} tokens, and the model's vocabulary ends before {limit}")
-    ids = dict(zip(tokens, range(len(tokens)), strict=True))
-    if len(ids) != len(tokens):
-        raise ValueError("two of its tokens are the same")
     if max(map(len, tokens)) > MAX_TOKEN:
         raise ValueError(f"a token is longer than {MAX_TOKEN} characters")
-    # every text must have tokens: those of single bytes
-    names = BYTE_OF_CHARACTER if byte_level else {f"<0x{byte:02X}>": byte for byte in range(256)}
-    missing = next((byte for name, byte in names.items() if name not in ids), None)
-    if missing is not None:
-        raise ValueError(f"it has no token for the byte {missing}")
-    return ids
+    if vocabulary.model == BYTE_LEVEL:
+        return tokens
+    # Conversions write runs of spaces, which are tokens of their own, plainly; merges have the sign for them.
+    return [token if token[:1] != " " or token.strip(" ") else SPACE * len(token) for token in tokens]
 
 
-def _listed_merges(vocabulary: Vocabulary) -> list[tuple[str, ...]]:
-    """The library refuses merges that are not of two tokens, or that give none."""
-    return [tuple(merge.split(" ", 1)) for merge in vocabulary.merges or ()]
+def _added(vocabulary: Vocabulary, tokens: list[str]) -> tuple[list[int], list[int]]:
+    """Ids of the tokens that are found in a text before all else: special ones, and others."""
+    if vocabulary.types is None:
+        raise ValueError("it does not say which tokens are special")
+    kinds = vocabulary.types
+    typed = np.isin(kinds, (UNKNOWN, CONTROL, USER_DEFINED))
+    found = {int(token) for token in np.flatnonzero(typed)}
+    found |= {token for text in SPECIAL if (token := vocabulary.tokens.find(text)) is not None}
+    odd = next((token for token in sorted(found) if not 0 < len(tokens[token].encode()) <= MAX_FOUND), None)
+    if odd is not None:
+        raise ValueError(f"the special token {odd} is empty or longer than {MAX_FOUND} bytes")
+    special = [token for token in found if tokens[token] in SPECIAL or kinds[token] != USER_DEFINED]
+    return sorted(special), sorted(found.difference(special))
 
 
-def _scored_merges(vocabulary: Vocabulary, tokens: list[str], types: list[int]) -> list[tuple[str, ...]]:
-    """What SentencePiece does at each step, as merges: of neighbours that make a token, those of the highest score."""
-    scores = vocabulary.scores
+def _by_score(vocabulary: Vocabulary) -> list[int]:
+    """Normal tokens, those of the highest score first: SentencePiece joins the neighbours that make such a token."""
+    scores, types = vocabulary.scores, vocabulary.types
     if scores is None or not np.isfinite(scores).all() or scores.min() == scores.max():
         raise ValueError("it has neither merges nor scores of its tokens")
-    normal = {token for token, kind in zip(tokens, types, strict=True) if kind == NORMAL}
-    merges: list[tuple[str, ...]] = []
-    for index in np.argsort(-scores, kind="stable").tolist():
-        token = tokens[index]
-        if types[index] == NORMAL:
-            for cut in range(len(token) - 1, 0, -1):
-                if token[:cut] in normal and token[cut:] in normal:
-                    merges.append((token[:cut], token[cut:]))
-    return merges
+    order = np.argsort(-scores, kind="stable")
+    normal: list[int] = order[types[order] == NORMAL].tolist() if types is not None else []
+    return normal
+
+
+def _listed_merges(vocabulary: Vocabulary) -> Merges:
+    """The library refuses merges that are not of two tokens, or that give none."""
+    if not vocabulary.merges:
+        return []
+    text = vocabulary.merges.joined("\0")
+    marks = np.frombuffer(text.encode(), np.uint8)
+    marks = marks[(marks == ord(" ")) | (marks == 0)]
+    if len(marks) % 2 == 0 or (marks[::2] != ord(" ")).any() or marks[1::2].any():
+        raise ValueError("a merge is not of two tokens")
+    parts = text.replace(" ", "\0").split("\0")
+    return list(zip(parts[::2], parts[1::2], strict=True))
+
+
+def _scored_merges(vocabulary: Vocabulary, tokens: list[str]) -> Merges:
+    """All pairs of normal tokens that make one, in the order of that one; of equal ones the longest left part first."""
+    order = [tokens[token] for token in _by_score(vocabulary)]
+    normal = set(order)
+    return [
+        (token[:cut], token[cut:])
+        for token in order
+        for cut in range(len(token) - 1, 0, -1)
+        if token[:cut] in normal and token[cut:] in normal
+    ]
 
 
 def _add_steps(backend: tokenizers.Tokenizer, vocabulary: Vocabulary, byte_level: bool) -> None:
@@ -135,23 +173,3 @@ def _add_steps(backend: tokenizers.Tokenizer, vocabulary: Vocabulary, byte_level
         backend.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_only])
     else:
         raise ValueError(f"it splits texts as {vocabulary.pre!r}; only 'gpt-2' is supported")
-
-
-def _add_tokens(backend: tokenizers.Tokenizer, tokens: Sequence[str], types: list[int], from_scores: bool) -> None:
-    """Tokens that are found in a text as they are, before all else.
-
-    With a vocabulary of SentencePiece's, those that are text are found after spaces have their sign, as there: they
-    are runs of spaces too.
-    """
-    added, numbers = [], []
-    for number, (token, kind) in enumerate(zip(tokens, types, strict=True)):
-        special = kind in (UNKNOWN, CONTROL) or token in SPECIAL
-        if special or kind == USER_DEFINED:
-            if not token:
-                raise ValueError(f"the special token {number} is empty")
-            added.append(AddedToken(token, special=special, normalized=from_scores and not special))
-            numbers.append(number)
-    backend.add_tokens(added)
-    for token, number in zip(added, numbers, strict=True):
-        if backend.token_to_id(token.content) != number:
-            raise ValueError(f"the token {token.content!r} has the id {number} and another")
