@@ -45,10 +45,10 @@ inline Floats all(float x) {
   return each([=](int) { return FloatVector{} + x; });
 }
 
-#define PACELINE_OPERATOR(R, op)                                                                \
-  inline R operator op(const Floats& a, const Floats& b) {                                      \
-    return each<R>([&](int i) { return a.v[i] op b.v[i]; });                                    \
-  }                                                                                             \
+#define PACELINE_OPERATOR(R, op)                             \
+  inline R operator op(const Floats& a, const Floats& b) {   \
+    return each<R>([&](int i) { return a.v[i] op b.v[i]; }); \
+  }                                                          \
   inline R operator op(const Floats& a, float b) { return a op all(b); }
 PACELINE_OPERATOR(Floats, +)
 PACELINE_OPERATOR(Floats, -)
@@ -68,7 +68,8 @@ inline Masks operator&(const Masks& a, const Masks& b) {
 }
 
 inline Floats choose(const Masks& mask, const Floats& yes, const Floats& no) {
-  return each([&](int i) { return (FloatVector)((mask.v[i] & (IntVector)yes.v[i]) | (~mask.v[i] & (IntVector)no.v[i])); });
+  return each(
+      [&](int i) { return (FloatVector)((mask.v[i] & (IntVector)yes.v[i]) | (~mask.v[i] & (IntVector)no.v[i])); });
 }
 inline Floats magnitude(const Floats& x) {
   return each([&](int i) { return (FloatVector)((IntVector)x.v[i] & 0x7fffffff); });
@@ -239,15 +240,17 @@ Floats extreme_of_super(Floats x, int lanes) {
   return x;
 }
 
-// If the part in that lane is bfloat16 (or float) roundings of scale * q, that scale; else 0.
+// If the part in that lane is roundings to bfloat16 of scale * q, that scale; else 0. Scales that are bfloat16 come first.
 template <int N>
 float exact_scale(const Parts<N>& p, int lane, float near, float top) {
   const uint16_t fitted = half_bits(near), short_one = half_bits(bf16_to_float(float_to_bf16(near)));
-  for (uint16_t bits : {short_one, fitted, uint16_t(fitted + 1), uint16_t(fitted - 1)}) {
-    const float scale = half_to_float(bits), factor = scale != 0 ? 1 / scale : 0;
+  for (int candidate = -1; candidate < 5; ++candidate) {
+    const int step = (candidate + 1) / 2;  // 0 1 1 2 2
+    const uint16_t bits = candidate < 0 ? short_one : uint16_t(candidate % 2 ? fitted + step : fitted - step);
+    const float scale = half_to_float(bits);
     bool exact = scale != 0;
     for (int i = 0; exact && i < N; ++i) {
-      const float x = p.x[i][lane], q = std::clamp(std::nearbyint(x * factor), -top, top - 1);
+      const float x = p.x[i][lane], q = std::clamp(std::nearbyint(x / scale), -top, top - 1);
       exact = float_to_bf16(q * scale) == float_to_bf16(x);
     }
     if (exact) return scale;
@@ -258,23 +261,21 @@ float exact_scale(const Parts<N>& p, int lane, float near, float top) {
 // The scales of parts that lie on the grid -top .. top - 1, and the given ones for others.
 template <int N>
 Floats on_grid(const Parts<N>& p, float top, Floats scale) {
-  const Floats high = extreme(p);
-  for (float at = top; at >= 1; at -= 1)
-    for (float sign : {-1.0f, 1.0f}) {
-      if (sign > 0 && at == top) continue;
-      const Floats factor = inverse(high) * (sign * at);
-      Floats xq{}, qq{};
-      Masks fits = high != 0.0f;
-      for (int i = 0; i < N; ++i) {
-        const Floats place = p.x[i] * factor, q = nearest(place);
-        fits = fits & (magnitude(place - q) <= magnitude(q) * 0x1p-8f);  // both the value and the extreme are rounded
-        xq += p.x[i] * q, qq += q * q;
-        if (i % 8 == 7 && !any(fits)) break;
-      }
-      for (int lane = 0; lane < kLanes; ++lane)
-        if (fits[lane])
-          if (const float found = exact_scale(p, lane, xq[lane] / qq[lane], top); found != 0) scale.set(lane, found);
+  const Floats unit = inverse(extreme(p));
+  for (float at = top; at >= 1; at -= 1) {
+    const Floats factor = unit * -at;
+    Floats xq = all(0), qq = all(0);
+    Masks fits = unit != 0.0f;
+    for (int i = 0; i < N; ++i) {
+      const Floats place = p.x[i] * factor, q = nearest(place);
+      fits = fits & (magnitude(place - q) <= magnitude(q) * 0x1.04p-7f);  // the value and the extreme are rounded
+      xq += p.x[i] * q, qq += q * q;
+      if (i % 8 == 7 && !any(fits)) break;
     }
+    for (int lane = 0; lane < kLanes; ++lane)
+      if (fits[lane])
+        if (const float found = exact_scale(p, lane, xq[lane] / qq[lane], top); found != 0) scale.set(lane, found);
+  }
   return scale;
 }
 
