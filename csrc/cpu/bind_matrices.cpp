@@ -1,6 +1,7 @@
 // Bindings of packed matrices, tables and the kernels on them.
 #include "bind.hpp"
 
+#include "formats/quantise.hpp"
 #include "kernels/kernels.hpp"
 #include "model/layers.hpp"
 
@@ -98,11 +99,19 @@ uint64_t checksum(const Array<uint8_t, 1>& data, int threads) {
   return total;
 }
 
-void pack_matrix(Matrix& matrix, const AnyRows& source, int64_t first, const std::string& named) {
+// Importance of columns, or null.
+const float* importance_of(const std::optional<Array<float, 1>>& importance, int64_t cols) {
+  if (importance) check_cols(int64_t(importance->shape(0)), cols);
+  return importance ? importance->data() : nullptr;
+}
+
+void pack_matrix(Matrix& matrix, const AnyRows& source, int64_t first, const std::string& named,
+                 const std::optional<Array<float, 1>>& importance) {
   const Element type = element_of(source.dtype(), named);
   check_cols(cols_of(source, type), matrix.view().cols);
+  const float* weights = importance_of(importance, matrix.view().cols);
   const GilReleased release;
-  matrix.pack(type, source.data(), first, int64_t(source.shape(0)));
+  matrix.pack(type, source.data(), first, int64_t(source.shape(0)), weights);
 }
 
 Numpy<float, 2> dequantise(const AnyRows& rows, const std::string& named, int64_t cols) {
@@ -112,6 +121,19 @@ Numpy<float, 2> dequantise(const AnyRows& rows, const std::string& named, int64_
   const Numpy<float, 2> array = owned<float, 2>(out, {size_t(table.rows), size_t(table.cols)});
   const GilReleased release;
   for (int64_t i = 0; i < table.rows; ++i) table.row(i, out + i * table.cols);
+  return array;
+}
+
+Numpy<uint8_t, 2> quantise_rows(const Array<float, 2>& x, const std::string& named,
+                                const std::optional<Array<float, 1>>& importance) {
+  const Element type = element_from(named);
+  if (!traits(type).write) throw std::invalid_argument("nothing is quantised to " + named);
+  const int64_t rows = int64_t(x.shape(0)), cols = int64_t(x.shape(1)), bytes = row_bytes(type, cols);
+  const float* weights = importance_of(importance, cols);
+  uint8_t* out = new uint8_t[product({rows, bytes})];
+  const Numpy<uint8_t, 2> array = owned<uint8_t, 2>(out, {size_t(rows), size_t(bytes)});
+  const GilReleased release;
+  for (int64_t i = 0; i < rows; ++i) quantise(type, x.data() + i * cols, cols, weights, out + i * bytes);
   return array;
 }
 
@@ -132,14 +154,15 @@ void bind_matrices(nb::module_& module) {
       .def("row", &table_row, "index"_a, "One row as float32 [cols].")
       .def(
           "data",
-          [](const Table& t) {
-            return Numpy<const uint8_t, 1>(t.data, {size_t(t.rows * row_bytes(t.type, t.cols))});
-          },
+          [](const Table& t) { return Numpy<const uint8_t, 1>(t.data, {size_t(t.rows * row_bytes(t.type, t.cols))}); },
           nb::rv_policy::reference_internal, "Its bytes, in place.")
       .def_prop_ro("shape", [](const Table& t) { return nb::make_tuple(t.rows, t.cols); })
       .def_prop_ro("type", [](const Table& t) { return traits(t.type).name; });
   module.def("dequantise", &dequantise, "rows"_a, "type"_a, "cols"_a,
              "Values float32 [n, cols] of rows uint8 [n, bytes of a row] of the blocks of a GGUF type.");
+  module.def(
+      "quantise", &quantise_rows, "x"_a, "type"_a, "importance"_a = nb::none(),
+      "Rows float32 [n, cols] as blocks of a GGUF type, uint8 [n, bytes of a row]. Importance: see Matrix.pack.");
   nb::class_<Matrix>(module, "Matrix", "A packed weight matrix.")
       .def(
           "__init__",
@@ -154,9 +177,11 @@ void bind_matrices(nb::module_& module) {
           },
           "format"_a, "rows"_a, "cols"_a, "packed"_a, nb::keep_alive<0, 4>(), "A matrix over packed bytes, in place.")
       .def(
-          "pack", &pack_matrix, "rows"_a, "first"_a = 0, "type"_a = "",
+          "pack", &pack_matrix, "rows"_a, "first"_a = 0, "type"_a = "", "importance"_a = nb::none(),
           "Pack rows of a checkpoint tensor from matrix row `first` on: float32, float16 or uint16 (bits of bfloat16)\n"
-          "[count, cols], or uint8 [count, bytes of a row] with the blocks of the GGUF type named.")
+          "[count, cols], or uint8 [count, bytes of a row] with the blocks of the GGUF type named. What has to be\n"
+          "quantised has the least sum of importance float32 [cols] * error^2; without importance all columns are "
+          "alike.")
       .def("fill_random", &Matrix::fill_random, "seed"_a, nb::call_guard<GilReleased>(),
            "Fill with plausible values without meaning, for measurements.")
       .def("row", &matrix_row, "index"_a, "One row, unpacked to float32 [cols].")

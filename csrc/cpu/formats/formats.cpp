@@ -246,13 +246,16 @@ void throw_misfit(const MatrixView& w, const ActView& act) {
                               traits(w.format).name + " matrix of " + std::to_string(w.padded_cols));
 }
 
-void pack_rows(const MatrixView& shape, uint8_t* data, Element type, const void* source, int64_t first, int64_t count) {
+void pack_rows(const MatrixView& shape, uint8_t* data, Element type, const void* source, int64_t first, int64_t count,
+               const float* importance) {
   const FormatTraits& t = traits(shape.format);
   const bool same_bits = type == t.element;
   if (!same_bits && !t.plain() && !traits(t.element).write)
     throw std::invalid_argument(std::string("nothing is quantised to ") + t.name + "; it takes blocks of its own type");
   const int64_t stride = row_bytes(type, shape.cols), own = traits(t.element).columns;
   std::vector<float> x(size_t(round_up(shape.padded_cols, own)), 0.0f);
+  std::vector<float> padded(importance ? x.size() : 0, 1.0f);  // the importance of all columns
+  if (importance) std::copy_n(importance, shape.cols, padded.begin());
   std::vector<uint8_t> blocks(t.plain() || same_bits ? 0 : size_t(row_bytes(t.element, int64_t(x.size()))));
   for (int64_t i = 0; i < count; ++i) {
     const uint8_t* from = static_cast<const uint8_t*>(source) + i * stride;
@@ -266,7 +269,7 @@ void pack_rows(const MatrixView& shape, uint8_t* data, Element type, const void*
     if (t.plain()) {
       store_plain(shape.format, x, panel, lane);
     } else {
-      quantise(t.element, x.data(), int64_t(x.size()), blocks.data());
+      quantise(t.element, x.data(), int64_t(x.size()), importance ? padded.data() : nullptr, blocks.data());
       store_blocks(shape, panel, lane, t.element, blocks.data());
     }
   }

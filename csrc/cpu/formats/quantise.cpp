@@ -1,128 +1,391 @@
-// Rounding to the nearest number of a grid that the extreme values of a group span.
+// Sixteen parts of a row are searched at once, one in each lane of a vector, so that no sum runs across lanes.
 #include "formats/quantise.hpp"
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 namespace paceline {
 namespace {
 
-constexpr int kGroup = 32;
+constexpr int kLanes = 16;
+constexpr float kLargest = 65504.0f;  // of fp16
 
-// The whole number in x, 0 for NaN, infinities and all that is far beyond a byte: damaged weights.
-int whole(float x) { return std::fabs(x) < 1024 ? int(x) : 0; }
+// Sixteen floats in vectors of the width that the instruction set has: GCC takes wider ones apart, number by number.
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+constexpr int kVectors = kLanes / kWidth;
+typedef float FloatVector __attribute__((vector_size(4 * kWidth)));
+typedef int32_t IntVector __attribute__((vector_size(4 * kWidth)));
 
-float inverse(float scale) { return scale != 0 ? 1.0f / scale : 0.0f; }
+struct Masks {
+  IntVector v[kVectors];
+  bool operator[](int lane) const { return v[lane / kWidth][lane % kWidth] != 0; }
+};
 
-float extreme(const float* x, int n) {  // the value of largest magnitude
-  float top = 0, found = 0;
-  for (int i = 0; i < n; ++i)
-    if (std::fabs(x[i]) > top) top = std::fabs(x[i]), found = x[i];
+struct Floats {
+  FloatVector v[kVectors];
+  float operator[](int lane) const { return v[lane / kWidth][lane % kWidth]; }
+  void set(int lane, float x) { v[lane / kWidth][lane % kWidth] = x; }
+};
+
+template <class To = Floats, class F>
+inline To each(F f) {
+  To r;
+  for (int i = 0; i < kVectors; ++i) r.v[i] = f(i);
+  return r;
+}
+
+inline Floats all(float x) {
+  return each([=](int) { return FloatVector{} + x; });
+}
+
+#define PACELINE_OPERATOR(R, op)                             \
+  inline R operator op(const Floats& a, const Floats& b) {   \
+    return each<R>([&](int i) { return a.v[i] op b.v[i]; }); \
+  }                                                          \
+  inline R operator op(const Floats& a, float b) { return a op all(b); }
+PACELINE_OPERATOR(Floats, +)
+PACELINE_OPERATOR(Floats, -)
+PACELINE_OPERATOR(Floats, *)
+PACELINE_OPERATOR(Floats, /)
+PACELINE_OPERATOR(Masks, <)
+PACELINE_OPERATOR(Masks, >)
+PACELINE_OPERATOR(Masks, <=)
+PACELINE_OPERATOR(Masks, ==)
+PACELINE_OPERATOR(Masks, !=)
+#undef PACELINE_OPERATOR
+
+inline void operator+=(Floats& a, const Floats& b) { a = a + b; }
+inline Floats operator-(const Floats& a) { return all(0) - a; }
+inline Masks operator&(const Masks& a, const Masks& b) {
+  return each<Masks>([&](int i) { return a.v[i] & b.v[i]; });
+}
+
+inline Floats choose(const Masks& mask, const Floats& yes, const Floats& no) {
+  return each(
+      [&](int i) { return (FloatVector)((mask.v[i] & (IntVector)yes.v[i]) | (~mask.v[i] & (IntVector)no.v[i])); });
+}
+inline Floats magnitude(const Floats& x) {
+  return each([&](int i) { return (FloatVector)((IntVector)x.v[i] & 0x7fffffff); });
+}
+inline Floats least(const Floats& a, const Floats& b) { return choose(a < b, a, b); }
+inline Floats most(const Floats& a, const Floats& b) { return choose(a > b, a, b); }
+inline Floats clamp(const Floats& x, float low, float high) { return most(least(x, all(high)), all(low)); }
+inline Floats inverse(const Floats& x) { return choose(x != 0.0f, all(1) / x, all(0)); }
+
+inline bool any(const Masks& mask) {
+  IntVector found = mask.v[0];
+  for (int i = 1; i < kVectors; ++i) found |= mask.v[i];
+  for (int i = 0; i < kWidth; ++i)
+    if (found[i]) return true;
+  return false;
+}
+
+inline Floats nearest(const Floats& x) {  // whole number, halves to even; |x| < 2^22
+  const Floats shift = all(12582912.0f);
+  return (x + shift) - shift;
+}
+
+uint16_t half_bits(float x) { return float_to_half(std::clamp(x, -kLargest, kLargest)); }
+
+Floats to_half(Floats x) {
+  for (int i = 0; i < kLanes; ++i) x.set(i, half_to_float(half_bits(x[i])));
+  return x;
+}
+
+// Columns of sixteen parts of a row, with their importance.
+template <int N>
+struct Parts {
+  Floats x[N], weight[N];
+};
+
+template <int N>
+void load(Parts<N>& p, const float* x, const float* importance, int64_t parts) {
+  constexpr float reach = kLargest * 32;
+  alignas(64) float value[N][kLanes] = {}, weight[N][kLanes] = {};
+  for (int64_t lane = 0; lane < parts; ++lane)
+    for (int i = 0; i < N; ++i) {
+      const float v = x[lane * N + i];
+      value[i][lane] = v == v ? std::clamp(v, -reach, reach) : 0.0f;
+      weight[i][lane] = importance ? std::clamp(importance[lane * N + i], 1e-6f, 1e6f) : 1.0f;
+    }
+  std::copy_n(&value[0][0], N * kLanes, reinterpret_cast<float*>(p.x));
+  std::copy_n(&weight[0][0], N * kLanes, reinterpret_cast<float*>(p.weight));
+}
+
+// Grids: the nearest number to x / scale.
+struct Whole {
+  float low, high;
+  Floats operator()(Floats x) const { return clamp(nearest(clamp(x, low - 1, high + 1)), low, high); }
+};
+
+struct Iq4 {
+  Floats operator()(Floats x) const {
+    Floats found = all(kIq4Values[0]);
+    for (int i = 0; i < 15; ++i) {
+      const float here = kIq4Values[i], next = kIq4Values[i + 1];
+      found += choose(x > all((here + next) / 2), all(next - here), Floats{});
+    }
+    return found;
+  }
+};
+
+template <int N>
+Floats extreme(const Parts<N>& p) {  // the value of largest magnitude
+  Floats top{}, found{};
+  for (int i = 0; i < N; ++i) {
+    const Masks above = magnitude(p.x[i]) > top;
+    top = choose(above, magnitude(p.x[i]), top), found = choose(above, p.x[i], found);
+  }
   return found;
 }
 
-// Numbers 0 .. 2 offset - 1 of a grid on which the extreme value is -offset scales; returns the scale.
-float quantise_symmetric(const float* x, int n, int offset, uint8_t* q) {
-  const float scale = extreme(x, n) / float(-offset), factor = inverse(scale);
-  for (int i = 0; i < n; ++i)
-    q[i] = uint8_t(std::clamp(whole(x[i] * factor + (float(offset) + 0.5f)), 0, 2 * offset - 1));
+// Scales d with x ~ d * q. Each of the candidates is a place of the extreme value on the grid; the numbers q that follow
+// give the best scale for them.
+template <int N, class Grid>
+Floats search_scale(const Parts<N>& p, Grid grid, float from, float to, float step, bool both_signs) {
+  const Floats unit = inverse(extreme(p));
+  Floats best{}, scale{};
+  for (float at = from; at <= to; at += step)
+    for (float sign : {-1.0f, 1.0f}) {
+      if (sign > 0 && !both_signs) continue;
+      const Floats factor = unit * (sign * at);
+      Floats xq{}, qq{};
+      for (int i = 0; i < N; ++i) {
+        const Floats q = grid(p.x[i] * factor), weighted = p.weight[i] * q;
+        xq += weighted * p.x[i], qq += weighted * q;
+      }
+      const Floats fit = xq * inverse(qq), gain = fit * xq;
+      const Masks better = gain > best;
+      best = choose(better, gain, best), scale = choose(better, fit, scale);
+    }
   return scale;
 }
 
-// Numbers 0 .. most of a grid from the smallest value to the largest.
-void quantise_range(const float* x, int n, float low, float scale, int most, uint8_t* q) {
-  const float factor = inverse(scale);
-  for (int i = 0; i < n; ++i) q[i] = uint8_t(std::clamp(whole((x[i] - low) * factor + 0.5f), 0, most));
-}
-
-// The nearest of the values times a scale.
-void quantise_table(const float* x, int n, float scale, uint8_t* q) {
-  const float factor = inverse(scale);
-  for (int i = 0; i < n; ++i) {
-    const float wanted = x[i] * factor;
-    int best = 0;
-    for (int j = 1; j < 16; ++j)
-      if (std::fabs(wanted - float(kIq4Values[j])) < std::fabs(wanted - float(kIq4Values[best]))) best = j;
-    q[i] = uint8_t(best);
+// Scales d and offsets m with x ~ d * q + m, q = 0 .. top, from four guesses at the range of q: all values, or all but
+// half a step at either end. `negative`: m <= 0.
+template <int N>
+void search_range(const Parts<N>& p, float top, bool negative, Floats& scale, Floats& offset) {
+  Floats low = p.x[0], high = p.x[0], w{}, wx{}, wxx{};
+  for (int i = 0; i < N; ++i) {
+    low = least(low, p.x[i]), high = most(high, p.x[i]);
+    w += p.weight[i], wx += p.weight[i] * p.x[i], wxx += p.weight[i] * p.x[i] * p.x[i];
+  }
+  if (negative) low = least(low, Floats{});
+  const Whole grid{0, top};
+  Floats best = all(std::numeric_limits<float>::infinity());
+  scale = (high - low) / top, offset = low;
+  for (int guess = 0; guess < 4; ++guess) {
+    const Floats trim = (high - low) * (0.5f / top);
+    Floats m = guess & 1 ? low + trim : low, factor = inverse((guess & 2 ? high - trim : high) - m) * top;
+    if (negative) m = least(m, Floats{});
+    for (int round = 0; round < 2; ++round) {
+      Floats q1{}, qq{}, xq{};
+      for (int i = 0; i < N; ++i) {
+        const Floats q = grid((p.x[i] - m) * factor), weighted = p.weight[i] * q;
+        q1 += weighted, qq += weighted * q, xq += weighted * p.x[i];
+      }
+      const Floats unit = inverse(w * qq - q1 * q1);
+      Floats d = (w * xq - wx * q1) * unit;
+      m = (qq * wx - q1 * xq) * unit;
+      if (negative) d = choose(m > 0.0f, xq * inverse(qq), d), m = least(m, Floats{});
+      const Floats error = wxx + d * d * qq + w * m * m + (d * m * q1 - d * xq - m * wx) * 2;
+      const Masks better = (error < best) & (d > 0.0f);
+      best = choose(better, error, best), scale = choose(better, d, scale), offset = choose(better, m, offset);
+      factor = inverse(d);
+    }
   }
 }
 
-// Q8_0: the largest magnitude is 127 scales, halves are rounded away from zero.
-void quantise_bytes(const float* x, BlockFields& f) {
-  const float scale = std::fabs(extreme(x, kGroup)) / 127.0f, factor = inverse(scale);
-  for (int i = 0; i < kGroup; ++i) f.q[i] = uint8_t(std::clamp(whole(std::round(x[i] * factor)), -127, 127) + 128);
-  f.d = float_to_half(scale);
-}
-
-// Q4_1, Q5_1.
-void quantise_with_minimum(const float* x, int most, BlockFields& f) {
-  const auto [low, high] = std::minmax_element(x, x + kGroup);
-  const float scale = (*high - *low) / float(most);
-  quantise_range(x, kGroup, *low, scale, most, f.q);
-  f.d = float_to_half(scale), f.m = float_to_half(*low);
-}
-
-// Q4_K, Q5_K: scales and minima of groups are numbers 0 .. 63 of d and m.
-void quantise_with_minima(const float* x, int most, BlockFields& f) {
-  float scale[8], minimum[8];
-  for (int g = 0; g < 8; ++g) {
-    const auto [low, high] = std::minmax_element(x + g * kGroup, x + (g + 1) * kGroup);
-    minimum[g] = -std::min(*low, 0.0f);
-    scale[g] = (std::max(*high, 0.0f) + minimum[g]) / float(most);
+template <int N, class Grid>
+Floats error_of(const Parts<N>& p, Grid grid, Floats d, Floats m) {
+  const Floats factor = inverse(d);
+  Floats sum{};
+  for (int i = 0; i < N; ++i) {
+    const Floats miss = d * grid((p.x[i] - m) * factor) + m - p.x[i];
+    sum += p.weight[i] * miss * miss;
   }
-  const float d = *std::max_element(scale, scale + 8) / 63.0f, m = *std::max_element(minimum, minimum + 8) / 63.0f;
-  f.d = float_to_half(d), f.m = float_to_half(m);
-  for (int g = 0; g < 8; ++g) {
-    f.scale[g] = int8_t(std::clamp(whole(scale[g] * inverse(d) + 0.5f), 0, 63));
-    f.min[g] = int8_t(std::clamp(whole(minimum[g] * inverse(m) + 0.5f), 0, 63));
-    const float low = -half_to_float(f.m) * float(f.min[g]);
-    quantise_range(x + g * kGroup, kGroup, low, half_to_float(f.d) * float(f.scale[g]), most, f.q + g * kGroup);
+  return sum;
+}
+
+// Whole factors of d, and of m, near the given ones: those of least error among them and their neighbours.
+template <int N, class Grid>
+void refine(const Parts<N>& p, Grid grid, Floats d, Floats m, Whole factors, Floats& scale, Floats& minimum) {
+  const Floats s0 = scale, m0 = minimum;
+  const int reach = m[0] != 0 || m[kLanes / 2] != 0 ? 1 : 0;  // super-blocks are half of the lanes, or all
+  Floats best = all(std::numeric_limits<float>::infinity());
+  for (int a = -1; a <= 1; ++a)
+    for (int b = -reach; b <= reach; ++b) {
+      const Floats s = clamp(s0 + float(a), factors.low, factors.high), n = clamp(m0 + float(b), 0, 63);
+      const Floats error = error_of(p, grid, d * s, -(m * n));
+      const Masks better = error < best;
+      best = choose(better, error, best), scale = choose(better, s, scale), minimum = choose(better, n, minimum);
+    }
+}
+
+// For all lanes of a super-block, its value of largest magnitude.
+Floats extreme_of_super(Floats x, int lanes) {
+  for (int first = 0; first < kLanes; first += lanes) {
+    float found = 0;
+    for (int i = first; i < first + lanes; ++i)
+      if (std::fabs(x[i]) > std::fabs(found)) found = x[i];
+    for (int i = first; i < first + lanes; ++i) x.set(i, found);
+  }
+  return x;
+}
+
+// If the part in that lane is roundings to bfloat16 of scale * q, that scale; else 0. Scales that are bfloat16 come first.
+template <int N>
+float exact_scale(const Parts<N>& p, int lane, float near, float top) {
+  const uint16_t fitted = half_bits(near), short_one = half_bits(bf16_to_float(float_to_bf16(near)));
+  for (int candidate = -1; candidate < 5; ++candidate) {
+    const int step = (candidate + 1) / 2;  // 0 1 1 2 2
+    const uint16_t bits = candidate < 0 ? short_one : uint16_t(candidate % 2 ? fitted + step : fitted - step);
+    const float scale = half_to_float(bits);
+    bool exact = scale != 0;
+    for (int i = 0; exact && i < N; ++i) {
+      const float x = p.x[i][lane], q = std::clamp(std::nearbyint(x / scale), -top, top - 1);
+      exact = float_to_bf16(q * scale) == float_to_bf16(x);
+    }
+    if (exact) return scale;
+  }
+  return 0;
+}
+
+// The scales of parts that lie on the grid -top .. top - 1, and the given ones for others.
+template <int N>
+Floats on_grid(const Parts<N>& p, float top, Floats scale) {
+  const Floats unit = inverse(extreme(p));
+  for (float at = top; at >= 1; at -= 1) {
+    const Floats factor = unit * -at;
+    Floats xq = all(0), qq = all(0);
+    Masks fits = unit != 0.0f;
+    for (int i = 0; i < N; ++i) {
+      const Floats place = p.x[i] * factor, q = nearest(place);
+      fits = fits & (magnitude(place - q) <= magnitude(q) * 0x1.04p-7f);  // the value and the extreme are rounded
+      xq += p.x[i] * q, qq += q * q;
+      if (i % 8 == 7 && !any(fits)) break;
+    }
+    for (int lane = 0; lane < kLanes; ++lane)
+      if (fits[lane])
+        if (const float found = exact_scale(p, lane, xq[lane] / qq[lane], top); found != 0) scale.set(lane, found);
+  }
+  return scale;
+}
+
+// Numbers of parts and what scales them, as blocks take them: value = d * scale * q + m.
+template <int N>
+struct Numbers {
+  Floats q[N], d, m, scale, minimum;
+};
+
+template <int N, class Grid>
+void assign(const Parts<N>& p, Grid grid, Floats d, Floats m, Floats* q) {
+  const Floats factor = inverse(d);
+  for (int i = 0; i < N; ++i) q[i] = grid((p.x[i] - m) * factor);
+}
+
+// Q4_0, Q5_0, Q8_0, IQ4_NL, Q4_1, Q5_1: each lane is a block.
+void quantise_blocks(Element type, const Parts<32>& p, Numbers<32>& n) {
+  if (type == Element::q8_0) {  // the largest magnitude is 127 scales, halves are rounded away from zero
+    const Floats scale = magnitude(extreme(p)) / 127.0f, factor = inverse(scale);
+    for (int i = 0; i < 32; ++i) {
+      const Floats size = magnitude(p.x[i] * factor), down = nearest(size);
+      const Floats q = least(choose(size - down == 0.5f, down + 1.0f, down), all(127));
+      n.q[i] = choose(p.x[i] < 0.0f, -q, q);
+    }
+    n.d = to_half(scale);
+  } else if (type == Element::q4_0 || type == Element::q5_0) {
+    const float top = type == Element::q4_0 ? 8 : 16;
+    const Whole grid{-top, top - 1};
+    const float from = top == 8 ? 5 : 12, step = top == 8 ? 0.5f : 1;
+    n.d = to_half(on_grid(p, top, search_scale(p, grid, from, top * 1.1f, step, true)));
+    assign(p, grid, n.d, Floats{}, n.q);
+  } else if (type == Element::iq4_nl) {
+    n.d = to_half(search_scale(p, Iq4{}, 76, 138, 8, true));
+    assign(p, Iq4{}, n.d, Floats{}, n.q);
+  } else {
+    const float top = type == Element::q4_1 ? 15 : 31;
+    search_range(p, top, false, n.d, n.m);
+    n.d = to_half(n.d), n.m = to_half(n.m);
+    assign(p, Whole{0, top}, n.d, n.m, n.q);
   }
 }
 
-// Q6_K (parts of 16) and IQ4_XS (of 32): scales of parts are signed numbers of d, at most `most`.
-void quantise_parts(Element type, const float* x, int most, BlockFields& f) {
-  const int part = traits(type).part, parts = kMostElements / part, offset = type == Element::q6_k ? 32 : 127;
-  float scale[16];
-  for (int p = 0; p < parts; ++p) scale[p] = extreme(x + p * part, part) / float(-offset);
-  const float d = extreme(scale, parts) / float(-most);
-  f.d = float_to_half(d);
-  for (int p = 0; p < parts; ++p) {
-    const float* from = x + p * part;
-    f.scale[p] = int8_t(std::clamp(whole(std::round(scale[p] * inverse(d))), -most, most - 1));
-    const float s = half_to_float(f.d) * float(f.scale[p]);
-    if (type == Element::q6_k) quantise_range(from, part, -32 * s, s, 63, f.q + p * part);
-    else quantise_table(from, part, s, f.q + p * part);
+// Q4_K, Q5_K: eight lanes are a super-block, with factors 0 .. 63 of d and m.
+void quantise_ranges(Element type, const Parts<32>& p, Numbers<32>& n) {
+  const Whole grid{0, type == Element::q4_k ? 15.0f : 31.0f}, factors{0, 63};
+  Floats scale, offset;
+  search_range(p, grid.high, true, scale, offset);
+  n.d = to_half(extreme_of_super(scale, 8) / 63.0f), n.m = to_half(extreme_of_super(-offset, 8) / 63.0f);
+  n.scale = factors(scale * inverse(n.d)), n.minimum = factors(-offset * inverse(n.m));
+  refine(p, grid, n.d, n.m, factors, n.scale, n.minimum);
+  assign(p, grid, n.d * n.scale, -(n.m * n.minimum), n.q);
+}
+
+// Q6_K and IQ4_XS: factors of d are signed.
+template <int N, class Grid>
+void quantise_factors(const Parts<N>& p, Grid grid, Whole factors, Floats scale, Numbers<N>& n) {
+  n.d = to_half(extreme_of_super(scale, kMostElements / N) / factors.low);
+  n.scale = factors(scale * inverse(n.d));
+  Floats none{};
+  refine(p, grid, n.d, Floats{}, factors, n.scale, none);
+  assign(p, grid, n.d * n.scale, Floats{}, n.q);
+}
+
+uint8_t stored(const ElementTraits& t, float q) {
+  if (!t.table) return uint8_t(int(q) + t.offset);
+  return uint8_t(std::lower_bound(t.table, t.table + 16, int(q)) - t.table);
+}
+
+// Blocks of the first `parts` lanes.
+template <int N>
+void write(const ElementTraits& t, const Numbers<N>& n, int64_t parts, uint8_t* blocks) {
+  const int lanes = int(t.columns) / N;
+  BlockFields f = {};
+  for (int64_t first = 0; first < parts; first += lanes, blocks += t.bytes) {
+    f.d = half_bits(n.d[first]), f.m = half_bits(n.m[first]);
+    for (int i = 0; i < lanes; ++i) {
+      f.scale[i] = int8_t(n.scale[first + i]), f.min[i] = int8_t(n.minimum[first + i]);
+      for (int k = 0; k < N; ++k) f.q[i * N + k] = stored(t, n.q[k][first + i]);
+    }
+    t.write(f, blocks);
   }
 }
 
-void quantise_block(Element type, const float* x, BlockFields& f) {
-  switch (type) {
-    case Element::q8_0: return quantise_bytes(x, f);
-    case Element::q4_0: f.d = float_to_half(quantise_symmetric(x, kGroup, 8, f.q)); return;
-    case Element::q5_0: f.d = float_to_half(quantise_symmetric(x, kGroup, 16, f.q)); return;
-    case Element::q4_1: return quantise_with_minimum(x, 15, f);
-    case Element::q5_1: return quantise_with_minimum(x, 31, f);
-    case Element::q4_k: return quantise_with_minima(x, 15, f);
-    case Element::q5_k: return quantise_with_minima(x, 31, f);
-    case Element::q6_k: return quantise_parts(type, x, 128, f);
-    case Element::iq4_xs: return quantise_parts(type, x, 32, f);
-    case Element::iq4_nl:
-      f.d = float_to_half(extreme(x, kGroup) / -127.0f);
-      return quantise_table(x, kGroup, half_to_float(f.d), f.q);
-    default: return;
+template <int N>
+void quantise_row(Element type, const float* x, int64_t cols, const float* importance, uint8_t* blocks) {
+  const ElementTraits& t = traits(type);
+  Parts<N> p;
+  Numbers<N> n = {};
+  for (int64_t k = 0; k < cols; k += N * kLanes) {
+    const int64_t parts = std::min<int64_t>(kLanes, (cols - k) / N);
+    load(p, x + k, importance ? importance + k : nullptr, parts);
+    if constexpr (N == 16) {
+      const Whole grid{-32, 31};
+      quantise_factors(p, grid, {-128, 127}, search_scale(p, grid, 27, 33, 1, false), n);
+    } else if (type == Element::iq4_xs) {
+      quantise_factors(p, Iq4{}, {-32, 31}, search_scale(p, Iq4{}, 76, 138, 8, true), n);
+    } else if (type == Element::q4_k || type == Element::q5_k) {
+      quantise_ranges(type, p, n);
+    } else {
+      quantise_blocks(type, p, n);
+    }
+    write(t, n, parts, blocks + k / t.columns * t.bytes);
   }
 }
 
 }  // namespace
 
-void quantise(Element type, const float* x, int64_t cols, uint8_t* blocks) {
-  const ElementTraits& t = traits(type);
-  BlockFields fields;
-  for (int64_t k = 0; k < cols; k += t.columns, blocks += t.bytes) {
-    quantise_block(type, x + k, fields);
-    t.write(fields, blocks);
-  }
+void quantise(Element type, const float* x, int64_t cols, const float* importance, uint8_t* blocks) {
+  if (traits(type).part == 16) quantise_row<16>(type, x, cols, importance, blocks);
+  else quantise_row<32>(type, x, cols, importance, blocks);
 }
 
 }  // namespace paceline

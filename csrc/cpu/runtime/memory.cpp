@@ -70,12 +70,12 @@ Matrix::Matrix(Format format, int64_t rows, int64_t cols, const uint8_t* packed,
   view_.data = packed;
 }
 
-void Matrix::pack(Element type, const void* source, int64_t first, int64_t count) {
+void Matrix::pack(Element type, const void* source, int64_t first, int64_t count, const float* importance) {
   if (!memory_.data()) throw std::invalid_argument("a mapped matrix cannot be packed");
   if (first < 0 || count < 0 || first > view_.rows - count)
     throw std::invalid_argument(std::to_string(count) + " rows from row " + std::to_string(first) + " of a matrix of " +
                                 std::to_string(view_.rows));
-  pack_rows(view_, memory_.data(), type, source, first, count);
+  pack_rows(view_, memory_.data(), type, source, first, count, importance);
 }
 
 void Matrix::fill_random(uint64_t seed) {

@@ -49,7 +49,7 @@ class Matrix {
   size_t bytes() const { return size_t(view_.bytes()); }
 
   // Pack source rows [count, cols] as matrix rows first, first + 1, ...
-  void pack(Element type, const void* source, int64_t first, int64_t count);
+  void pack(Element type, const void* source, int64_t first, int64_t count, const float* importance = nullptr);
 
   // Weights for measurements: plausible values without meaning, the same for the same seed.
   void fill_random(uint64_t seed);
