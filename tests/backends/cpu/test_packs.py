@@ -185,7 +185,9 @@ def test_a_converted_folder_stands_alone(pair: tuple[Path, Path], tmp_path: Path
     assert engine.drafter_config is not None
     plain = cpu_backend(*pair, quant)
     (expected,) = run(plain, [sequence(plain, PROMPT, max_tokens=12)])
-    assert list(engine.generate(PROMPT, sampling=paceline.SamplingParams(), max_tokens=12).tokens) == expected.tokens
+    found = list(engine.generate(PROMPT, sampling=paceline.SamplingParams(), max_tokens=12).tokens)
+    assert found == expected.tokens[: len(found)]
+    assert len(found) == 12 or expected.tokens[len(found)] in engine.stop_ids
 
 
 @pytest.mark.parametrize("own", [True, False])
