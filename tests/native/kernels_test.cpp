@@ -78,15 +78,19 @@ Floats columns_of_all_sizes(Random& random, int64_t rows, int64_t cols) {
 
 Packed random_matrix(Random& random, Format format, int64_t rows, int64_t cols) {
   Packed matrix(format, rows, cols);
+  if (!traits(format).plain() && !traits(traits(format).element).write) {  // nothing is quantised to it
+    randomise(matrix.view, matrix.memory.get(), uint64_t(random.integer(0, 1 << 20)));
+    return matrix;
+  }
   pack_rows(matrix.view, matrix.memory.get(), Element::f32, columns_of_all_sizes(random, rows, cols).data(), 0, rows);
   return matrix;
 }
 
 // Headers whose scales are one and whose factors are -1, 0 or 1, or 0 or 1 where there are minima.
 void set_scales(Random& random, const FormatTraits& t, uint8_t* header, int64_t bytes, int64_t halves) {
-  const int least = t.header == Header::scales_minima ? 0 : -1;
+  const int least = traits(t.element).has_min ? 0 : -1, one = t.header == Header::power ? 0x3f80 : 0x3c00;
   for (int64_t i = 0; i < bytes; ++i)
-    header[i] = i >= 2 * halves ? uint8_t(random.integer(least, 1)) : i % 2 ? 0x3c : 0;
+    header[i] = uint8_t(i >= 2 * halves ? random.integer(least, 1) : i % 2 ? one >> 8 : one);
 }
 
 // Quantised weights of all bytes, the extreme ones above all, and scales of whole numbers: products are integers.

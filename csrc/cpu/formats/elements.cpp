@@ -104,9 +104,6 @@ void write_six_bits(const BlockFields& f, uint8_t* p) {
   }
 }
 
-// 2^(x - 128), as MXFP4's table holds twice the values: the smallest two are subnormal.
-float power_of_two(int x) { return std::ldexp(1.0f, x - 128); }
-
 }  // namespace
 
 namespace blocks {
@@ -240,7 +237,7 @@ void write_iq4_xs(const BlockFields& f, uint8_t* p) {
 }
 
 void read_mxfp4(const uint8_t* p, BlockFields& f) {
-  f.d = p[0];
+  f.d = uint16_t(p[0] < 2 ? 0x20 << p[0] : (p[0] - 1) << 7);  // 2^(p[0] - 128), as the table has twice the values
   read_nibbles(p + 1, 16, f.q);
 }
 
@@ -266,7 +263,7 @@ int64_t row_bytes(Element type, int64_t cols) {
 // Products in the order of the reference, each rounded: d * scale, then * q, then the minimum.
 void block_values(Element type, const BlockFields& f, float* out) {
   const ElementTraits& t = traits(type);
-  const float d = type == Element::mxfp4 ? power_of_two(f.d) : half_to_float(f.d);
+  const float d = type == Element::mxfp4 ? bf16_to_float(f.d) : half_to_float(f.d);
   const float m = t.has_min ? half_to_float(f.m) : 0.0f;
   const int columns = int(t.columns), part = t.part ? t.part : columns;
   for (int i = 0, k = 0; k < columns; ++i) {

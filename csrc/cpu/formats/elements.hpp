@@ -34,7 +34,7 @@ constexpr int kMostElements = 256;  // of a block
 
 // What a block holds. Unused fields are not set.
 struct BlockFields {
-  uint16_t d, m;              // fp16 bits of the block's scale and minimum; MXFP4: a power of two in `d`
+  uint16_t d, m;              // fp16 bits of the block's scale and minimum; MXFP4: bfloat16 bits of a power of two
   int8_t scale[16], min[16];  // factors of d and m, each for a part of the block
   alignas(4) uint8_t q[kMostElements];
 };

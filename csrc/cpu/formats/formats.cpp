@@ -114,10 +114,6 @@ void move(T& packed, T& field) {
   else field = packed;
 }
 
-// MXFP4's scale 2^(x - 128), x a byte, as bfloat16. The smallest two are subnormal.
-uint16_t power_to_bf16(int x) { return uint16_t(x < 2 ? 0x20 << x : (x - 1) << 7); }
-uint16_t power_from_bf16(uint16_t b) { return uint16_t(b < 0x80 ? b >> 6 : (b >> 7) + 1); }
-
 // The header of group `index` of a block, between its fields and lane `lane` of a panel.
 template <Direction D>
 void move_header(const FormatTraits& t, const Place& at, int lane, int index, BlockFields& f) {
@@ -126,11 +122,8 @@ void move_header(const FormatTraits& t, const Place& at, int lane, int index, Bl
   const int row = at.second * kPanel + lane, half = 2 * at.second * kPanel + lane;
   switch (t.header) {
     case Header::none: break;
-    case Header::scale: move<D>(halves[row], f.d); break;
-    case Header::power:
-      if (D == Direction::store) halves[row] = power_to_bf16(f.d);
-      else f.d = power_from_bf16(halves[row]);
-      break;
+    case Header::scale:
+    case Header::power: move<D>(halves[row], f.d); break;
     case Header::scale_minimum: move<D>(halves[row], f.d), move<D>(halves[2 * kPanel + row], f.m); break;
     case Header::group_scales: move<D>(halves[lane], f.d), move<D>(factors[2 * kPanel + row], f.scale[index]); break;
     case Header::half_scales:
@@ -220,10 +213,10 @@ float next_uniform(uint64_t& state, float spread) {
 BlockFields random_scales(const FormatTraits& t, float spread) {
   constexpr int factor = 32;
   const ElementTraits& e = traits(t.element);
-  const float top = e.table ? float(e.table[7]) : float(1 << (t.bits - 1));  // the size of the largest numbers
-  const float d = spread / (top / 2), m = -d * (top - 0.5f);                 // the mean number times d
+  const float largest = e.table ? float(e.table == kMxfp4Values ? 12 : 127) : float(1 << (t.bits - 1));
+  const float d = spread / (largest / 2), m = -d * (largest - 0.5f);  // the mean number times d
   BlockFields f = {};
-  f.d = t.header == Header::power ? uint16_t(128 + std::ilogb(d)) : float_to_half(e.part ? d / factor : d);
+  f.d = t.header == Header::power ? float_to_bf16(d) : float_to_half(e.part ? d / factor : d);
   f.m = float_to_half(e.part ? -m / factor : m);
   std::fill_n(f.scale, 16, int8_t(factor)), std::fill_n(f.min, 16, int8_t(factor));
   return f;

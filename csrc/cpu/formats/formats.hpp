@@ -201,9 +201,9 @@ inline int lanes_for(int64_t rows) {
 }
 
 // Pack rows [count, cols] of a checkpoint tensor into `data`, as matrix rows `first`, first + 1, ... Blocks of the
-// format's own element type keep their bits; so do, in q6_k, those of Q3_K. Others are quantised from their values, where
-// `importance` [cols] (or null) says how much an error in each column matters. Throws std::invalid_argument if the rows
-// are no whole blocks of their type, or if the format is one that nothing is quantised to.
+// format's own element type keep their bits; others are quantised from their values, where `importance` [cols] (or null)
+// says how much an error in each column matters. Throws std::invalid_argument if the rows are no whole blocks of their
+// type, or if the format is one that nothing is quantised to.
 void pack_rows(const MatrixView& shape, uint8_t* data, Element type, const void* source, int64_t first, int64_t count,
                const float* importance = nullptr);
 

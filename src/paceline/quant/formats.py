@@ -1,8 +1,8 @@
 """The table of weight formats: how a matrix can be held in memory. The layouts are in `csrc/cpu/formats/formats.hpp`.
 
 Names are those of GGUF's types in lower case, and a format holds the bits of a tensor of its type. Columns of a row
-form groups of 32 (in q6_k of 16) that share a scale, and in some formats a minimum. This module imports neither NumPy
-nor native code.
+form groups of 32 (in q6_k, q3_k and q2_k of 16) that share a scale, and in some formats a minimum. This module imports
+neither NumPy nor native code.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ class WeightFormat:
         name: what recipes and pack files call it.
         bits: of a stored number.
         scale_bits: what scales and minima add to a weight, in bits; 0: not quantised.
+        quantises: weights of other types can be packed in it; else only blocks of its own.
     """
 
     name: str
     bits: int
     scale_bits: float = 0
+    quantises: bool = True
 
     @property
     def element(self) -> str:
@@ -64,20 +66,20 @@ FORMATS = {
         WeightFormat("q4_0", bits=4, scale_bits=0.5),
         WeightFormat("iq4_nl", bits=4, scale_bits=0.5),
         WeightFormat("iq4_xs", bits=4, scale_bits=0.5),
+        WeightFormat("mxfp4", bits=4, scale_bits=0.5, quantises=False),
+        WeightFormat("q3_k", bits=3, scale_bits=0.625, quantises=False),
+        WeightFormat("q2_k", bits=2, scale_bits=1.125, quantises=False),
     )
 }
 
-# Types of tensor elements without a format of their own, and the smallest format that holds all their values.
-WIDER = {"Q2_K": "f32", "Q3_K": "q6_k", "MXFP4": "bf16"}
-
 
 def native_format(element: str) -> str:
-    """The format that holds every value of tensors of an element type, such as "Q4_K".
+    """The format that holds the bits of tensors of an element type, such as "Q4_K".
 
     Raises:
         ValueError: there is none.
     """
-    fmt = WIDER.get(element, element.lower())
+    fmt = element.lower()
     if fmt not in FORMATS or element != element.upper():
         raise ValueError(f"no weight format holds tensors of type {element}")
     return fmt

@@ -11,6 +11,7 @@ from tests.fixtures import reference_formats as reference
 
 ISAS = _cpu.usable_isas()
 PLAIN = [fmt for fmt in FORMATS if fmt not in reference.QUANTISED]
+WRITTEN = [fmt for fmt in reference.QUANTISED if FORMATS[fmt].quantises]
 OUTPUTS, COLUMNS, SEEDS = st.integers(1, 70), st.integers(1, 200), st.integers(0, 99)
 
 
@@ -59,7 +60,7 @@ def assert_same_bits(a: np.ndarray, b: np.ndarray) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:invalid value", "ignore:overflow")
-@pytest.mark.parametrize("element", reference.BLOCK_TYPES)
+@pytest.mark.parametrize("element", [FORMATS[fmt].element for fmt in reference.QUANTISED])
 @settings(max_examples=30, deadline=None)
 @given(outputs=OUTPUTS, blocks=st.integers(1, 8), seed=SEEDS, finite=st.booleans())
 def test_values_are_those_of_the_file(element: str, outputs: int, blocks: int, seed: int, finite: bool) -> None:
@@ -97,7 +98,7 @@ def test_plain_formats(fmt: str, outputs: int, cols: int, seed: int) -> None:
     np.testing.assert_array_equal(rows_of(matrix), reference.round_trip(weights, fmt))
 
 
-@pytest.mark.parametrize("fmt", reference.QUANTISED)
+@pytest.mark.parametrize("fmt", WRITTEN)
 @settings(max_examples=30, deadline=None)
 @given(outputs=OUTPUTS, cols=st.integers(1, 800), seed=SEEDS)
 def test_floats_are_quantised_at_any_width(fmt: str, outputs: int, cols: int, seed: int) -> None:
@@ -130,7 +131,10 @@ def test_sums_of_integers_are_exact(fmt: str, isa: str, outputs: int, rows: int,
     blocks = reference.random_blocks(outputs, 256, element, seed).reshape(outputs, -1, reference.block_size(element)[1])
     blocks[generator.random(blocks.shape) < 0.3] = 255  # the largest numbers side by side, and the smallest
     blocks[generator.random(blocks.shape) < 0.3] = 0
-    reference.put_halves(blocks, reference.SCALES.get(element, 0), 1)
+    if element == "MXFP4":
+        blocks[..., 0] = 128
+    else:
+        reference.put_halves(blocks, reference.SCALES.get(element, 0), 1)
     if element in reference.MINIMA:
         reference.put_halves(blocks, reference.MINIMA[element], 1)
     if element in ("Q4_K", "Q5_K"):  # small factors, so that float32 holds the sums
@@ -164,7 +168,7 @@ def test_a_row_does_not_depend_on_its_company(
     np.testing.assert_array_equal(times(matrix, x[::-1].copy(), isa), together[::-1])
 
 
-@pytest.mark.parametrize("fmt", reference.QUANTISED)
+@pytest.mark.parametrize("fmt", WRITTEN)
 def test_empty_and_extreme_groups(fmt: str) -> None:
     weights = np.zeros((3, 96), np.float32)
     weights[1, :32], weights[2, 40] = 1e-42, -6e4
@@ -182,15 +186,15 @@ def test_checkpoint_types_pack_like_their_values(dtype: str) -> None:
     else:
         raw = values.astype(np.float16)
         exact = raw.astype(np.float32)
-    for fmt in FORMATS:
+    for fmt in (*PLAIN, *WRITTEN):
         assert packed(raw, fmt).packed().tobytes() == packed(exact, fmt).packed().tobytes()
 
 
-@pytest.mark.parametrize("element", reference.BLOCK_TYPES)
+@pytest.mark.parametrize("element", [FORMATS[fmt].element for fmt in reference.QUANTISED])
 def test_blocks_of_another_type_are_quantised_from_their_values(element: str) -> None:
     blocks = reference.random_blocks(20, 512, element, 0)
     values = reference.values_of(blocks, element)
-    for fmt in {*FORMATS} - {native_format(element)}:
+    for fmt in {*PLAIN, *WRITTEN} - {native_format(element)}:
         assert packed(blocks, fmt, element, 512).packed().tobytes() == packed(values, fmt).packed().tobytes()
 
 
@@ -200,7 +204,7 @@ def test_random_matrices_keep_the_size_of_what_they_multiply(fmt: str) -> None:
     matrix.fill_random(7)
     rows = rows_of(matrix)
     assert 0.3 < np.sqrt(1000) * rows.std() < 3
-    assert abs(rows.mean()) < 0.15 * rows.std()
+    assert abs(rows.mean()) < 0.25 * rows.std()
 
 
 def test_bad_arguments_are_refused() -> None:
@@ -227,6 +231,9 @@ def test_bad_arguments_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             matrix.pack(rows, 0, element)
+    for fmt in {*reference.QUANTISED} - {*WRITTEN}:
+        with pytest.raises(ValueError, match=f"nothing is quantised to {fmt}"):
+            packed(np.zeros((16, 256), np.float32), fmt)
     with pytest.raises(ValueError, match="whole Q4_0 blocks"):
         _cpu.Table(blocks[:, :17].copy(), "Q4_0")
     with pytest.raises(ValueError, match="rows of 32 columns where 64 belong"):
