@@ -27,6 +27,14 @@ def format_of(name: str, mix: Mix) -> str | None:
     return None if part is None else mix[part % len(mix)]
 
 
+def round_trip(values: np.ndarray, fmt: str) -> np.ndarray:
+    """Weights [..., rows, columns] as a matrix of the format holds them."""
+    rows = values.reshape(-1, values.shape[-1])
+    matrix = _cpu.Matrix(fmt, *rows.shape)
+    matrix.pack(rows)
+    return np.stack([matrix.row(i) for i in range(len(rows))]).reshape(values.shape)
+
+
 def logits(folder: Path, mix: Mix | None = None) -> np.ndarray:
     checkpoint = Checkpoint.open(folder)
     config = checkpoint.target_config()
@@ -48,7 +56,7 @@ def test_each_matrix_gets_activations_of_its_format(tmp_path: Path, mix: Mix) ->
     weights = target_weights()
     write(tmp_path / "plain", TARGET, weights)
     stored = {
-        name: reference_formats.round_trip(values, fmt) if (fmt := format_of(name, mix)) else values
+        name: round_trip(values, fmt) if (fmt := format_of(name, mix)) else values
         for name, values in weights.items()
     }
     write(tmp_path / "stored", TARGET, stored)
