@@ -244,8 +244,8 @@ Floats extreme_of_super(Floats x, int lanes) {
 template <int N>
 float exact_scale(const Parts<N>& p, int lane, float near, float top) {
   const uint16_t fitted = half_bits(near), short_one = half_bits(bf16_to_float(float_to_bf16(near)));
-  for (int candidate = -1; candidate < 5; ++candidate) {
-    const int step = (candidate + 1) / 2;  // 0 1 1 2 2
+  for (int candidate = -1; candidate < 9; ++candidate) {
+    const int step = (candidate + 1) / 2;  // 0 1 1 .. 4 4
     const uint16_t bits = candidate < 0 ? short_one : uint16_t(candidate % 2 ? fitted + step : fitted - step);
     const float scale = half_to_float(bits);
     bool exact = scale != 0;
