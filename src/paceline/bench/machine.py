@@ -42,7 +42,7 @@ class ReadBandwidth:
     def measure(self) -> float:
         """Bandwidth of one reading, in GB/s."""
         start = time.perf_counter()
-        _cpu.checksum(self._data, self._threads)
+        _cpu.checksum([self._data], self._threads)
         self.seen.append(BUFFER / (time.perf_counter() - start) / 1e9)
         return self.seen[-1]
 
