@@ -1,4 +1,4 @@
-"""A random GGUF file of a Gemma 4 target in an official shape, with types of tensors as llama.cpp's quantiser chooses them.
+"""A random GGUF file of a Gemma 4 target in an official shape, its tensors of the types that llama.cpp would choose.
 
     python bench/random_gguf.py e2b|e4b|12b|26b|31b OUT.gguf [--mix Q4_K_M] [--drafter DRAFTER.gguf]
 
