@@ -138,6 +138,19 @@ def test_a_pair_loads_and_generates(files: list[Path], index: int) -> None:
     assert engine.generate([{"role": "user", "content": "hello"}], max_tokens=4).tokens
 
 
+def test_experts_and_global_heads_are_written(tmp_path: Path, vocabulary: random_vocabulary.RandomVocabulary) -> None:
+    more = {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 96}
+    more |= {"attention_k_eq_v": True, "num_key_value_heads": 2, "num_global_key_value_heads": 1}
+    config = SMALL | more | {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0, "use_double_wide_mlp": False}
+    random_gguf.write_target(tmp_path / "moe.gguf", config, "Q4_K_M", vocabulary)
+    checkpoint = Checkpoint.open(tmp_path / "moe.gguf")
+    assert checkpoint.target_config().layers == target_config(ALWAYS | config).layers
+    assert checkpoint.tensors["layers.3.experts.down_proj"].dtype == "Q8_0"  # 96 columns
+    assert checkpoint.tensors["layers.2.experts.down_proj"].dtype == "Q5_0"
+    engine = paceline.load(str(tmp_path / "moe.gguf"), context=64, threads=1)
+    assert engine.generate("hello", max_tokens=4).tokens
+
+
 def test_starts_are_measured(files: list[Path]) -> None:
     found = run("gguf_load.py", files[2], "--starts", "1", "--threads", "1")
     assert found.keys() >= {"file_bytes", "read_bandwidth_gb_s", "processor", "anonymous_share", "pack_file_bytes"}
