@@ -11,7 +11,7 @@ Names are canonical (`checkpoint.names`), except where the native layout differs
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -208,16 +208,19 @@ def _matrix(tensors: Tensors, name: str, fmt: str, progress: Callable[[int], Non
 
 
 def _experts(tensors: Tensors, name: str, fmt: str, progress: Callable[[int], None]) -> list[_cpu.Matrix]:
-    ref, chosen = _source(tensors, name), slice(None)
-    if name not in tensors.refs:
-        half = ref.shape[1] // 2
-        chosen = slice(half) if name.endswith("gate_proj") else slice(half, None)
+    ref = _source(tensors, name)
+    experts, rows, columns = ref.shape
+    first, count = 0, rows
+    if name not in tensors.refs:  # the lower or upper half of each
+        count = rows // 2
+        first = 0 if name.endswith("gate_proj") else count
+    below = replace(ref, shape=(experts * rows, columns))  # all experts' rows
     matrices = []
-    for expert in range(ref.shape[0]):
-        rows = np.ascontiguousarray(ref.read(expert, expert + 1)[0, chosen])
-        matrices.append(_cpu.Matrix(fmt, len(rows), ref.shape[2]))
-        matrices[-1].pack(rows, 0, ref.block_type)
-        progress(rows.nbytes)
+    for start in range(first, experts * rows, rows):
+        part = below.read(start, start + count)
+        matrices.append(_cpu.Matrix(fmt, count, columns))
+        matrices[-1].pack(part, 0, ref.block_type)
+        progress(part.nbytes)
     return matrices
 
 
