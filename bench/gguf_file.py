@@ -4,7 +4,7 @@
 
 Runs in the interpreter that has llama.cpp and so imports nothing of paceline: numpy and gguf are enough. The file has
 no tokenizer; it serves measurements and comparisons of logits. Metadata follow what llama.cpp's own conversion writes
-for this architecture (its conversion/gemma.py).
+for this architecture (its conversion/gemma.py). `random_gguf.py` writes its files with the same functions.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import json
 import math
 import os
 import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import gguf
 import numpy as np
@@ -25,35 +27,56 @@ TYPES = {"bf16": Type.BF16, "q8": Type.Q8_0, "q4": Type.Q4_0}
 SLICE_WEIGHTS = 1 << 24  # converted at a time
 
 
+class Part(NamedTuple):
+    """A tensor to be written."""
+
+    name: str  # in the file
+    shape: tuple[int, ...]  # rows first
+    kind: Type
+    write: Callable[[BinaryIO], None]  # all its bytes; it may seek over zeros
+
+
 def write_gguf(folder: Path, out: Path, fmt: str) -> None:
     """Convert a checkpoint of one `model.safetensors` in bf16. `out` appears when it is whole."""
     config = json.loads((folder / "config.json").read_text())
-    tensors = _map_tensors(folder / "model.safetensors")
-    part = out.with_name(out.name + ".part")
-    writer = gguf.GGUFWriter(part, "gemma4")
-    _add_settings(writer, config)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA4, config["num_hidden_layers"])
-    plan = []
-    for name, values in tensors.items():
+    parts = [rope_part(config)]
+    for name, values in _map_tensors(folder / "model.safetensors").items():
         base = names.get_name(name.removesuffix(".weight"))
         if base is None:
             raise SystemExit(f"{folder}: llama.cpp has no name for the tensor {name}")
-        plan.append((f"{base}.weight", values, TYPES[fmt] if values.ndim == 2 else Type.F32))
-    plan.append(("rope_freqs.weight", _rope_factors(config), Type.F32))
-    for name, values, kind in plan:
-        size = math.prod(gguf.quant_shape_to_byte_shape(values.shape, kind))
-        writer.add_tensor_info(name, values.shape, np.dtype(np.float32), size, raw_dtype=kind)
+        kind = TYPES[fmt] if values.ndim == 2 else Type.F32
+        parts.append(Part(f"{base}.weight", values.shape, kind, partial(_write, values=values, kind=kind)))
+
+    def add_settings(writer: gguf.GGUFWriter) -> None:
+        writer.add_vocab_size(config["vocab_size"])
+        writer.add_tokenizer_model("none")
+        add_text_settings(writer, config)
+
+    write_parts(out, "gemma4", add_settings, parts)
+
+
+def write_parts(
+    out: Path, architecture: str, add_settings: Callable[[gguf.GGUFWriter], None], parts: Sequence[Part]
+) -> None:
+    """Write a file of such tensors one after the other. `out` appears when it is whole."""
+    unfinished = out.with_name(out.name + ".part")
+    writer = gguf.GGUFWriter(unfinished, architecture)
+    add_settings(writer)
+    for name, shape, kind, _ in parts:
+        size = math.prod(gguf.quant_shape_to_byte_shape(shape, kind))
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), size, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     assert writer.fout is not None
     file = writer.fout[0]
-    for _, values, kind in plan:
+    for part in parts:
         file.seek(-file.tell() % writer.data_alignment, os.SEEK_CUR)
-        _write(file, values, kind)
+        part.write(file)
     file.truncate(file.tell() + -file.tell() % writer.data_alignment)  # the last may be a hole
     writer.close()
-    os.replace(part, out)
+    os.replace(unfinished, out)
 
 
 def _map_tensors(path: Path) -> dict[str, NDArray[Any]]:
@@ -71,7 +94,7 @@ def _map_tensors(path: Path) -> dict[str, NDArray[Any]]:
     return tensors
 
 
-def _write(file: BinaryIO, values: NDArray[Any], kind: Type) -> None:
+def _write(file: BinaryIO, *, values: NDArray[Any], kind: Type) -> None:
     if values.ndim == 1:
         (values if values.dtype == np.float32 else _floats(values)).tofile(file)
         return
@@ -91,42 +114,57 @@ def _floats(bits: NDArray[Any]) -> NDArray[np.float32]:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-def _add_settings(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
-    layers, shared = config["num_hidden_layers"], config["num_kv_shared_layers"]
+def add_text_settings(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    """Add the settings of a target, or of the text part of a drafter.
+
+    Args:
+        writer: of a file of its architecture.
+        config: as in `config.json`, `rope_parameters` included.
+    """
+    layers, shared = config["num_hidden_layers"], config.get("num_kv_shared_layers", 0)
+    sliding = [kind == "sliding_attention" for kind in config["layer_types"]]
     wide = 2 if config.get("use_double_wide_mlp") else 1
     rope = config["rope_parameters"]
     head, global_head = config["head_dim"], config["global_head_dim"]
-    writer.add_vocab_size(config["vocab_size"])
-    writer.add_tokenizer_model("none")
+    key_heads = config["num_key_value_heads"]
+    global_key_heads = config.get("num_global_key_value_heads") or key_heads
     writer.add_block_count(layers)
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
-    writer.add_embedding_length_per_layer_input(config["hidden_size_per_layer_input"])
+    writer.add_embedding_length_per_layer_input(config.get("hidden_size_per_layer_input", 0))
     writer.add_feed_forward_length(
         [config["intermediate_size"] * (wide if i >= layers - shared else 1) for i in range(layers)]
     )
     writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_head_count_kv(
+        [key_heads if one else global_key_heads for one in sliding] if global_key_heads != key_heads else key_heads
+    )
     writer.add_key_length(global_head)
     writer.add_value_length(global_head)
     writer.add_key_length_swa(head)
     writer.add_value_length_swa(head)
     writer.add_shared_kv_layers(shared)
     writer.add_sliding_window(config["sliding_window"])
-    writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config["layer_types"]])
+    writer.add_sliding_window_pattern(sliding)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_final_logit_softcapping(config["final_logit_softcapping"])
+    if "final_logit_softcapping" in config:
+        writer.add_final_logit_softcapping(config["final_logit_softcapping"])
     writer.add_rope_freq_base(rope["full_attention"]["rope_theta"])
     writer.add_rope_freq_base_swa(rope["sliding_attention"]["rope_theta"])
     writer.add_rope_dimension_count(global_head)
     writer.add_rope_dimension_count_swa(head)
+    if config.get("enable_moe_block"):
+        writer.add_expert_count(config["num_experts"])
+        writer.add_expert_used_count(config["top_k_experts"])
+        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
 
 
-def _rope_factors(config: dict[str, Any]) -> NDArray[np.float32]:
+def rope_part(config: Mapping[str, Any]) -> Part:
     """Divisors of the full layers' frequencies: proportional RoPE leaves all but the first pairs unrotated."""
     pairs = config["global_head_dim"] // 2
     rotating = int(pairs * config["rope_parameters"]["full_attention"]["partial_rotary_factor"])
-    return np.where(np.arange(pairs) < rotating, 1, 1e30).astype(np.float32)
+    divisors = np.where(np.arange(pairs) < rotating, 1, 1e30).astype(np.float32)
+    return Part("rope_freqs.weight", divisors.shape, Type.F32, divisors.tofile)
 
 
 if __name__ == "__main__":

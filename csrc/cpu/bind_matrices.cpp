@@ -81,21 +81,33 @@ void matmul(const Matrix& matrix, const Array<float, 2>& x, nb::ndarray<float, n
 }
 
 constexpr int64_t kChunk = 1 << 20;  // bytes a check value covers before it is folded into the whole
+constexpr int64_t kStep = 512;       // bytes that kernels check at once
 
-uint64_t checksum(const Array<uint8_t, 1>& data, int threads) {
-  const int64_t n = int64_t(data.size()), chunks = (n + kChunk - 1) / kChunk;
-  if (n % 512) throw std::invalid_argument("a checksum takes a multiple of 512 bytes");
+uint32_t checksum_of(const Kernels& kernels, const uint8_t* data, int64_t n) {
+  const int64_t whole = n / kStep * kStep;
+  const uint32_t value = kernels.checksum(data, whole);
+  if (whole == n) return value;
+  uint8_t tail[kStep] = {};
+  std::copy(data + whole, data + n, tail);
+  return (value ^ uint32_t(n)) * 0x01000193u ^ kernels.checksum(tail, kStep);
+}
+
+uint64_t checksum(const std::vector<Array<uint8_t, 1>>& parts, int threads) {
+  std::vector<std::pair<const uint8_t*, int64_t>> chunks;
+  for (const auto& part : parts)
+    for (int64_t at = 0, n = int64_t(part.size()); at < n; at += kChunk)
+      chunks.emplace_back(part.data() + at, std::min(kChunk, n - at));
   const Kernels& kernels = select_kernels("");
-  std::vector<uint32_t> parts(static_cast<size_t>(chunks));
+  std::vector<uint32_t> values(chunks.size());
   const GilReleased release;
   ThreadPool(threads).run([&](const Worker& w) {
-    w.parallel_for(chunks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        parts[size_t(i)] = kernels.checksum(data.data() + i * kChunk, std::min(kChunk, n - i * kChunk));
+    w.parallel_for(int64_t(chunks.size()), 1, [&](int64_t begin, int64_t end) {
+      for (auto i = size_t(begin); i < size_t(end); ++i)
+        values[i] = checksum_of(kernels, chunks[i].first, chunks[i].second);
     });
   });
   uint64_t total = 0xcbf29ce484222325u;
-  for (uint32_t part : parts) total = (total ^ part) * 0x100000001b3u;
+  for (uint32_t value : values) total = (total ^ value) * 0x100000001b3u;
   return total;
 }
 
@@ -193,8 +205,8 @@ void bind_matrices(nb::module_& module) {
       .def_prop_ro("nbytes", &Matrix::bytes);
   module.def("matmul", &matmul, "matrix"_a, "x"_a, "out"_a, "isa"_a = "", "threads"_a = 1,
              "out [rows, padded matrix rows] = x [rows, cols] times the matrix transposed.");
-  module.def("checksum", &checksum, "data"_a, "threads"_a,
-             "Check value of a multiple of 512 bytes, read at the speed of memory.");
+  module.def("checksum", &checksum, "parts"_a, "threads"_a,
+             "Check value of the bytes of several arrays, read at the speed of memory.");
 }
 
 }  // namespace paceline

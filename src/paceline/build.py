@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -109,6 +109,7 @@ def load(
     where = str(checkpoint.where("tokenizer_config.json"))
     template = ChatTemplate.open(checkpoint.chat_template_path, checkpoint.tokenizer_config, where)
     tokenizer = Tokenizer.open(checkpoint.tokenizer, checkpoint.tokenizer_config, config.bos_id, config.vocab_size)
+    checkpoint = replace(checkpoint, vocabulary=None)  # its memory is wanted for the weights
     if template:
         template.check()
     stop_ids = frozenset(_stop_ids(checkpoint, config))
@@ -235,7 +236,7 @@ def _open_drafter(
         check_pair(config, draft_config)
         if not checkpoint.packed:
             resolve(checkpoint, draft_config)
-        return checkpoint, draft_config
+        return replace(checkpoint, vocabulary=None), draft_config  # the target's is used
     return None
 
 

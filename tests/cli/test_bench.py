@@ -15,13 +15,16 @@ from paceline.checkpoint.sizes import count_parameters
 from paceline.cli.main import run
 from paceline.config import check_pair
 from paceline.engine.step import step
+from paceline.quant.formats import FORMATS
 from tests.fixtures.backends import sequence
 from tests.fixtures.scripted_backend import ScriptedBackend
 
-COMMON = {"read_bandwidth_gb_s", "weight_bytes", "peak_memory_bytes", "model", "quant", "threads", "isa", "context"}
+COMMON = {"read_bandwidth_gb_s", "weight_bytes", "peak_memory_bytes", "model", "quant", "threads", "isa", "processor"}
 DECODE = {
     *COMMON,
+    "context",
     "forward_ms",
+    "forward_of_one_row",
     "bandwidth_fraction",
     "draft_step_ms",
     "draft_tokens",
@@ -57,6 +60,17 @@ def test_decode_reports_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert "SIMULATED acceptance" not in found["table"]
 
 
+def test_kernels_are_compared_with_memory(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("paceline.bench.runs.KERNEL_SHAPE", (64, 256))
+    found = report(capsys, "kernels", "--repeats", "1", "--threads", "1")
+    assert found["kernel_gb_s"].keys() == found["kernel_bandwidth_fraction"].keys() == FORMATS.keys()
+    assert found.keys() >= {"processor", "isa", "threads", "read_bandwidth_gb_s"}
+    for fmt, speeds in found["kernel_gb_s"].items():
+        shares = found["kernel_bandwidth_fraction"][fmt]
+        assert shares["8"] / shares["1"] == pytest.approx(speeds["8"] / speeds["1"])
+        assert fmt in found["table"]
+
+
 def test_simulated_figures_say_so(capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--quant", "q8", "--context", "40", "--repeats", "1", "--tokens", "8", "--draft-tokens", "2")
     found = report(capsys, "decode", "-m", "tiny-python", *options, "--acceptance", "0.9,0.4")
@@ -66,7 +80,7 @@ def test_simulated_figures_say_so(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_prompt_reports_work(capsys: pytest.CaptureFixture[str]) -> None:
     found = report(capsys, "prompt", "-m", "tiny-python", "--length", "32", "--repeats", "1")
-    assert found.keys() >= COMMON | {"prompt_tokens_per_s", "prompt_multiply_accumulates_per_s"}
+    assert found.keys() >= COMMON | {"context", "prompt_tokens_per_s", "prompt_multiply_accumulates_per_s"}
 
 
 @pytest.mark.parametrize(
@@ -77,7 +91,7 @@ def test_prompt_reports_work(capsys: pytest.CaptureFixture[str]) -> None:
         (["decode", "--shape", "e2b"], "simulate"),
         (["decode", "--shape", "e3b", "--acceptance", "1,1,1"], "unknown shape 'e3b'"),
         (["decode", "--shape", "e3b"], "unknown shape 'e3b'"),
-        (["decode", "--shape", "e2b", "--quant", "q5", "--acceptance", "1,1,1"], "unknown quantisation 'q5'"),
+        (["decode", "--shape", "e2b", "--quant", "q3", "--acceptance", "1,1,1"], "unknown quantisation 'q3'"),
         (["decode", "-m", "tiny-python", "--acceptance", "0.5,0.8,0.1"], "from 1 down to 0"),
         (["decode", "-m", "tiny-python", "--acceptance", "a"], "from 1 down to 0"),
         (["decode", "-m", "tiny-python", "--acceptance", "0.5"], "1 rates for draft length 3"),

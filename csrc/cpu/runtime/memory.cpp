@@ -1,6 +1,7 @@
 #include "runtime/memory.hpp"
 
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -28,18 +29,49 @@ size_t product(std::initializer_list<int64_t> sizes) {
   throw std::invalid_argument("a size of " + text + " bytes is too large");
 }
 
+namespace {
+
+constexpr size_t kPage = 4096;
+
+#if defined(__linux__)
+constexpr size_t kHugePage = size_t(2) << 20, kLeastHuge = 2 * kHugePage;
+
+// Whole pages that begin at a multiple of kHugePage, and are huge if the system has some. Throws std::bad_alloc.
+uint8_t* map_huge(size_t bytes) {
+  void* whole = mmap(nullptr, bytes + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (whole == MAP_FAILED) throw std::bad_alloc();
+  auto* first = static_cast<uint8_t*>(whole);
+  const size_t before = -reinterpret_cast<uintptr_t>(first) % kHugePage;
+  if (before) munmap(first, before);
+  munmap(first + before + bytes, kHugePage - before);
+  madvise(first + before, bytes, MADV_HUGEPAGE);
+  return first + before;
+}
+#endif
+
+}  // namespace
+
+void FreeMemory::operator()(uint8_t* p) const {
+#if defined(__linux__)
+  if (mapped) {
+    munmap(p, mapped);
+    return;
+  }
+#endif
+  std::free(p);
+}
+
 void Buffer::reserve(size_t bytes, bool huge) {
   if (bytes <= bytes_) return;
-  const size_t align = huge && bytes >= (size_t(4) << 20) ? size_t(2) << 20 : 4096;
-  bytes = (bytes + 4095) / 4096 * 4096;
+  bytes = (bytes + kPage - 1) / kPage * kPage;
   memory_.reset();
   bytes_ = 0;
-  memory_.reset(static_cast<uint8_t*>(std::aligned_alloc(align, (bytes + align - 1) / align * align)));
+#if defined(__linux__)
+  if (huge && bytes >= kLeastHuge) memory_ = {map_huge(bytes), FreeMemory{bytes}};
+#endif
+  if (!memory_) memory_ = {static_cast<uint8_t*>(std::aligned_alloc(kPage, bytes)), FreeMemory{}};
   if (!memory_) throw std::bad_alloc();
   bytes_ = bytes;
-#if defined(__linux__)
-  if (align > 4096) madvise(memory_.get(), bytes_, MADV_HUGEPAGE);
-#endif
 }
 
 namespace {

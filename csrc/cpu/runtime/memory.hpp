@@ -17,8 +17,14 @@ int64_t check_range(const std::string& name, int64_t value, int64_t least, int64
 // The product of sizes, none of them negative. Throws std::invalid_argument when it is more than memory can hold.
 size_t product(std::initializer_list<int64_t> sizes);
 
+struct FreeMemory {
+  size_t mapped = 0;  // bytes of a mapping; 0: from malloc
+  void operator()(uint8_t* p) const;
+};
+
 // Bytes aligned for the widest loads; grows, never shrinks, and does not keep its contents when it grows. Untouched
-// pages cost nothing. `huge` asks for huge pages, which suit memory that is written whole and then streamed.
+// pages cost nothing. `huge` asks for huge pages, which suit memory that is written whole and then streamed; large
+// buffers of that kind lie in mappings of their own, between which malloc cannot keep memory that others have freed.
 class Buffer {
  public:
   Buffer() = default;
@@ -29,10 +35,7 @@ class Buffer {
   size_t bytes() const { return bytes_; }
 
  private:
-  struct Free {
-    void operator()(uint8_t* p) const { std::free(p); }
-  };
-  std::unique_ptr<uint8_t[], Free> memory_;
+  std::unique_ptr<uint8_t[], FreeMemory> memory_;
   size_t bytes_ = 0;
 };
 

@@ -10,6 +10,7 @@ from typing import Any
 from paceline import build
 from paceline.backends.base import Backend
 from paceline.backends.cpu.backend import CpuBackend, default_threads
+from paceline.backends.formats import check_quant
 from paceline.bench import machine
 from paceline.bench.machine import Bandwidth, ReadBandwidth
 from paceline.bench.random_weights import random_weights
@@ -18,7 +19,7 @@ from paceline.bench.shapes import official_drafter, official_target, prompt_mult
 from paceline.checkpoint.sizes import count_parameters
 from paceline.config import TargetConfig
 from paceline.errors import SettingsError
-from paceline.quant.recipes import RECIPES
+from paceline.quant.recipes import DEFAULT, RECIPES
 
 CHUNK = 256  # prompt rows in one pass
 
@@ -35,8 +36,11 @@ class Pair:
     @property
     def pass_bytes(self) -> int:
         """Bytes of weights that a pass of one row reads: all but the experts it is not sent to."""
-        parameters = count_parameters(self.config)
-        return self.bench.backend.info.weight_bytes * parameters.active // parameters.effective
+        backend = self.bench.backend
+        if isinstance(backend, CpuBackend):
+            return backend.pass_bytes
+        parameters = count_parameters(self.config)  # all matrices are of one format
+        return backend.info.weight_bytes * parameters.active // parameters.effective
 
     def prompt(self, repeats: int, length: int) -> dict[str, Any]:
         """Prefill speed."""
@@ -68,7 +72,7 @@ def open_pair(
     Args:
         model: a model's name, or None.
         shape: a key of `shapes.TARGETS`, if there is no model.
-        quant: weight format.
+        quant: recipe, or auto: what a start of the model takes, and of a shape the default.
         threads: of the processor.
         device: see `build.load`.
         context: rows in the cache before each measurement.
@@ -77,9 +81,9 @@ def open_pair(
     Raises:
         SettingsError: an unknown format, or too much room for the model.
     """
-    if quant not in RECIPES and (shape is not None or quant != "auto"):
-        raise SettingsError(f"unknown quantisation {quant!r}; use one of {', '.join(RECIPES)}")
+    check_quant(quant)
     if shape is not None:
+        quant = DEFAULT if quant == "auto" else quant
         config = official_target(shape)
         backend = _random_pair(shape, quant, threads, device, room)
     else:
@@ -117,7 +121,7 @@ def _random_pair(shape: str, quant: str, threads: int | None, device: str, room:
 def machine_of(backend: Backend) -> tuple[Bandwidth, dict[str, Any], Callable[[], int]]:
     """The machine's bandwidth, a description, and its peak memory."""
     if isinstance(backend, CpuBackend):
-        about = {"threads": backend.threads, "isa": backend.info.device}
+        about = {"threads": backend.threads, "isa": backend.info.device, "processor": machine.processor()}
         return ReadBandwidth(backend.threads), about, machine.peak_memory
     from paceline.backends.torch import measure
 

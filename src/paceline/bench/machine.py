@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import platform
 import resource
 import statistics
 import sys
 import time
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -42,7 +44,7 @@ class ReadBandwidth:
     def measure(self) -> float:
         """Bandwidth of one reading, in GB/s."""
         start = time.perf_counter()
-        _cpu.checksum(self._data, self._threads)
+        _cpu.checksum([self._data], self._threads)
         self.seen.append(BUFFER / (time.perf_counter() - start) / 1e9)
         return self.seen[-1]
 
@@ -55,3 +57,14 @@ def peak_memory() -> int:
     """Bytes of memory this process has held at most."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def processor() -> str:
+    """The processor's name, with the family and model that tell its generation where Linux gives them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    name = found.get("model name", platform.machine())
+    return f"{name} (family {found['cpu family']}, model {found['model']})" if "cpu family" in found else name

@@ -62,14 +62,15 @@ def print_prompt(out: Console, report: Mapping[str, Any]) -> None:
 
 
 def kernel_table(report: Mapping[str, Any]) -> Table:
-    """Weight bandwidth of the matrix kernels, by format and rows."""
-    table = Table(title=f"Matrix kernels, GB/s of weights ({report['isa']})")
+    """Weight bandwidth of the matrix kernels, by format and rows, and as a share of the machine's."""
+    table = Table(title=f"Matrix kernels, GB/s of weights and share of the memory's ({report['isa']})")
     table.add_column("format")
     heights = list(next(iter(report["kernel_gb_s"].values())))
     for rows in heights:
         table.add_column(f"{rows} rows", justify="right")
-    for quant, speeds in report["kernel_gb_s"].items():
-        table.add_row(quant, *(f"{speeds[rows]:.1f}" for rows in heights))
+    for fmt, speeds in report["kernel_gb_s"].items():
+        shares = report["kernel_bandwidth_fraction"][fmt]
+        table.add_row(fmt, *(f"{speeds[rows]:.1f} {shares[rows]:.0%}" for rows in heights))
     return table
 
 

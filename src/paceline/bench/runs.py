@@ -187,22 +187,37 @@ def tokens_to_undo(backend: Backend) -> int:
     return backend.info.max_rows - 32
 
 
-def kernel_gb_per_s(
-    quant: str, threads: int, isa: str, repeats: int, bandwidth: ReadBandwidth, rows: Iterable[int] = KERNEL_ROWS
-) -> dict[int, float]:
-    """Weight bytes a second of the matrix kernel, by batch rows: medians, batch sizes interleaved."""
+@dataclass(frozen=True)
+class KernelSpeed:
+    """How fast a matrix kernel goes through weights."""
+
+    gb_s: dict[int, float]  # by batch rows
+    read_gb_s: float  # what memory gave meanwhile
+
+    @property
+    def fractions(self) -> dict[int, float]:
+        """The same as shares of what memory gave."""
+        return {rows: speed / self.read_gb_s for rows, speed in self.gb_s.items()}
+
+
+def kernel_speed(
+    fmt: str, threads: int, isa: str, repeats: int, bandwidth: ReadBandwidth, rows: Iterable[int] = KERNEL_ROWS
+) -> KernelSpeed:
+    """Weight bytes a second of a format's matrix kernel: medians, batch sizes and reads of memory interleaved."""
     outputs, columns = KERNEL_SHAPE
-    matrix = _cpu.Matrix(quant, outputs, columns)
+    matrix = _cpu.Matrix(fmt, outputs, columns)
     matrix.fill_random(0)
     generator = np.random.default_rng(0)
     inputs = {n: generator.standard_normal((n, columns), np.float32) for n in rows}
     out = {n: np.empty((n, outputs), np.float32) for n in rows}
     times: dict[int, list[float]] = {n: [] for n in rows}
+    reads = []
     for _ in range(repeats):
-        bandwidth.measure()
+        reads.append(bandwidth.measure())
         for n, seen in times.items():
             seen.append(milliseconds(partial(_cpu.matmul, matrix, inputs[n], out[n], isa, threads)))
-    return {n: matrix.nbytes / statistics.median(seen) / 1e6 for n, seen in times.items()}
+    speeds = {n: matrix.nbytes / statistics.median(seen) / 1e6 for n, seen in times.items()}
+    return KernelSpeed(speeds, statistics.median(reads))
 
 
 def milliseconds(work: Callable[[], object]) -> float:

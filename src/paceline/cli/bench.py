@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import os
 import statistics
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from paceline.cli.options import DeviceOption, ThreadsOption
 from paceline.errors import SettingsError
 from paceline.quant.formats import FORMATS
-from paceline.quant.recipes import METAVAR
+from paceline.quant.recipes import DEFAULT, METAVAR
+
+if TYPE_CHECKING:
+    from paceline.bench.runs import KernelSpeed
 
 bench = typer.Typer(
     help="Measure kernels, decoding and prefill. The last line on stdout is JSON.", no_args_is_help=True
@@ -24,7 +28,12 @@ ShapeOption = Annotated[
     str | None,
     typer.Option(help="Random weights in an official shape.", metavar="e2b|e4b|12b|26b|31b", show_default=False),
 ]
-QuantOption = Annotated[str, typer.Option(help="Weight format.", metavar=METAVAR)]
+QuantOption = Annotated[
+    str,
+    typer.Option(
+        help=f"Weight format; auto: as the model is used, and {DEFAULT} for a shape.", metavar=f"auto|{METAVAR}"
+    ),
+]
 ContextOption = Annotated[int, typer.Option(help="Tokens in the KV cache before each measurement.", min=16)]
 DraftOption = Annotated[int, typer.Option(help="Draft length.", min=1, max=15)]
 RepeatsOption = Annotated[int, typer.Option(help="Runs of each measurement; medians are shown.", min=1)]
@@ -44,19 +53,25 @@ def kernels(threads: ThreadsOption = None, repeats: RepeatsOption = 7) -> None:
     """Matrix kernels of all weight formats for 1 to 16 rows, in bytes of weights per second."""
     from paceline import _cpu
     from paceline.backends.cpu.backend import default_threads
-    from paceline.bench.machine import ReadBandwidth, peak_memory
+    from paceline.bench.machine import ReadBandwidth, peak_memory, processor
     from paceline.bench.report import console, kernel_table
-    from paceline.bench.runs import kernel_gb_per_s
+    from paceline.bench.runs import kernel_speed
 
     count = threads or default_threads()
     isa = os.environ.get("PACELINE_ISA", "")
     bandwidth = ReadBandwidth(count)
-    speeds = {fmt: kernel_gb_per_s(fmt, count, isa, repeats, bandwidth) for fmt in FORMATS}
+    speeds = {fmt: kernel_speed(fmt, count, isa, repeats, bandwidth) for fmt in FORMATS}
+
+    def by_format(figures: Callable[[KernelSpeed], dict[int, float]]) -> dict[str, dict[str, float]]:
+        return {fmt: {str(rows): value for rows, value in figures(speed).items()} for fmt, speed in speeds.items()}
+
     report: dict[str, Any] = {
         "benchmark": "kernels",
         "read_bandwidth_gb_s": bandwidth.median,
-        "kernel_gb_s": {fmt: {str(rows): speed for rows, speed in by_rows.items()} for fmt, by_rows in speeds.items()},
+        "kernel_gb_s": by_format(lambda speed: speed.gb_s),
+        "kernel_bandwidth_fraction": by_format(lambda speed: speed.fractions),
         "isa": isa or _cpu.usable_isas()[0],
+        "processor": processor(),
         "threads": count,
         "peak_memory_bytes": peak_memory(),
     }
@@ -69,7 +84,7 @@ def kernels(threads: ThreadsOption = None, repeats: RepeatsOption = 7) -> None:
 def decode(
     model: ModelOption = None,
     shape: ShapeOption = None,
-    quant: QuantOption = "q4",
+    quant: QuantOption = "auto",
     threads: ThreadsOption = None,
     device: DeviceOption = "cpu",
     context: ContextOption = 512,
@@ -85,7 +100,8 @@ def decode(
 
     \b
     Examples:
-      paceline bench decode -m tiny-python --quant bf16
+      paceline bench decode -m tiny-python
+      paceline bench decode -m gemma-4-E2B-it-Q4_K_M.gguf
       paceline bench decode --shape e2b --acceptance 0.8,0.65,0.5 --plot costs.png
     """
     from paceline.bench.loading import open_pair
@@ -118,6 +134,7 @@ def decode(
 
     report = loaded.report("decode") | {
         "forward_ms": {str(rows): ms for rows, ms in forward.items()},
+        "forward_of_one_row": {str(rows): ms / forward[1] for rows, ms in forward.items()},
         "same_bits": exact,
         "bandwidth_fraction": loaded.pass_bytes / forward[1] / 1e6 / run.bandwidth.median,
         "draft_step_ms": step,
@@ -141,7 +158,7 @@ def decode(
 def prompt(
     model: ModelOption = None,
     shape: ShapeOption = None,
-    quant: QuantOption = "q4",
+    quant: QuantOption = "auto",
     threads: ThreadsOption = None,
     device: DeviceOption = "cpu",
     length: Annotated[int, typer.Option(help="Tokens of the prompt.", min=16)] = PROMPT,

@@ -317,7 +317,7 @@ def test_matrices_and_kernels_check_their_arguments() -> None:
         with pytest.raises(ValueError, match="threads"):
             _cpu.matmul(matrix, x, np.zeros((3, 32), np.float32), "", threads)
         with pytest.raises(ValueError, match="threads"):
-            _cpu.checksum(np.zeros(512, np.uint8), threads)
+            _cpu.checksum([np.zeros(512, np.uint8)], threads)
     for bad in ({"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 1.5}, {"top_p": float("nan")}):
         params = SamplingParams(seed=0)
         for name, value in bad.items():

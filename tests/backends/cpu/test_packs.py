@@ -13,7 +13,7 @@ import paceline
 from paceline import _cpu
 from paceline.backends.cpu import pack_cache
 from paceline.backends.cpu.pack_cache import fingerprint, pack_path
-from paceline.backends.cpu.packfile import StalePack, _checksum, open_pack, write_pack
+from paceline.backends.cpu.packfile import StalePack, open_pack, write_pack
 from paceline.backends.cpu.weights import Weights, pack_checkpoint
 from paceline.backends.formats import choose_quant
 from paceline.checkpoint import Checkpoint, TensorRef, Tensors, resolve
@@ -108,13 +108,19 @@ def test_a_failed_write_leaves_nothing(
     assert os.listdir(tmp_path) == []
 
 
-def test_checksums_do_not_depend_on_threads_and_see_order() -> None:
-    data = np.random.default_rng(0).integers(0, 256, 5 << 20, np.uint8)
-    assert _cpu.checksum(data, 1) == _cpu.checksum(data, 3)
-    swapped = data.copy()
-    swapped[:4096], swapped[8192:12288] = data[8192:12288], data[:4096]
-    assert _cpu.checksum(swapped, 1) != _cpu.checksum(data, 1)
-    assert _checksum([data[:100]], 1) != _checksum([data[:99]], 1)
+def test_checksums_do_not_depend_on_threads_and_see_every_byte() -> None:
+    data = np.random.default_rng(0).integers(1, 256, (5 << 20) + 7, np.uint8)
+    parts = [data[:100], data[100 : 100 + (3 << 20)], data[100 + (3 << 20) :]]
+    value = _cpu.checksum(parts, 1)
+    assert value == _cpu.checksum(parts, 3)
+    for at in (0, 99, 100, 3 << 20, len(data) - 1):
+        data[at] ^= 1
+        assert _cpu.checksum(parts, 3) != value
+        data[at] ^= 1
+    assert _cpu.checksum(parts[::-1], 1) != value  # order
+    assert _cpu.checksum([parts[0][:-1], *parts[1:]], 1) != value  # length
+    data[4096:8192], data[8192:12288] = data[8192:12288].copy(), data[4096:8192].copy()
+    assert _cpu.checksum(parts, 1) != value
 
 
 def test_the_second_start_maps_and_writes_the_same(pair: tuple[Path, Path], kept: Path) -> None:

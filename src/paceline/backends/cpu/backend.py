@@ -74,6 +74,7 @@ class CpuBackend:
         except RuntimeError as error:  # std::system_error
             raise BackendError(f"cannot start {threads} threads ({error}); use fewer") from error
         self._free = list(range(slots))[::-1]
+        self.pass_bytes = weights.pass_bytes(config)  # that a pass of one row reads
         self.info = BackendInfo(
             vocab_size=config.vocab_size,
             context=context,

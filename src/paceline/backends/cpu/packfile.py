@@ -66,7 +66,7 @@ def write_pack(path: Path, weights: Weights, fingerprint: str, threads: int, *, 
             "quant": weights.quant,
             "items": items,
             "bytes": offset,
-            "checksum": _checksum(checked, threads),
+            "checksum": _cpu.checksum(checked, threads),
         }
     ).encode()
     prefix = MAGIC + np.array([VERSION, len(header), zlib.crc32(header)], "<u4").tobytes()
@@ -111,7 +111,7 @@ def open_pack(
         if tensors and PLE_TABLE in tensors.refs:
             weights.tensors[PLE_TABLE] = map_table(tensors[PLE_TABLE])
         check_weights(weights, config)
-        if _checksum([raw for raw in added if raw is not None], threads) != header["checksum"]:
+        if _cpu.checksum([raw for raw in added if raw is not None], threads) != header["checksum"]:
             raise StalePack("damaged data")
     except StalePack:
         raise
@@ -182,16 +182,3 @@ def _contents(weights: Weights, with_tables: bool) -> Iterator[tuple[str, str, N
             yield name, "vector", tensor, {"dtype": tensor.dtype.str}
         elif isinstance(tensor, _cpu.Table) and with_tables:
             yield name, "table", tensor.data(), {"type": tensor.type, "shape": tensor.shape}
-
-
-def _checksum(parts: list[NDArray[np.uint8]], threads: int) -> int:
-    """One check value over all parts, each extended with zeros to a multiple of 512 bytes."""
-    total = 0
-    for part in parts:
-        whole = len(part) // 512 * 512
-        tail = np.zeros(512, np.uint8)
-        tail[: len(part) - whole] = part[whole:]
-        for chunk in (part[:whole], tail):
-            value = _cpu.checksum(np.ascontiguousarray(chunk), threads if len(chunk) > 1 << 20 else 1)
-            total = zlib.crc32(value.to_bytes(8, "little"), total)
-    return total

@@ -11,7 +11,7 @@ Names are canonical (`checkpoint.names`), except where the native layout differs
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ from paceline.quant.recipes import RECIPES, Stored
 
 EMBEDDING = "embed_tokens.weight"
 CENTROIDS = "masked_embedding.centroids.weight"
-SLICE_BYTES = 32 << 20  # read at a time while packing
+SLICE_BYTES = 4 << 20  # read at a time while packing; malloc keeps what is freed of larger pieces
 
 Tensor = _cpu.Matrix | list[_cpu.Matrix] | _cpu.Table | NDArray[Any]
 
@@ -59,6 +59,19 @@ class Weights:
         """Of the matrices, scales and padding included."""
         count = sum(rows * columns for rows, columns in (matrix.shape for _, matrix in self.matrices))
         return float(8 * self.nbytes / count)
+
+    def pass_bytes(self, config: TargetConfig) -> int:
+        """Bytes of a target's matrices that a pass of one row reads: of experts, those that the row is sent to.
+
+        An embedding is read whole only where it is the head, too.
+        """
+        total = 0
+        for name, tensor in self.tensors.items():
+            if isinstance(tensor, list) and config.experts:
+                total += sum(matrix.nbytes for matrix in tensor) * config.experts.active // config.experts.count
+            elif isinstance(tensor, _cpu.Matrix) and (name != EMBEDDING or config.tied_head):
+                total += tensor.nbytes
+        return total
 
     @property
     def is_f32(self) -> bool:
@@ -195,16 +208,19 @@ def _matrix(tensors: Tensors, name: str, fmt: str, progress: Callable[[int], Non
 
 
 def _experts(tensors: Tensors, name: str, fmt: str, progress: Callable[[int], None]) -> list[_cpu.Matrix]:
-    ref, chosen = _source(tensors, name), slice(None)
-    if name not in tensors.refs:
-        half = ref.shape[1] // 2
-        chosen = slice(half) if name.endswith("gate_proj") else slice(half, None)
+    ref = _source(tensors, name)
+    experts, rows, columns = ref.shape
+    first, count = 0, rows
+    if name not in tensors.refs:  # the lower or upper half of each
+        count = rows // 2
+        first = 0 if name.endswith("gate_proj") else count
+    below = replace(ref, shape=(experts * rows, columns))  # all experts' rows
     matrices = []
-    for expert in range(ref.shape[0]):
-        rows = np.ascontiguousarray(ref.read(expert, expert + 1)[0, chosen])
-        matrices.append(_cpu.Matrix(fmt, len(rows), ref.shape[2]))
-        matrices[-1].pack(rows, 0, ref.block_type)
-        progress(rows.nbytes)
+    for start in range(first, experts * rows, rows):
+        part = below.read(start, start + count)
+        matrices.append(_cpu.Matrix(fmt, count, columns))
+        matrices[-1].pack(part, 0, ref.block_type)
+        progress(part.nbytes)
     return matrices
 
 
@@ -219,7 +235,7 @@ def _ordered_tokens(tensors: Tensors) -> NDArray[np.int32]:
 
 def _ordered_head(tensors: Tensors, _: str, fmt: str, progress: Callable[[int], None]) -> _cpu.Matrix:
     ref = tensors[EMBEDDING]
-    tokens, rows = _ordered_tokens(tensors), ref.read()
+    tokens, rows = _ordered_tokens(tensors), ref.map()  # in no order: read whole, it would be there twice
     matrix = _cpu.Matrix(fmt, tokens.size, ref.shape[1])
     for index, members in enumerate(tokens):
         listed = np.where(members[:, None] >= 0, rows[members], np.zeros((), rows.dtype))  # zero bytes are zeros
