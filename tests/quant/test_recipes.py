@@ -48,7 +48,7 @@ def test_a_router_keeps_its_precision(quant: str) -> None:
     assert routers == {"f32" if quant == "f32" else "bf16"}
 
 
-@pytest.mark.parametrize(("element", "fmt"), [("Q4_K", "q4_k"), ("Q3_K", "q6_k"), ("MXFP4", "bf16"), ("F16", "f16")])
+@pytest.mark.parametrize(("element", "fmt"), [("Q4_K", "q4_k"), ("Q3_K", "q3_k"), ("MXFP4", "mxfp4"), ("F16", "f16")])
 def test_a_file_keeps_its_formats(element: str, fmt: str) -> None:
     stored = {"a": Stored((32, 256), element), "b": Stored((32, 256), "Q8_0")}
     assert RECIPES["file"].formats(stored) == {"a": fmt, "b": "q8_0"}

@@ -56,8 +56,7 @@ def test_each_matrix_gets_activations_of_its_format(tmp_path: Path, mix: Mix) ->
     weights = target_weights()
     write(tmp_path / "plain", TARGET, weights)
     stored = {
-        name: round_trip(values, fmt) if (fmt := format_of(name, mix)) else values
-        for name, values in weights.items()
+        name: round_trip(values, fmt) if (fmt := format_of(name, mix)) else values for name, values in weights.items()
     }
     write(tmp_path / "stored", TARGET, stored)
     mixed, exact = logits(tmp_path / "plain", mix), logits(tmp_path / "stored")
