@@ -41,6 +41,13 @@ def test_values_come_first() -> None:
     assert set(formats.values()) == {"q4_k", "q5_k", "q6_k"}
 
 
+def test_what_is_small_enough_is_not_rounded_again() -> None:
+    stored = {"v_proj.weight": Stored((32, 256), "Q4_0"), "o_proj.weight": Stored((32, 256), "Q6_K")}
+    assert RECIPES["q8"].formats(stored) == {"v_proj.weight": "q4_0", "o_proj.weight": "q6_k"}
+    assert RECIPES["q4"].formats(stored)["v_proj.weight"] == "q4_0"
+    assert RECIPES["q4"].formats(stored)["o_proj.weight"] != "q6_k"
+
+
 @pytest.mark.parametrize("quant", RECIPES)
 def test_a_router_keeps_its_precision(quant: str) -> None:
     formats = RECIPES[quant].formats(matrices(official_target("26b")))

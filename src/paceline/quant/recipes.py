@@ -51,16 +51,31 @@ class Recipe:
     budget: float = math.inf
 
     def formats(self, matrices: Mapping[str, Stored]) -> dict[str, str]:
-        """The format of each matrix of a model, by name."""
+        """The format of each matrix of a model, by name.
+
+        A recipe that quantises leaves a matrix alone that is quantised to as few bits already.
+        """
+        own = {name: native_format(stored.element) for name, stored in matrices.items()}
         if self.name == "file":
-            return {name: native_format(stored.element) for name, stored in matrices.items()}
+            return own
         router = "f32" if self.base == "f32" else "bf16"
-        chosen = {name: router if name.endswith(ROUTER) else self.base for name in matrices}
+        chosen = {name: router for name in matrices if name.endswith(ROUTER)}
+        chosen |= {name: fmt for name, fmt in own.items() if self._is_as_small(fmt) and name not in chosen}
+        free = [name for name in matrices if name not in chosen]
+        chosen |= dict.fromkeys(free, self.base)
         for pattern, better in self.upgrades:
-            upgraded = {name: better for name in matrices if re.search(pattern, name) and not name.endswith(ROUTER)}
+            upgraded = {name: better for name in free if re.search(pattern, name)}
             if mean_bits(matrices, chosen | upgraded) <= self.budget:
                 chosen |= upgraded
         return chosen
+
+    @property
+    def quantises(self) -> bool:
+        return FORMATS[self.base].quantised
+
+    def _is_as_small(self, fmt: str) -> bool:
+        small = FORMATS[fmt].bits_per_weight <= FORMATS[self.base].bits_per_weight
+        return self.quantises and FORMATS[fmt].quantised and small
 
 
 def mean_bits(matrices: Mapping[str, Stored], formats: Mapping[str, str]) -> float:
@@ -85,13 +100,13 @@ RECIPES = {
         Recipe("q8", "in 8.5 bits a weight", drafter="q8", base="q8_0", uniform="q8_0", cost="of no loss to see"),
         Recipe(
             "q6",
-            "in 6.6 to 7",
+            "in 6.6 to 7.2",
             drafter="q8",
             base="q6_k",
             uniform="q8_0",
             cost="of little loss",
             upgrades=_upgrades("q8_0", "q8_0"),
-            budget=7.0,
+            budget=7.2,
         ),
         Recipe(
             "q5",

@@ -17,7 +17,9 @@ from paceline.backends.cpu.packfile import StalePack, open_pack, write_pack
 from paceline.backends.cpu.weights import Weights, pack_checkpoint
 from paceline.backends.formats import choose_quant
 from paceline.checkpoint import Checkpoint, TensorRef, Tensors, resolve
+from paceline.checkpoint.names import canonical_name
 from paceline.errors import CheckpointError, SettingsError
+from paceline.quant.bf16 import from_bf16, to_bf16
 from paceline.quant.recipes import DEFAULT, RECIPES
 from tests.fixtures.backends import cpu_backend, run, sequence
 from tests.fixtures.checkpoints import PREFIX, TARGET, changed, target_weights, write
@@ -265,3 +267,30 @@ def test_auto_depends_on_the_files_alone(pair: tuple[Path, Path], element: str, 
     checkpoint = Checkpoint.open(pair[0])
     ref = TensorRef("x", element, (2, columns), pair[0], 0, 2 * columns * (4 if element == "F32" else 2))
     assert choose_quant(checkpoint, Tensors({"x": ref}, {})) == choice
+
+
+@pytest.mark.parametrize("least", [-7, -8])
+@pytest.mark.parametrize("quant", ["q4", "q8"])
+def test_weights_trained_for_q4_0_keep_their_grid(tmp_path: Path, least: int, quant: str) -> None:
+    """Checkpoints in bf16 of quantisation-aware training: whole numbers times a scale for 32 columns."""
+    random = np.random.default_rng(0)
+    weights = target_weights()
+    for name, values in weights.items():
+        if values.ndim == 2 and values.shape[1] % 32 == 0:
+            groups = (values.shape[0], values.shape[1] // 32, 32)
+            scale = from_bf16(to_bf16(random.uniform(0.01, 0.1, groups[:2]).astype(np.float32)))
+            grid = random.integers(least, 8, groups).astype(np.float32) * scale[..., None]
+            weights[name] = from_bf16(to_bf16(grid.reshape(values.shape)))
+    checkpoint = Checkpoint.open(write(tmp_path, TARGET, weights))
+    config = checkpoint.target_config()
+    packed = dict(pack_checkpoint(resolve(checkpoint, config), config, quant).matrices)
+    exact = total = 0
+    for given, values in weights.items():
+        name = canonical_name(given)
+        if name in packed and values.shape[1] % 32 == 0:
+            assert packed[name].format == "q4_0"
+            held = np.array([packed[name].row(row) for row in range(len(values))])
+            groups = (from_bf16(to_bf16(held)) == values).reshape(-1, 32).all(axis=1)
+            exact, total = exact + groups.sum(), total + len(groups)
+    assert total > 100
+    assert exact >= 0.99 * total

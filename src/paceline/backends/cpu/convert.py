@@ -84,14 +84,14 @@ def _convert_pair(
     draft_checkpoint = _open(drafter) if drafter else None
     if draft_checkpoint:
         check_pair(config, draft_checkpoint.drafter_config())
-    _write_texts(checkpoint, config, out)
+    write_texts(checkpoint, config, out)
     (out / "config.json").write_text(json.dumps(_with_head(checkpoint.config, config), indent=2))
     weights = pack_checkpoint(resolve(checkpoint, config), config, quant, progress)
     write_pack(out / PACKED_NAME, weights, fingerprint="", threads=threads, with_tables=True)
     if draft_checkpoint:
         draft_config = draft_checkpoint.drafter_config()
         (out / DRAFTER_FOLDER).mkdir()
-        _write_texts(draft_checkpoint, None, out / DRAFTER_FOLDER)
+        write_texts(draft_checkpoint, None, out / DRAFTER_FOLDER)
         draft_tensors = resolve(draft_checkpoint, draft_config)
         draft_weights = pack_checkpoint(draft_tensors, draft_config, drafter_quant(draft_checkpoint, quant), progress)
         write_pack(out / DRAFTER_FOLDER / PACKED_NAME, draft_weights, "", threads, with_tables=True)
@@ -111,7 +111,7 @@ def _with_head(settings: Mapping[str, Any], config: TargetConfig) -> dict[str, A
     return {**settings, **({"text_config": {**text, **head}} if isinstance(text, Mapping) else head)}
 
 
-def _write_texts(checkpoint: Checkpoint, config: TargetConfig | None, out: Path) -> None:
+def write_texts(checkpoint: Checkpoint, config: TargetConfig | None, out: Path) -> None:
     """The files of a model folder beside its weights; `config` is a target's, which has a tokenizer."""
     if not checkpoint.is_gguf:
         for name in TEXT_FILES:

@@ -24,6 +24,7 @@ from paceline.config import DrafterConfig, TargetConfig
 from paceline.errors import CheckpointError
 from paceline.quant.bf16 import from_bf16, to_bf16
 from paceline.quant.formats import PANEL
+from paceline.quant.lattice import SAMPLE, lies_on_q4_0
 from paceline.quant.recipes import RECIPES, Stored
 
 EMBEDDING = "embed_tokens.weight"
@@ -160,7 +161,7 @@ def pack_checkpoint(
         CheckpointError: a file ended early, or a drafter's token ordering is damaged.
     """
     weights = Weights(quant, embedding_scales(config, lambda name: tensors[name].dtype == "BF16"))
-    chosen = choose_formats(config, quant, lambda name: _source(tensors, name).dtype) | dict(formats or {})
+    chosen = choose_formats(config, quant, lambda name: _element(_source(tensors, name), quant)) | dict(formats or {})
     for name, shape in native_shapes(config).items():
         if name == PLE_TABLE:
             weights.tensors[name] = map_table(tensors[name])
@@ -180,6 +181,20 @@ def choose_formats(
     """The format of each native matrix by a recipe; `element` gives the type of its elements in the files."""
     shapes = {name: s for name, s in native_shapes(config).items() if len(s) > 1 and name != PLE_TABLE}
     return RECIPES[quant].formats({name: Stored(shape, element(name)) for name, shape in shapes.items()})
+
+
+def _element(ref: TensorRef, quant: str) -> str:
+    """The type of a tensor's elements; Q4_0 of plain ones that lie on its grid (of models trained for it)."""
+    if RECIPES[quant].quantises and not ref.block_type and len(ref.shape) > 1:
+        matrix = ref if len(ref.shape) == 2 else ref.slice(0, 1)
+        step = max(1, ref.shape[-2] // SAMPLE)
+        if len(ref.shape) == 2:
+            rows = np.concatenate([matrix.read(row, row + 1) for row in range(0, matrix.rows, step)])
+        else:
+            rows = matrix.read()[0, ::step]
+        if lies_on_q4_0(from_bf16(rows) if rows.dtype == np.uint16 else np.asarray(rows, np.float32)):
+            return "Q4_0"
+    return ref.dtype
 
 
 def map_table(ref: TensorRef) -> _cpu.Table:
