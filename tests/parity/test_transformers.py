@@ -18,6 +18,7 @@ from paceline.quant.recipes import RECIPES
 from paceline.types import GREEDY, Draft, Result, Work
 from tests.fixtures import reference_formats
 from tests.fixtures.backends import all_logits, any_backend, only_native, run, sequence, torch_backend
+from tests.fixtures.native import as_stored
 from tests.fixtures.pairs import SHAPES, VOCABULARY, WINDOW, _randomise, write_pair
 from tests.models.test_parity import head_of, read_pair
 
@@ -220,8 +221,7 @@ def test_logits_are_exact_integer_sums(tmp_path: Path, quant: str, isa: str) -> 
     for position, token in enumerate(prompt().tolist()):
         logits.append(feed(backend, slot, np.array([token]), position)[0])
         hidden.append(backend._decoder.hidden(slot))
-    product = reference_formats.matmul(
-        table, np.array(hidden), choose_formats(config, quant, lambda _: "F32")["embed_tokens.weight"]
-    )
+    fmt = choose_formats(config, quant, lambda _: "F32")["embed_tokens.weight"]
+    product = reference_formats.product(as_stored(table, fmt), np.array(hidden), fmt)
     expected = config.softcap * np.tanh(product / config.softcap) if config.softcap else product
     assert np.abs(np.array(logits) - expected).max() <= 2e-6 * np.abs(expected).max()

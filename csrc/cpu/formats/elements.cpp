@@ -266,11 +266,12 @@ void block_values(Element type, const BlockFields& f, float* out) {
   const float d = type == Element::mxfp4 ? bf16_to_float(f.d) : half_to_float(f.d);
   const float m = t.has_min ? half_to_float(f.m) : 0.0f;
   const int columns = int(t.columns), part = t.part ? t.part : columns;
+  const bool table = t.lookup != Lookup::none;
   for (int i = 0, k = 0; k < columns; ++i) {
     const float scale = t.part ? d * float(f.scale[i]) : d;
     const float minimum = t.part ? -(m * float(f.min[i])) : m;
     for (const int end = k + part; k < end; ++k) {
-      const float x = scale * float(t.table ? t.table[f.q[k]] : f.q[k] - t.offset);
+      const float x = scale * float(table ? values_of(t.lookup)[f.q[k]] : f.q[k] - t.offset);
       out[k] = t.has_min ? x + minimum : x;
     }
   }

@@ -39,8 +39,15 @@ struct BlockFields {
   alignas(4) uint8_t q[kMostElements];
 };
 
+inline constexpr int8_t kIq4Values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+inline constexpr int8_t kMxfp4Values[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+
+// Which values numbers stand for. Not a pointer that may be null: with -fsanitize=undefined those are no constants.
+enum class Lookup : int { none, iq4, mxfp4 };
+constexpr const int8_t* values_of(Lookup t) { return t == Lookup::iq4 ? kIq4Values : kMxfp4Values; }
+
 // The values of a block are scale * q' + minimum, where
-//   q'       is q - offset, or table[q]
+//   q'       is q - offset, or values_of(lookup)[q]
 //   scale    is d, or d * scale[part]
 //   minimum  is absent, m, or -(m * min[part])
 struct ElementTraits {
@@ -49,15 +56,12 @@ struct ElementTraits {
   int offset = 0;
   int part = 0;  // columns that share a factor of d and m; 0: none has
   bool has_min = false;
-  const int8_t* table = nullptr;
+  Lookup lookup = Lookup::none;
   void (*read)(const uint8_t* block, BlockFields& fields) = nullptr;   // null for plain numbers
   void (*write)(const BlockFields& fields, uint8_t* block) = nullptr;  // null for those that nothing is written in
 
   constexpr bool plain() const { return columns == 1; }
 };
-
-inline constexpr int8_t kIq4Values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
-inline constexpr int8_t kMxfp4Values[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 
 // Reading and writing, by type.
 namespace blocks {
@@ -84,19 +88,19 @@ inline constexpr ElementTraits kElements[] = {
     {"F32", 1, 4},
     {"F16", 1, 2},
     {"BF16", 1, 2},
-    {"Q4_0", 32, 18, 8, 0, false, nullptr, blocks::read_q4_0, blocks::write_q4_0},
-    {"Q4_1", 32, 20, 0, 0, true, nullptr, blocks::read_q4_1, blocks::write_q4_1},
-    {"Q5_0", 32, 22, 16, 0, false, nullptr, blocks::read_q5_0, blocks::write_q5_0},
-    {"Q5_1", 32, 24, 0, 0, true, nullptr, blocks::read_q5_1, blocks::write_q5_1},
-    {"Q8_0", 32, 34, 128, 0, false, nullptr, blocks::read_q8_0, blocks::write_q8_0},
-    {"Q2_K", 256, 84, 0, 16, true, nullptr, blocks::read_q2_k},
-    {"Q3_K", 256, 110, 4, 16, false, nullptr, blocks::read_q3_k},
-    {"Q4_K", 256, 144, 0, 32, true, nullptr, blocks::read_q4_k, blocks::write_q4_k},
-    {"Q5_K", 256, 176, 0, 32, true, nullptr, blocks::read_q5_k, blocks::write_q5_k},
-    {"Q6_K", 256, 210, 32, 16, false, nullptr, blocks::read_q6_k, blocks::write_q6_k},
-    {"IQ4_NL", 32, 18, 0, 0, false, kIq4Values, blocks::read_q4_0, blocks::write_q4_0},
-    {"IQ4_XS", 256, 136, 0, 32, false, kIq4Values, blocks::read_iq4_xs, blocks::write_iq4_xs},
-    {"MXFP4", 32, 17, 0, 0, false, kMxfp4Values, blocks::read_mxfp4},
+    {"Q4_0", 32, 18, 8, 0, false, Lookup::none, blocks::read_q4_0, blocks::write_q4_0},
+    {"Q4_1", 32, 20, 0, 0, true, Lookup::none, blocks::read_q4_1, blocks::write_q4_1},
+    {"Q5_0", 32, 22, 16, 0, false, Lookup::none, blocks::read_q5_0, blocks::write_q5_0},
+    {"Q5_1", 32, 24, 0, 0, true, Lookup::none, blocks::read_q5_1, blocks::write_q5_1},
+    {"Q8_0", 32, 34, 128, 0, false, Lookup::none, blocks::read_q8_0, blocks::write_q8_0},
+    {"Q2_K", 256, 84, 0, 16, true, Lookup::none, blocks::read_q2_k},
+    {"Q3_K", 256, 110, 4, 16, false, Lookup::none, blocks::read_q3_k},
+    {"Q4_K", 256, 144, 0, 32, true, Lookup::none, blocks::read_q4_k, blocks::write_q4_k},
+    {"Q5_K", 256, 176, 0, 32, true, Lookup::none, blocks::read_q5_k, blocks::write_q5_k},
+    {"Q6_K", 256, 210, 32, 16, false, Lookup::none, blocks::read_q6_k, blocks::write_q6_k},
+    {"IQ4_NL", 32, 18, 0, 0, false, Lookup::iq4, blocks::read_q4_0, blocks::write_q4_0},
+    {"IQ4_XS", 256, 136, 0, 32, false, Lookup::iq4, blocks::read_iq4_xs, blocks::write_iq4_xs},
+    {"MXFP4", 32, 17, 0, 0, false, Lookup::mxfp4, blocks::read_mxfp4},
 };
 
 constexpr const ElementTraits& traits(Element e) { return kElements[int(e)]; }

@@ -213,7 +213,8 @@ float next_uniform(uint64_t& state, float spread) {
 BlockFields random_scales(const FormatTraits& t, float spread) {
   constexpr int factor = 32;
   const ElementTraits& e = traits(t.element);
-  const float largest = e.table ? float(e.table == kMxfp4Values ? 12 : 127) : float(1 << (t.bits - 1));
+  const float numbers = float(1 << (t.bits - 1));
+  const float largest = e.lookup == Lookup::iq4 ? 127.0f : e.lookup == Lookup::mxfp4 ? 12.0f : numbers;
   const float d = spread / (largest / 2), m = -d * (largest - 0.5f);  // the mean number times d
   BlockFields f = {};
   f.d = t.header == Header::power ? float_to_bf16(d) : float_to_half(e.part ? d / factor : d);

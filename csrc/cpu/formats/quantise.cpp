@@ -340,8 +340,9 @@ void quantise_factors(const Parts<N>& p, Grid grid, Whole factors, Floats scale,
 }
 
 uint8_t stored(const ElementTraits& t, float q) {
-  if (!t.table) return uint8_t(int(q) + t.offset);
-  return uint8_t(std::lower_bound(t.table, t.table + 16, int(q)) - t.table);
+  if (t.lookup == Lookup::none) return uint8_t(int(q) + t.offset);
+  const int8_t* values = values_of(t.lookup);
+  return uint8_t(std::lower_bound(values, values + 16, int(q)) - values);
 }
 
 // Blocks of the first `parts` lanes.

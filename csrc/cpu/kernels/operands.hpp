@@ -57,7 +57,7 @@ constexpr int kOperands = kGroup / 4;
 
 // What the numbers of operands are: bytes of any sign, or unsigned numbers up to 15, 31 or 63. An instruction set whose
 // dot product takes unsigned weights (kUnsignedBytes) gets bytes with 128 added.
-constexpr bool is_table(Format f) { return traits(traits(f).element).table != nullptr; }
+constexpr bool is_table(Format f) { return traits(traits(f).element).lookup != paceline::Lookup::none; }
 constexpr bool is_bytes(Format f) { return traits(f).bits == 8 || is_table(f); }
 
 // Three-bit numbers are multiplied by eight, so that start values serve them which other formats have too.
@@ -93,7 +93,7 @@ PACELINE_INLINE inline u8x64 operand(const uint8_t* group) {
     return (shift<3 - 2 * (I % 4)>(load<u8x64>(group + 64 + I / 4 * 64)) & 24) |
            (shift<5 - I>(load<u8x64>(group)) & 32);
   } else if constexpr (bits == 4 && is_table(F)) {
-    return lookup(traits(traits(F).element).table, nibbles<I>(group));
+    return lookup(values_of(traits(traits(F).element).lookup), nibbles<I>(group));
   } else if constexpr (bits == 4) {
     return nibbles<I>(group);
   } else if constexpr (bits == 5) {

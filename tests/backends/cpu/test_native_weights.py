@@ -16,6 +16,7 @@ from paceline.errors import BackendError
 from paceline.types import GREEDY, Work
 from tests.fixtures import reference_formats
 from tests.fixtures.checkpoints import TARGET, target_weights, write
+from tests.fixtures.native import as_stored
 
 PROMPT, ROWS = 12, 24
 PARTS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
@@ -25,14 +26,6 @@ Mix = tuple[str, str, str]
 def format_of(name: str, mix: Mix) -> str | None:
     part = next((i for i, part in enumerate(PARTS) if part in name), None)
     return None if part is None else mix[part % len(mix)]
-
-
-def round_trip(values: np.ndarray, fmt: str) -> np.ndarray:
-    """Weights [..., rows, columns] as a matrix of the format holds them."""
-    rows = values.reshape(-1, values.shape[-1])
-    matrix = _cpu.Matrix(fmt, *rows.shape)
-    matrix.pack(rows)
-    return np.stack([matrix.row(i) for i in range(len(rows))]).reshape(values.shape)
 
 
 def logits(folder: Path, mix: Mix | None = None) -> np.ndarray:
@@ -56,7 +49,7 @@ def test_each_matrix_gets_activations_of_its_format(tmp_path: Path, mix: Mix) ->
     weights = target_weights()
     write(tmp_path / "plain", TARGET, weights)
     stored = {
-        name: round_trip(values, fmt) if (fmt := format_of(name, mix)) else values for name, values in weights.items()
+        name: as_stored(values, fmt) if (fmt := format_of(name, mix)) else values for name, values in weights.items()
     }
     write(tmp_path / "stored", TARGET, stored)
     mixed, exact = logits(tmp_path / "plain", mix), logits(tmp_path / "stored")
