@@ -5,8 +5,8 @@
 The reference is the file's own values. Each row of the table has some matrices quantised by paceline's own quantisers:
 a recipe, or one format for the layers or the head alone. Columns are bits a weight over all matrices a pass reads, mean
 KL divergence from the reference, the share of positions with the same top token, and perplexity; with `--activations`,
-the same again with activations in 8 bits, as the CPU's kernels take them. Rows marked * searched scales by the mean
-squares of activations (`--calibration` texts), rows marked ** rounded with compensation of errors besides.
+the same again with activations in 8 bits, as the CPU's kernels take them. Rows "by importance" searched scales by the
+mean squares of activations on the texts of `--calibration`, "compensated" ones moved errors into other columns besides.
 
 Embedding rows that enter the model are the file's own throughout. Texts are those of `paceline eval`.
 """
@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 
+import gguf
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -41,6 +42,8 @@ from paceline.text.tokenizer import Tokenizer
 HEAD = "embed_tokens.weight"
 MATRIX = re.compile(r"_proj\.weight$")
 SLICE = 8192  # rows quantised at once
+ROUNDED = ", rounded to nearest"
+METHODS = ("", " by importance", " compensated", ROUNDED)
 CHUNK = 128  # positions whose logits are held at once
 CALIBRATION = [Path("README.md"), *sorted(Path("docs").glob("*.md")), Path("src/paceline/engine/engine.py")]
 Moments = Mapping[str, NDArray[np.float64]]
@@ -140,7 +143,7 @@ class Study:
         self.matrices = {name: Stored(shape, "BF16") for name, shape in shapes.items()}
 
     def quantised(self, name: str, fmt: str, calibrated: int) -> Tensor:
-        """The values of a matrix in a format. Calibrated: 0, 1 by importance, 2 with compensation."""
+        """The values of a matrix in a format. `calibrated`: a number of METHODS."""
         element, rows = FORMATS[fmt].element, self.weights[name].numpy()
         if fmt == "f32":
             return self.weights[name]
@@ -150,7 +153,9 @@ class Study:
 
         def part(first: int) -> NDArray[np.float32]:
             x = np.ascontiguousarray(rows[first : first + SLICE])
-            if calibrated == 2 and element in GRIDS:
+            if METHODS[calibrated] == ROUNDED:
+                blocks = gguf.quants.quantize(x, gguf.GGMLQuantizationType[element])
+            elif calibrated == 2 and element in GRIDS:
                 blocks = round_compensated(x, element, moments)
             else:
                 blocks = _cpu.quantise(x, element, importance_of(moments) if calibrated else None)
@@ -165,7 +170,7 @@ class Study:
         chosen = {name: formats.get(name, "f32") for name in self.matrices}
         weights = dict(self.weights) | {name: self.quantised(name, fmt, calibrated) for name, fmt in chosen.items()}
         bits = mean_bits({name: self.matrices[name] for name in formats}, formats)
-        row = f"| {label}{'*' * calibrated} | {bits:.2f} | {self._losses(weights, lambda x: x)} |"
+        row = f"| {label}{METHODS[calibrated]} | {bits:.2f} | {self._losses(weights, lambda x: x)} |"
         print(row + (f" {self._losses(weights, eight_bits)} |" if activations else ""), flush=True)
 
     def _losses(self, weights: Mapping[str, Tensor], activations: Callable[[Tensor], Tensor]) -> str:
@@ -182,6 +187,16 @@ class Study:
             parts.append(torch.stack([kl, same, chosen.where(follows >= 0, torch.nan)]))
         kl, same, loss = torch.cat(parts, 1)
         return f"{kl.mean():.4f} | {100 * same.mean():.1f} % | {loss.nanmean().exp():.2f}"
+
+
+def q4_k_m(matrices: Mapping[str, Stored]) -> dict[str, str]:
+    """llama.cpp's choice of formats, where all widths are multiples of 256."""
+    formats = dict.fromkeys(matrices, "q4_k") | {HEAD: "q6_k"}
+    layers = 1 + max(int(name.split(".")[1]) for name in matrices if name != HEAD)
+    for i in range(layers):
+        if i < layers // 8 or i >= 7 * layers // 8 or (i - layers // 8) % 3 == 2:
+            formats |= {f"layers.{i}.self_attn.v_proj.weight": "q6_k", f"layers.{i}.mlp.down_proj.weight": "q6_k"}
+    return formats
 
 
 def second_moments(config: TargetConfig, weights: Mapping[str, Tensor], ids: Tensor) -> Moments:
@@ -225,7 +240,9 @@ def main() -> None:
         rows: list[tuple[str, dict[str, str], int]] = []
         for calibrated in range(3 if args.compensated else 2):
             rows += [(name, RECIPES[name].formats(study.matrices), calibrated) for name in ("q8", "q6", "q5", "q4")]
-        rows += [("Q4_0 with a Q8_0 head", dict.fromkeys(layers, "q4_0") | {HEAD: "q8_0"}, 0)]
+        everything = dict.fromkeys(study.matrices, "q4_0")
+        rows += [("Q4_0 everywhere", everything, 3), ("llama.cpp's Q4_0", everything | {HEAD: "q8_0"}, 3)]
+        rows += [("the mix of llama.cpp's Q4_K_M", q4_k_m(study.matrices), 0)]
         for fmt in ("q4_0", "iq4_xs", "iq4_nl", "q4_1", "q4_k", "q5_0", "q5_k", "q6_k", "q8_0"):
             rows += [(f"layers {fmt}", dict.fromkeys(layers, fmt), 0), (f"head {fmt}", {HEAD: fmt}, 0)]
         for label, formats, calibrated in rows:
