@@ -1,6 +1,6 @@
 """Compares passes of two models in one run, taking turns: the ratio of their times beside the ratio of their bytes.
 
-    python bench/gguf_passes.py A.gguf B.gguf [--repeats 15]
+    python bench/gguf_passes.py A.gguf B.gguf [--repeats 25]
 
 Where memory is the limit, a pass of A costs as much more than one of B as it has more bytes to read. Prints a table,
 and one JSON line on stdout.
@@ -19,11 +19,12 @@ from rich.table import Table
 from paceline.backends.cpu.backend import default_threads
 from paceline.bench.loading import Pair, open_pair
 from paceline.bench.report import console
-from paceline.bench.runs import PASS_ROWS
+
+ROWS = (1, 2, 4, 8, 16)
 
 
 def measure(given: argparse.Namespace) -> dict[str, Any]:
-    """Passes of 1 to 16 rows of both, alternating."""
+    """Passes of both, alternating."""
     pairs = [
         open_pair(model, None, "auto", given.threads, "cpu", given.context, room=given.context + 64)
         for model in (given.first, given.second)
@@ -31,8 +32,8 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     seen: list[list[dict[int, float]]] = [[], []]
     for repeat in range(given.repeats):
         for index in (0, 1) if repeat % 2 else (1, 0):  # neither is always the one that comes after the other
-            seen[index].append(pairs[index].bench.forward_ms(1))
-    ratios = {rows: [a[rows] / b[rows] for a, b in zip(*seen, strict=True)] for rows in PASS_ROWS}
+            seen[index].append(pairs[index].bench.forward_ms(1, ROWS))
+    ratios = {rows: [a[rows] / b[rows] for a, b in zip(*seen, strict=True)] for rows in ROWS}
     return {
         "benchmark": "gguf_passes",
         "models": [_one(pair, times) for pair, times in zip(pairs, seen, strict=True)],
@@ -43,7 +44,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def _one(pair: Pair, times: list[dict[int, float]]) -> dict[str, Any]:
-    medians = {str(rows): statistics.median(one[rows] for one in times) for rows in PASS_ROWS}
+    medians = {str(rows): statistics.median(one[rows] for one in times) for rows in ROWS}
     bandwidth = pair.bench.bandwidth.median
     return pair.report("passes") | {
         "forward_ms": medians,
@@ -53,10 +54,9 @@ def _one(pair: Pair, times: list[dict[int, float]]) -> dict[str, Any]:
 
 
 def table(report: dict[str, Any]) -> Table:
-    """Milliseconds of both and their ratio, by rows."""
+    """Milliseconds of both, A and B, and their ratio, by rows."""
     shown = Table(title=f"Passes; ratio of bytes {report['bytes_ratio']:.3f}")
-    names = [Path(model["model"]).name for model in report["models"]]
-    for title in ("rows", *(f"{name}, ms" for name in names), "ratio", *(f"{name} of one row" for name in names)):
+    for title in ("rows", "A, ms", "B, ms", "A / B", "A of one row", "B of one row"):
         shown.add_column(title, justify="right")
     for rows, ratio in report["time_ratio"].items():
         times = [f"{model['forward_ms'][rows]:.2f}" for model in report["models"]]
@@ -71,15 +71,16 @@ def main() -> None:
     parser.add_argument("second", help="the one that it is compared with")
     parser.add_argument("--threads", type=int, default=default_threads())
     parser.add_argument("--context", type=int, default=512, help="tokens in the KV cache (512)")
-    parser.add_argument("--repeats", type=int, default=15, help="turns of each (15)")
+    parser.add_argument("--repeats", type=int, default=25, help="turns of each (25)")
     report = measure(parser.parse_args())
     out = console()
     out.print(table(report))
-    for model in report["models"]:
-        out.print(
-            f"{model['model']}: one row reads {model['pass_bytes'] / 1e9:.3f} GB, at {model['bandwidth_fraction']:.0%} "
-            f"of {model['read_bandwidth_gb_s']:.1f} GB/s"
-        )
+    for name, model in zip("AB", report["models"], strict=True):
+        share, speed = model["bandwidth_fraction"], model["read_bandwidth_gb_s"]
+        read = f"one row reads {model['pass_bytes'] / 1e9:.3f} GB, at {share:.0%} of {speed:.1f} GB/s"
+        out.print(f"{name}, {Path(model['model']).name}: {read}")
+    spread = sorted(report["time_ratios_of_one_row"])
+    out.print(f"A / B of one row: {spread[0]:.2f} to {spread[-1]:.2f}; ratio of bytes {report['bytes_ratio']:.3f}")
     more = report["time_ratio"]["1"] / report["bytes_ratio"] - 1
     out.print(f"one row: {report['time_ratio']['1']:.3f} times the time, {more:+.1%} of what the bytes account for")
     print(json.dumps(report))

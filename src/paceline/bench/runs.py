@@ -49,9 +49,9 @@ class Bench:
         self.slot = self.backend.open_slot()
         self._prefill(self.context)
 
-    def forward_ms(self, repeats: int) -> dict[int, float]:
-        """Median milliseconds of a pass of 1 to 16 rows with a token sampled from each, batch sizes interleaved."""
-        times: dict[int, list[float]] = {rows: [] for rows in PASS_ROWS}
+    def forward_ms(self, repeats: int, batches: Iterable[int] = PASS_ROWS) -> dict[int, float]:
+        """Median milliseconds of a pass of so many rows with a token sampled from each, batch sizes interleaved."""
+        times: dict[int, list[float]] = {rows: [] for rows in batches}
         for _ in range(repeats):
             self.bandwidth.measure()
             self._verify(self._tokens(1))  # not measured: its threads may still share a core with those of the probe
