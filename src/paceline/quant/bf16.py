@@ -17,3 +17,12 @@ def to_bf16(x: Floats) -> NDArray[np.uint16]:
 def from_bf16(bits: NDArray[np.uint16]) -> Floats:
     """Values of bfloat16 bits."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def embedding_factor(width: int, in_bf16: bool) -> float:
+    """sqrt(width), which rows of an embedding are multiplied by.
+
+    The reference rounds it to the type of the checkpoint's table, whatever the model runs in.
+    """
+    exact: float = width**0.5
+    return float(from_bf16(to_bf16(np.array([exact], np.float32)))[0]) if in_bf16 else exact
