@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -25,4 +27,7 @@ def embedding_factor(width: int, in_bf16: bool) -> float:
     The reference rounds it to the type of the checkpoint's table, whatever the model runs in.
     """
     exact: float = width**0.5
-    return float(from_bf16(to_bf16(np.array([exact], np.float32)))[0]) if in_bf16 else exact
+    if not in_bf16:
+        return exact
+    mantissa, exponent = math.frexp(exact)  # not `to_bf16`: training traces this
+    return math.ldexp(round(mantissa * 256), exponent - 8)

@@ -75,7 +75,7 @@ class CheckpointSource:
                 found.setdefault(" or ".join(sorted(others)), []).append(element)
         if not found:
             return ""
-        held = ", ".join(f"{' and '.join(elements)} as {fmt}" for fmt, elements in found.items())
+        held = "; ".join(f"{', '.join(elements)} as {fmt}" for fmt, elements in found.items())
         size = f"; the per-layer embeddings take {self._table_bytes / 1e9:.2f} GB" if self._table_bytes else ""
         return f"this device holds {held}{size}"
 

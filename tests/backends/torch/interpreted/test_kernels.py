@@ -15,8 +15,9 @@ from paceline.backends.torch import ops
 from paceline.backends.torch.device_sampler import pack_settings, sample_rows
 from paceline.backends.torch.kernels import matmul as matmul_kernels
 from paceline.decode.sampler import sample as reference_sample
-from paceline.models.matrix import pack
+from paceline.models.matrix import EXACT, pack
 from paceline.types import SamplingParams
+from tests.fixtures.reference_formats import random_blocks
 
 FORMATS = ("f32", "bf16", "q8_0", "q4_0")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -52,6 +53,15 @@ def test_matmul(fmt: str, m: int, n: int, k: int) -> None:
     close(ops.matmul(x, *weights), twin(ops.matmul, x, *weights))
     for cap in (0.0, 3.0):
         close(ops.scores(x, *weights, cap), twin(ops.scores, x, *weights, cap), dtype_of(fmt))
+
+
+@pytest.mark.parametrize("element", EXACT)
+def test_blocks_of_files(element: str) -> None:
+    """Any numbers, -128 too, and scales of both signs and many sizes."""
+    weights = pack(random_blocks(70, 96, element, seed=1), EXACT[element], element)
+    x = random(16, 96)
+    close(ops.matmul(x, *weights), twin(ops.matmul, x, *weights))
+    close(ops.gate_up(x, *weights), twin(ops.gate_up, x, *weights))
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
