@@ -15,7 +15,7 @@ from paceline.models import matrix
 from paceline.models.matrix import EXACT, FORMATS, GRIDS, Matrix, empty, pack, widest
 from paceline.quant.bf16 import from_bf16, to_bf16
 from paceline.types import SamplingParams
-from tests.fixtures.reference_formats import BLOCK_TYPES, pad_columns, random_blocks, round_trip, values_of
+from tests.fixtures.reference_formats import QUANTISED, pad_columns, random_blocks, round_trip, values_of
 
 
 @settings(max_examples=50, deadline=None)
@@ -46,7 +46,7 @@ def test_floats(fmt: str, rows: int, columns: int, kind: str, seed: int, scale: 
 @settings(max_examples=50, deadline=None)
 @given(
     fmt=st.sampled_from([*FORMATS]),
-    element=st.sampled_from(BLOCK_TYPES),
+    element=st.sampled_from([fmt.upper() for fmt in QUANTISED]),
     rows=st.integers(1, 40),
     blocks=st.integers(1, 3),
     seed=st.integers(0, 1 << 30),

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from paceline.backends.formats import choose_quant
+from paceline.backends.formats import choose_quant, drafter_quant
 from paceline.backends.torch.backend import TorchBackend
 from paceline.backends.torch.measure import device_name
 from paceline.backends.torch.weights import CheckpointSource, RandomSource
@@ -59,9 +59,8 @@ def load_backend(
     sources = {"weights": CheckpointSource(tensors, quant, where, progress)}
     pair = None
     if drafter:
-        draft_quant = "file" if drafter[0].is_gguf else RECIPES[quant].drafter
-        plain = sources["weights"].plain
-        sources["drafter"] = CheckpointSource(resolve(*drafter), draft_quant, where, progress, plain)
+        beside, plain = drafter_quant(drafter[0], quant), sources["weights"].plain
+        sources["drafter"] = CheckpointSource(resolve(*drafter), beside, where, progress, plain)
         pair = drafter[1], sources["drafter"]
     whole = target[1], sources["weights"]
     with enough_memory(device, quant, slots * context):
