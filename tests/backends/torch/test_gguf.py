@@ -19,6 +19,7 @@ from paceline.backends.torch.backend import TorchBackend
 from paceline.backends.torch.load import load_backend
 from paceline.backends.torch.weights import CheckpointSource
 from paceline.checkpoint import Checkpoint, resolve
+from paceline.checkpoint.names import EMBEDDING, PLE_TABLE
 from paceline.quant.bf16 import embedding_factor, from_bf16, to_bf16
 from paceline.types import SamplingParams
 from tests.fixtures.backends import all_logits, cpu_backend, run, sequence, torch_backend
@@ -257,6 +258,17 @@ def test_users_are_told_what_is_held_otherwise(pair: tuple[Path, Path]) -> None:
     assert plain == "drafter: this device holds F16, F32, IQ4_XS, Q4_K, Q5_K, Q6_K, Q8_0 as bf16"
     assert exact == "Q4_0, Q5_0 as q8_0"
     assert told("q8") == [draft]  # a drafter stays what it is
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_bytes_of_a_pass(tmp_path: Path, tied: bool) -> None:
+    """A tied embedding counts once, as the head; tables that single rows are read of do not count."""
+    config = changed(TARGET, tie_word_embeddings=tied)
+    folder = write(tmp_path, config, target_weights(config))
+    refs = resolve(*opened(folder)).refs
+    read_by_row = {PLE_TABLE} if tied else {PLE_TABLE, EMBEDDING}
+    expected = sum(ref.bytes for name, ref in refs.items() if name not in read_by_row)
+    assert torch_backend(folder, None).info.weight_bytes == expected
 
 
 @pytest.mark.parametrize("width", [5, 32, 256, 640, 1536, 5376])
