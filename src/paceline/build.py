@@ -207,6 +207,7 @@ def _on_torch(parts: Parts, device: str) -> Backend:
         device=name,
         quant=parts.quant,
         threads=parts.threads,
+        notify=parts.notify,
         progress=parts.progress,
         **parts.sizes,
     )

@@ -1,4 +1,4 @@
-"""Weights on a device lie on the grids of `tests.fixtures.reference_formats`, bit for bit."""
+"""Weights on a device have the values of the blocks that a file holds or the native quantiser makes, bit for bit."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from paceline import _cpu
 from paceline.backends.torch import ops
 from paceline.backends.torch.device_sampler import on_device, pack_settings, unpack_settings
 from paceline.models import matrix
-from paceline.models.matrix import FORMATS, pack, stack
+from paceline.models.matrix import EXACT, FORMATS, GRIDS, Matrix, empty, pack, widest
+from paceline.quant.bf16 import from_bf16, to_bf16
 from paceline.types import SamplingParams
-from tests.fixtures.reference_formats import round_trip
+from tests.fixtures.reference_formats import QUANTISED, pad_columns, random_blocks, round_trip, values_of
 
 
 @settings(max_examples=50, deadline=None)
@@ -21,52 +23,82 @@ from tests.fixtures.reference_formats import round_trip
     fmt=st.sampled_from([*FORMATS]),
     rows=st.integers(1, 40),
     columns=st.sampled_from([16, 32, 64, 96, 200]),
+    kind=st.sampled_from(["float32", "float16", "uint16"]),
     seed=st.integers(0, 1 << 30),
     scale=st.sampled_from([0.0, 1e-6, 1.0, 300.0]),
 )
-def test_values_are_those_of_the_oracle(fmt: str, rows: int, columns: int, seed: int, scale: float) -> None:
+def test_floats(fmt: str, rows: int, columns: int, kind: str, seed: int, scale: float) -> None:
     random = np.random.default_rng(seed)
     weights = (random.standard_normal((rows, columns)) * scale).astype(np.float32)
     weights[random.random(weights.shape) < 0.1] = 0
-    if fmt != "f32" and rows > 3:
-        weights[1] = np.round(weights[1])  # equals
-        weights[2] = 0
-    expected = round_trip(weights, fmt)
-    packed = pack(torch.from_numpy(weights), fmt)
-    picked = torch.from_numpy(random.integers(0, rows, 5))
+    given = to_bf16(weights) if kind == "uint16" else weights.astype(kind)
+    exact = from_bf16(given) if kind == "uint16" else given.astype(np.float32)
+    if fmt in GRIDS:
+        blocks = _cpu.quantise(pad_columns(exact), fmt.upper())
+        expected = values_of(blocks, fmt.upper())[:, :columns]
+        if scale >= 1:  # fp16 scales hold no smaller numbers
+            assert np.abs(expected - exact).max() <= np.abs(exact).max() / (100 if fmt == "q8_0" else 6)
+    else:
+        expected = round_trip(exact, fmt)
+    assert_values(pack(given, fmt), expected)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    fmt=st.sampled_from([*FORMATS]),
+    element=st.sampled_from([fmt.upper() for fmt in QUANTISED]),
+    rows=st.integers(1, 40),
+    blocks=st.integers(1, 3),
+    seed=st.integers(0, 1 << 30),
+)
+def test_blocks(fmt: str, element: str, rows: int, blocks: int, seed: int) -> None:
+    """A format that holds them exactly has the file's values, any other those of their dequantised values."""
+    given = random_blocks(rows, 256 * blocks if "K" in element or "XS" in element else 32 * blocks, element, seed)
+    values = values_of(given, element)
+    packed = pack(given, fmt, element)
+    if fmt == EXACT.get(element) or fmt == "f32" or (fmt, element) in {("q8_0", "Q4_0"), ("bf16", "MXFP4")}:
+        assert_values(packed, values)
+    else:
+        same = pack(values, fmt)
+        assert torch.equal(packed.values, same.values)
+        assert fmt not in GRIDS or torch.equal(packed.scales, same.scales)
+
+
+def assert_values(packed: Matrix, expected: np.ndarray) -> None:
+    rows, columns = expected.shape
+    assert packed.outputs == rows
     np.testing.assert_array_equal(packed.rows(torch.arange(rows), columns).float().numpy(), expected)
+    picked = torch.tensor([rows - 1, 0, rows // 2])
     np.testing.assert_array_equal(packed.rows(picked, columns).float().numpy(), expected[picked.numpy()])
 
 
-def test_matrices_can_be_stacked_and_quantised_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = [torch.randn(rows, 96) for rows in (7, 40, 16)]
-    for fmt in ("bf16", "q8_0", "q4_0"):
-        whole = pack(torch.cat(parts), fmt)
-        with monkeypatch.context() as patch:
-            patch.setattr(matrix, "SLICE", 16)
-            pieces = stack(pack(part, fmt) for part in parts)
-        assert pieces.outputs == 63
-        assert pieces.nbytes == whole.nbytes
-        assert torch.equal(pieces.values, whole.values)
-        x = torch.randn(16, 96).bfloat16()
-        assert torch.equal(ops.matmul(x, *pieces), ops.matmul(x, *whole))
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_matrices_are_filled_in_parts(fmt: str) -> None:
+    parts = [np.random.default_rng(rows).standard_normal((rows, 96), np.float32) for rows in (7, 40, 16)]
+    whole, made = pack(np.concatenate(parts), fmt), empty(63, 96, fmt, torch.device("cpu"))
+    for first, part in zip((0, 7, 47), parts, strict=True):
+        made.put(first, pack(part, fmt))
+    assert made.outputs == 63
+    assert made.nbytes == whole.nbytes
+    assert torch.equal(made.values, whole.values)
+    x = torch.randn(16, 96).to(torch.float32 if fmt == "f32" else torch.bfloat16)
+    assert torch.equal(ops.matmul(x, *made), ops.matmul(x, *whole))
 
 
-def test_one_matrix_has_one_format() -> None:
-    with pytest.raises(ValueError, match="different formats in one: q4_0, q8_0"):
-        stack([pack(torch.ones(4, 64), fmt) for fmt in ("q8_0", "q4_0")])
+def test_the_widest_of_formats() -> None:
+    assert [widest(("q4_0", fmt, "q4_0")) for fmt in FORMATS] == [*FORMATS]
 
 
 def test_other_formats_are_refused() -> None:
     with pytest.raises(ValueError, match="no q4_k matrices in PyTorch; it has f32, bf16, q8_0, q4_0"):
-        pack(torch.ones(4, 256), "q4_k")
+        pack(np.ones((4, 256), np.float32), "q4_k")
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_random_matrices_keep_the_variance(fmt: str) -> None:
     made = matrix.random(256, 1024, fmt, torch.device("cpu"))
     assert (made.outputs, made.fmt) == (256, fmt)
-    assert made.nbytes == pack(torch.zeros(256, 1024), fmt).nbytes
+    assert made.nbytes == pack(np.zeros((256, 1024), np.float32), fmt).nbytes
     products = ops.scores(torch.randn(64, 1024).to(torch.float32 if fmt == "f32" else torch.bfloat16), *made, 0.0)
     assert 0.7 < products.std() < 1.4
 

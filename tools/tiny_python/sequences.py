@@ -35,6 +35,12 @@ class PlainWeights:
         parts = [self.tensors[name].flatten(0, -2) for name in names]
         return Matrix(torch.cat(parts) if len(parts) > 1 else parts[0], None, FORMAT_OF[parts[0].dtype])
 
+    def table(self, name: str) -> Matrix:
+        return self.matrix(name)
+
+    def in_bf16(self, name: str) -> bool:
+        return self.tensors[name].dtype == torch.bfloat16
+
     def vector(self, name: str) -> Tensor:
         return self.tensors[name]
 

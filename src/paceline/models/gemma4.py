@@ -17,8 +17,10 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
+from paceline.checkpoint.names import EMBEDDING, PLE_TABLE
 from paceline.config import Layer, Stack, TargetConfig
 from paceline.models.matrix import Matrix
+from paceline.quant.bf16 import embedding_factor
 
 WHOLE = 1 << 30  # the window of full-attention layers
 Angles = dict[bool, tuple[Tensor, Tensor]]  # cos and sin [M, head_dim / 2] by `sliding`
@@ -32,7 +34,13 @@ class TensorSource(Protocol):
         """Of activations, and of K/V."""
 
     def matrix(self, *names: str, precise: bool = False) -> Matrix:
-        """The matrices of these names, one below the other, experts' too; `precise` ones are never quantised."""
+        """The matrices of these names, one below the other, experts' too; `precise` ones are plain."""
+
+    def table(self, name: str) -> Matrix:
+        """A matrix that single rows are read of; nothing of it is rounded to a grid."""
+
+    def in_bf16(self, name: str) -> bool:
+        """Whether the checkpoint holds a tensor in bf16."""
 
     def vector(self, name: str) -> Tensor:
         """A tensor that is no matrix: in float32, or of whole numbers. Norms are the values to multiply by."""
@@ -118,9 +126,11 @@ class Target:
 
     config: TargetConfig
     embedding: Matrix
+    embedding_factor: float
     head: Matrix  # the embedding, where it is tied
     decoder: Decoder
     ple_table: Matrix | None = None
+    ple_factor: float = 0.0
     ple_projection: Matrix | None = None
     ple_norm: Tensor | None = None
 
@@ -151,7 +161,8 @@ def logits(target: Target, ops: ModuleType, states: Tensor) -> Tensor:
 
 def embed(target: Target, tokens: Tensor) -> Tensor:
     """[M] -> [M, H]"""
-    return _scaled_rows(target.embedding, tokens, target.config.hidden_size, target.decoder.dtype)
+    rows = target.embedding.rows(tokens, target.config.hidden_size)
+    return (rows * target.embedding_factor).to(target.decoder.dtype)
 
 
 def per_layer_inputs(target: Target, ops: ModuleType, tokens: Tensor, x: Tensor) -> Tensor | None:
@@ -160,7 +171,8 @@ def per_layer_inputs(target: Target, ops: ModuleType, tokens: Tensor, x: Tensor)
     if target.ple_table is None or target.ple_projection is None:
         return None
     shape = len(tokens), len(config.layers), config.ple_size
-    table = _scaled_rows(target.ple_table, tokens, shape[1] * shape[2], x.dtype, config.ple_size).view(shape)
+    rows = target.ple_table.rows(tokens, shape[1] * shape[2])
+    table = (rows * target.ple_factor).to(x.dtype).view(shape)
     context = (ops.matmul(x, *target.ple_projection) * config.hidden_size**-0.5).view(-1, config.ple_size)
     context = ops.norm(context, target.ple_norm, config.rms_eps).view(shape)
     both: Tensor = (context + table) * 2.0**-0.5
@@ -226,22 +238,19 @@ def angles_of(decoder: Decoder, positions: Tensor, dtype: torch.dtype) -> Angles
     return {sliding: (angle.cos().to(dtype), angle.sin().to(dtype)) for sliding, angle in angles.items()}
 
 
-def _scaled_rows(table: Matrix, tokens: Tensor, columns: int, dtype: torch.dtype, width: int | None = None) -> Tensor:
-    """Rows of a table times sqrt(width), a factor that transformers rounds to the table's dtype."""
-    return (table.rows(tokens, columns) * torch.tensor((width or columns) ** 0.5, dtype=dtype)).to(dtype)
-
-
 def load_target(config: TargetConfig, w: TensorSource) -> Target:
-    """Collect a target's weights; the router and the per-layer table keep their precision."""
+    """Collect a target's weights."""
     blocks = tuple(load_block(config, index, layer.kv_source, w) for index, layer in enumerate(config.layers))
     ple = bool(config.ple_size)
-    embedding = w.matrix("embed_tokens.weight")
+    embedding = w.matrix(EMBEDDING)
     return Target(
         config=config,
         embedding=embedding,
+        embedding_factor=embedding_factor(config.hidden_size, w.in_bf16(EMBEDDING)),
         head=embedding if config.tied_head else w.matrix("lm_head.weight"),
         decoder=load_decoder(config, blocks, w),
-        ple_table=w.matrix("embed_tokens_per_layer.weight", precise=True) if ple else None,
+        ple_table=w.table(PLE_TABLE) if ple else None,
+        ple_factor=embedding_factor(config.ple_size, w.in_bf16(PLE_TABLE)) if ple else 0.0,
         ple_projection=w.matrix("per_layer_model_projection.weight") if ple else None,
         ple_norm=w.vector("per_layer_projection_norm.weight") if ple else None,
     )

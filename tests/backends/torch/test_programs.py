@@ -18,7 +18,6 @@ from paceline.backends.torch.device_sampler import COLUMNS
 from paceline.backends.torch.weights import RandomSource
 from paceline.bench.shapes import official_drafter, official_target
 from paceline.errors import BackendError
-from paceline.quant.recipes import RECIPES
 from paceline.types import Int32, SamplingParams
 from tests.fixtures.backends import run, sequence, torch_backend
 from tests.fixtures.pairs import SHAPES, VOCABULARY
@@ -77,8 +76,8 @@ def test_a_pass_looks_into_no_tensor_and_stays_on_its_device(shape: str, quant: 
     device = torch.device("meta")
     with torch.inference_mode():
         backend = TorchBackend(
-            (target, RandomSource(target, RECIPES[quant].uniform, device)),
-            (drafter, RandomSource(drafter, RECIPES[quant].uniform, device)),
+            (target, RandomSource(target, quant, device)),
+            (drafter, RandomSource(drafter, quant, device)),
             quant=quant,
             context=4096,
             slots=2,

@@ -22,7 +22,7 @@ from paceline.checkpoint import TensorRef, Tensors
 from paceline.checkpoint.names import PLE_TABLE, TOKEN_ORDERING, expected_tensors
 from paceline.config import DrafterConfig, TargetConfig
 from paceline.errors import CheckpointError
-from paceline.quant.bf16 import from_bf16, to_bf16
+from paceline.quant.bf16 import embedding_factor
 from paceline.quant.formats import PANEL
 from paceline.quant.lattice import SAMPLE, lies_on_q4_0
 from paceline.quant.recipes import RECIPES, Stored
@@ -125,7 +125,7 @@ def check_weights(weights: Weights, config: TargetConfig | DrafterConfig) -> Non
 
 
 def embedding_scales(config: TargetConfig | DrafterConfig, in_bf16: Callable[[str], bool]) -> dict[str, Tensor]:
-    """The factors sqrt(width) of the embeddings, rounded as the reference does: to the type of the checkpoint's table.
+    """The factors of the embeddings.
 
     Args:
         config: a target's; drafters share its embedding.
@@ -136,8 +136,7 @@ def embedding_scales(config: TargetConfig | DrafterConfig, in_bf16: Callable[[st
     scales: dict[str, Tensor] = {}
     for name, width in ((EMBEDDING, config.hidden_size), (PLE_TABLE, config.ple_size)):
         if width:
-            exact = np.array([width**0.5], np.float32)
-            scales[name.replace(".weight", ".scale")] = from_bf16(to_bf16(exact)) if in_bf16(name) else exact
+            scales[name.replace(".weight", ".scale")] = np.array([embedding_factor(width, in_bf16(name))], np.float32)
     return scales
 
 

@@ -10,7 +10,7 @@ Drafted tokens and the states that drafting continues from stay on the device. T
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, is_dataclass, replace
+from dataclasses import dataclass, field, is_dataclass
 
 import numpy as np
 import torch
@@ -75,7 +75,8 @@ class TorchBackend:
             has_drafter=drafter is not None,
             stops_early=False,  # every stop would wait for the device
             quant=quant,
-            weight_bytes=nbytes(replace(self._target, ple_table=None)),  # of that one, single rows are read
+            # Of these two, single rows are read; a tied embedding counts as the head.
+            weight_bytes=nbytes(self._target) - nbytes(self._target.embedding) - nbytes(self._target.ple_table),
             device=device_name(self.device),
         )
         self._memory = SlotMemory(config, slots, context, max_rows, self._dtype, self.device)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from paceline.backends.formats import choose_quant
+from paceline.backends.formats import choose_quant, drafter_quant
 from paceline.backends.torch.backend import TorchBackend
 from paceline.backends.torch.measure import device_name
 from paceline.backends.torch.weights import CheckpointSource, RandomSource
@@ -26,6 +26,7 @@ def load_backend(
     device: str,
     quant: str,
     threads: int | None,
+    notify: Callable[[str], None],
     progress: Callable[[int], None],
     context: int,
     slots: int,
@@ -37,9 +38,10 @@ def load_backend(
         target: its opened folder and config.
         drafter: the same of the drafter, or None for plain decoding.
         device: of PyTorch, such as cuda, cuda:1, mps or cpu.
-        quant: f32, bf16, q8, q4, or auto for the most precise one that fits the device's memory.
+        quant: recipe, or auto; see `choose_quant` and `CheckpointSource`.
         threads: of PyTorch on the processor; None for its default.
-        progress: told the file bytes of every tensor as it is read.
+        notify: told what is not held as in the files.
+        progress: told the file bytes of what is read.
         context: positions a slot can hold.
         slots: sequences held at once.
         max_rows: most rows of one slot in one step.
@@ -54,13 +56,19 @@ def load_backend(
         quant = choose_quant(target[0], tensors)
     if threads:
         torch.set_num_threads(threads)
+    sources = {"weights": CheckpointSource(tensors, quant, where, progress)}
     pair = None
     if drafter:
-        draft_tensors = resolve(*drafter)
-        pair = drafter[1], CheckpointSource(draft_tensors, _format(RECIPES[quant].drafter), where, progress)
-    source = CheckpointSource(tensors, _format(quant), where, progress)
+        beside, plain = drafter_quant(drafter[0], quant), sources["weights"].plain
+        sources["drafter"] = CheckpointSource(resolve(*drafter), beside, where, progress, plain)
+        pair = drafter[1], sources["drafter"]
+    whole = target[1], sources["weights"]
     with enough_memory(device, quant, slots * context):
-        return TorchBackend((target[1], source), pair, quant=quant, context=context, slots=slots, max_rows=max_rows)
+        backend = TorchBackend(whole, pair, quant=quant, context=context, slots=slots, max_rows=max_rows)
+    for part, source in sources.items():
+        if notice := source.notice():
+            notify(f"{part}: {notice}")
+    return backend
 
 
 def random_backend(
@@ -72,15 +80,10 @@ def random_backend(
         BackendError: no such device here, or it has too little memory.
     """
     where = open_device(device)
-    pair = drafter, RandomSource(drafter, _format(RECIPES[quant].drafter), where)
-    source = RandomSource(target, _format(quant), where)
+    pair = drafter, RandomSource(drafter, RECIPES[quant].drafter, where)
+    source = RandomSource(target, quant, where)
     with enough_memory(device, quant, context):
         return TorchBackend((target, source), pair, quant=quant, context=context, max_rows=max_rows)
-
-
-def _format(quant: str) -> str:
-    """The format that all matrices of a recipe have here."""
-    return RECIPES[quant].uniform
 
 
 @contextmanager
