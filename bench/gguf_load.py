@@ -35,10 +35,10 @@ PROMPT = "hello"
 
 def start(model: str, drafter: str, threads: int, spawned: float) -> None:
     """The process of one start: load, and generate one token."""
-    import paceline
+    from paceline import load
 
     before = time.monotonic()
-    engine = paceline.load(model, drafter=drafter, threads=threads)
+    engine = load(model, drafter=drafter, threads=threads)
     loaded = time.monotonic()
     report = {
         "import_s": before - spawned,

@@ -62,15 +62,14 @@ def print_prompt(out: Console, report: Mapping[str, Any]) -> None:
 
 
 def kernel_table(report: Mapping[str, Any]) -> Table:
-    """Weight bandwidth of the matrix kernels, by format and rows, and as a share of the machine's."""
-    table = Table(title=f"Matrix kernels, GB/s of weights and share of the memory's ({report['isa']})")
-    table.add_column("format")
+    """Weight bandwidth of the matrix kernels as a share of what memory gives, by format and rows."""
+    table = Table(title=f"Matrix kernels: weights a second, as a share of reading memory ({report['isa']})")
     heights = list(next(iter(report["kernel_gb_s"].values())))
-    for rows in heights:
-        table.add_column(f"{rows} rows", justify="right")
+    for title in ("format", "GB/s", *(f"{rows} row" if rows == "1" else rows for rows in heights)):
+        table.add_column(title, justify="left" if title == "format" else "right")
     for fmt, speeds in report["kernel_gb_s"].items():
         shares = report["kernel_bandwidth_fraction"][fmt]
-        table.add_row(fmt, *(f"{speeds[rows]:.1f} {shares[rows]:.0%}" for rows in heights))
+        table.add_row(fmt, f"{speeds[heights[0]]:.1f}", *(f"{shares[rows]:.0%}" for rows in heights))
     return table
 
 
