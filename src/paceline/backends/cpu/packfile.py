@@ -2,7 +2,7 @@
 
 The file, all numbers little-endian:
 
-* 8 bytes `PACELINE`, a uint32 format version (3), a uint32 header length, a uint32 CRC-32 of the header;
+* 8 bytes `PACELINE`, a uint32 format version (4), a uint32 header length, a uint32 CRC-32 of the header;
 * the header, JSON: `fingerprint` (of source and settings), `quant`, `items` (name -> kind, shape, offset, bytes, and a
   matrix's `format`, a vector's `dtype`, a table's element `type`; items of kind `expert` make up a list), `bytes` (of
   the data), `checksum`;
@@ -35,7 +35,7 @@ from paceline.files import MAX_JSON_BYTES, atomic_file
 from paceline.quant.formats import FORMATS
 
 MAGIC = b"PACELINE"
-VERSION = 3
+VERSION = 4
 PREFIX = len(MAGIC) + 12
 ALIGN = 4096
 

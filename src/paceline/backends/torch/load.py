@@ -14,7 +14,7 @@ from paceline.backends.torch.weights import CheckpointSource, RandomSource
 from paceline.checkpoint import Checkpoint, resolve
 from paceline.config import DrafterConfig, TargetConfig
 from paceline.errors import BackendError
-from paceline.quant.recipes import RECIPES
+from paceline.quant.recipes import DEFAULT, RECIPES
 
 __all__ = ["device_name", "load_backend", "open_device", "random_backend"]
 
@@ -54,6 +54,7 @@ def load_backend(
     tensors = resolve(*target)
     if quant == "auto":
         quant = choose_quant(target[0], tensors)
+        quant = "q8" if quant == DEFAULT else quant  # q4 is plain Q4_0 here, which costs too much to be chosen unasked
     if threads:
         torch.set_num_threads(threads)
     sources = {"weights": CheckpointSource(tensors, quant, where, progress)}
