@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -264,6 +265,12 @@ def test_weights_are_held_as_memory_allows(e2b: tuple[Path, Path], monkeypatch: 
     monkeypatch.setattr("paceline.backends.cpu.calibration.CpuBackend", Watched)
     assert calibrate((checkpoint, config), None, TEXTS, "q4", 1).quant == held
     assert [one() for one in made] == [None]  # before the weights are packed again
+
+
+def test_a_model_of_two_positions(e2b: tuple[Path, Path]) -> None:
+    checkpoint = Checkpoint.open(e2b[0])
+    config = replace(checkpoint.target_config(), max_positions=2)
+    assert calibrate((checkpoint, config), None, TEXTS, "q4", 1).tokens % 2 == 0  # each token after a bos token
 
 
 # -- conversion --------------------------------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ def calibrate(
     started = time.perf_counter()
     checkpoint, config = target
     tokenizer = Tokenizer.open(checkpoint.tokenizer, checkpoint.tokenizer_config, config.bos_id, config.vocab_size)
-    longest = min(CONTEXT, config.max_positions - DRAFTED)
+    longest = min(CONTEXT, config.max_positions)
     windows = _windows(tokenizer, texts, longest)
     total = sum(map(len, windows))
     configs: list[TargetConfig | DrafterConfig] = [config, *([drafter[1]] if drafter else [])]
