@@ -22,7 +22,7 @@ from paceline.checkpoint import TensorRef, Tensors
 from paceline.checkpoint.names import PLE_TABLE, TOKEN_ORDERING, expected_tensors
 from paceline.config import DrafterConfig, TargetConfig
 from paceline.errors import CheckpointError
-from paceline.quant.bf16 import embedding_factor
+from paceline.quant.bf16 import embedding_factor, from_bf16
 from paceline.quant.formats import PANEL
 from paceline.quant.lattice import SAMPLE, lies_on_q4_0
 from paceline.quant.recipes import RECIPES, Stored
