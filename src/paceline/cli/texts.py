@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from paceline.checkpoint.location import ASSETS
+from paceline import errors
 from paceline.cli import options as opt
 from paceline.errors import PromptError
 
 
 def bundled(folder: str) -> dict[str, Path]:
     """The texts that come with paceline for a purpose; the README of their folder says where they are from."""
-    return {path.stem: path for path in sorted((ASSETS / folder).glob("*.txt"))}
+    assets = Path(errors.__file__).parent / "assets"
+    return {path.stem: path for path in sorted((assets / folder).glob("*.txt"))}
 
 
 def read_texts(paths: Mapping[str, Path]) -> dict[str, str]:
