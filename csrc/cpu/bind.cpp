@@ -255,6 +255,17 @@ nb::tuple last_draft_step(const Decoder& decoder, int64_t row) {
   return nb::make_tuple(array_of(step.first), array_of(step.second));
 }
 
+nb::tuple seen(const Decoder& decoder, const Matrix& matrix) {
+  Observer::Seen seen;
+  {
+    const GilReleased release;
+    seen = decoder.seen(matrix);
+  }
+  double* squares = new double[seen.squares.size()];
+  std::copy(seen.squares.begin(), seen.squares.end(), squares);
+  return nb::make_tuple(seen.rows, owned<double, 1>(squares, {seen.squares.size()}));
+}
+
 void bind_decoder(nb::module_& module) {
   using Snapshot = KvCache::Snapshot;
   const auto no_gil = nb::call_guard<GilReleased>();
@@ -283,6 +294,11 @@ void bind_decoder(nb::module_& module) {
       .def_prop_ro("isa", [](const Decoder& d) { return d.target().kernels().name; })
       .def_prop_ro("cache_bytes", [](const Decoder& d) { return d.target().cache().bytes(); })
       .def("hidden", &hidden, "slot"_a, "The target's state [hidden] at the slot's last accepted row.")
+      .def("observe", &Decoder::observe, no_gil,
+           "From now on, sum up the squares of what matrices are multiplied with.")
+      .def("seen", &seen, "matrix"_a,
+           "What a matrix of the pair was multiplied with since `observe`: rows, and float64 [cols], the sums of the\n"
+           "squares of its columns. ValueError: nothing is observed.")
       .def("last_draft_step", &last_draft_step, "row"_a,
            "Logits [vocab] (-3e38 where the head did not look) and next hidden state of the last draft step.");
 }

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 import paceline
-from paceline.cli.eval import bundled, read_texts
 from paceline.cli.main import run
+from paceline.cli.texts import bundled, read_texts
 from tests.fixtures.checkpoints import TARGET, changed, target_weights, write, write_target
 from tests.fixtures.text_samples import byte_level, gemma_like
 
@@ -114,8 +114,8 @@ def test_one_model_is_loaded_at_a_time(
 
 
 def test_the_bundled_texts(capsys: pytest.CaptureFixture[str]) -> None:
-    texts = read_texts(bundled())
-    readme = (next(iter(bundled().values())).parent / "README.md").read_text()
+    texts = read_texts(bundled("eval"))
+    readme = (next(iter(bundled("eval").values())).parent / "README.md").read_text()
     assert list(texts) == ["code", "dialogue", "facts", "languages", "licence", "story"]
     assert all(f"`{name}.txt`" in readme for name in texts)
     assert 20_000 < sum(len(text.encode()) for text in texts.values()) < 40_000

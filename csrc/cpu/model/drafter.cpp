@@ -196,6 +196,7 @@ void Drafter::centroid_head(const Worker& w, int64_t rows) {
   });
   w.barrier();
 
+  runner_.observe(w, weights_.head.get(), single, rows);
   w.for_share(rows * top_k, [&](int64_t i) {
     const int64_t r = i / top_k, cluster = clusters_[size_t(r)][size_t(i % top_k)];
     MatrixView part = head;

@@ -63,6 +63,8 @@ class Drafter {
   Floats last_logits(int64_t row) const;
   Floats last_hidden(int64_t row) const;
 
+  void set_observer(Observer* observer) { runner_.set_observer(observer); }
+
  private:
   void check_pair() const;
   void check_row(int64_t row) const;

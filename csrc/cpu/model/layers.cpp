@@ -191,6 +191,7 @@ void LayerRunner::run(const Worker& w, const Call& call, std::vector<Row>& rows)
 
 void LayerRunner::project(const Worker& w, const Matrix& matrix, const ActView& act, int64_t rows, float* y,
                           int64_t ld) const {
+  observe(w, &matrix, act, rows);
   w.parallel_for(matrix.view().units(), grain(matrix.view()),
                  [&](int64_t begin, int64_t end) { kernels_.matmul(matrix.view(), act, rows, begin, end, y, ld); });
 }
@@ -226,6 +227,7 @@ void LayerRunner::project_qkv(const Worker& w, const Layer& layer, int64_t rows)
   const std::array<const Matrix*, 3> matrices = {layer.q.get(), layer.k.get(), layer.v.get()};
   const int64_t offsets[3] = {0, padded(layer.q), padded(layer.q) + padded(layer.k)};
   const auto acts = pack_activations(w, matrices, rows, temporary(w, 0), config_.hidden);
+  for (size_t i = 0; i < matrices.size(); ++i) observe(w, matrices[i], acts[i], rows);
   parallel_units(w, matrices, [&](size_t i, int64_t begin, int64_t end) {
     kernels_.matmul(matrices[i]->view(), acts[i], rows, begin, end, qkv_.floats() + offsets[i], qkv_ld_);
   });
@@ -300,6 +302,7 @@ void LayerRunner::feed_forward(const Worker& w, const Layer& layer, int64_t rows
   norm_rows(w, rows, layer.pre_feedforward_norm);
   const std::array<const Matrix*, 2> matrices = {layer.gate.get(), layer.up.get()};
   const auto acts = pack_activations(w, matrices, rows, temporary(w, 0), config_.hidden);
+  observe(w, matrices[1], acts[1], rows);
   gate_and_project(w, *layer.gate, acts[0], {&layer.up->view(), acts[1]}, *layer.down, rows);
 }
 
@@ -307,6 +310,7 @@ void LayerRunner::feed_forward(const Worker& w, const Layer& layer, int64_t rows
 void LayerRunner::gate_and_project(const Worker& w, const Matrix& gate, const ActView& act, const GateFactor& factor,
                                    const Matrix& down, int64_t rows) const {
   const ActView inner = inner_.view(down, lanes_for(rows));
+  observe(w, &gate, act, rows);
   w.parallel_for(gate.view().units(), grain(gate.view()), [&](int64_t begin, int64_t end) {
     kernels_.gated(gate.view(), act, factor, rows, begin, end, inner);
   });
@@ -361,6 +365,9 @@ void LayerRunner::mix_experts(const Worker& w, const Layer& layer, int64_t rows)
   std::vector<const Matrix*> gates, downs;
   for (const Hit& hit : hits_) gates.push_back(e.gate[size_t(hit.expert)].get());
   for (const Hit& hit : hits_) downs.push_back(e.down[size_t(hit.expert)].get());
+  for (const Hit& hit : hits_)
+    for (const auto* matrices : {&e.gate, &e.up})
+      observe(w, (*matrices)[size_t(hit.expert)].get(), act.tile(hit.tile), hit.rows);
   parallel_units(w, gates, [&](size_t i, int64_t begin, int64_t end) {
     const Hit& hit = hits_[i];
     const ActView tile = act.tile(hit.tile);
@@ -368,6 +375,7 @@ void LayerRunner::mix_experts(const Worker& w, const Layer& layer, int64_t rows)
                    inner.tile(hit.tile));
   });
   w.barrier();
+  for (const Hit& hit : hits_) observe(w, e.down[size_t(hit.expert)].get(), inner.tile(hit.tile), hit.rows);
   parallel_units(w, downs, [&](size_t i, int64_t begin, int64_t end) {
     const Hit& hit = hits_[i];
     kernels_.matmul(downs[i]->view(), inner.tile(hit.tile), hit.rows, begin, end,

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "kernels/kernels.hpp"
+#include "model/observer.hpp"
 #include "model/weights.hpp"
 #include "runtime/kv_cache.hpp"
 #include "runtime/memory.hpp"
@@ -145,6 +146,14 @@ class LayerRunner {
     return view;
   }
 
+  // What is told of all rows that matrices are multiplied with from now on; null: nothing.
+  void set_observer(Observer* observer) { observer_ = observer; }
+
+  // Matrices (or null) are about to be multiplied with these rows, which are packed and stay until the next barrier.
+  void observe(const Worker& w, const Matrix* matrix, const ActView& act, int64_t rows) const {
+    if (observer_ && w.id == 0 && matrix) observer_->add(*matrix, act, rows);
+  }
+
   // y [rows][ld] = matrix times the packed rows, divided among the workers. Not synchronised.
   void project(const Worker& w, const Matrix& matrix, const ActView& act, int64_t rows, float* y, int64_t ld) const;
 
@@ -166,6 +175,7 @@ class LayerRunner {
 
   const Kernels& kernels_;
   const ModelConfig& config_;
+  Observer* observer_ = nullptr;
   bool replicated_ = false;
   int64_t rows_ = 0;
   Buffer x_, t_, y_, qkv_, attended_, scores_;

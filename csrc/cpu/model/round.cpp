@@ -222,4 +222,17 @@ std::pair<Floats, Floats> Decoder::last_draft_step(int64_t row) const {
   return {drafter_->last_logits(row), drafter_->last_hidden(row)};
 }
 
+void Decoder::observe() {
+  const Lock lock(*this);
+  observer_ = std::make_unique<Observer>();
+  target_->set_observer(observer_.get());
+  if (drafter_) drafter_->set_observer(observer_.get());
+}
+
+Observer::Seen Decoder::seen(const Matrix& matrix) const {
+  const Lock lock(*this);
+  if (!observer_) throw std::invalid_argument("nothing is observed");
+  return observer_->seen(matrix);
+}
+
 }  // namespace paceline

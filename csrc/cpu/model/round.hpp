@@ -59,6 +59,10 @@ class Decoder {
   Floats hidden(int64_t slot) const;
   // Of the last draft step: see Drafter::last_logits and last_hidden.
   std::pair<Floats, Floats> last_draft_step(int64_t row) const;
+  // Observe what the matrices of both models are multiplied with, from now on and from zero.
+  void observe();
+  // What a matrix of either model was multiplied with; throws std::invalid_argument unless it is observed.
+  Observer::Seen seen(const Matrix& matrix) const;
   const Target& target() const { return *target_; }  // what does not change: settings, sizes, kernels
 
  private:
@@ -77,8 +81,9 @@ class Decoder {
   mutable std::atomic<std::thread::id> holder_;  // of busy_
   std::shared_ptr<Target> target_;
   std::unique_ptr<Drafter> drafter_;
-  Buffer hidden_;                    // [slots][hidden]: the target's state at each slot's last accepted row
-  std::vector<uint8_t> has_hidden_;  // [slots]
+  std::unique_ptr<Observer> observer_;  // null: nothing is observed
+  Buffer hidden_;                       // [slots][hidden]: the target's state at each slot's last accepted row
+  std::vector<uint8_t> has_hidden_;     // [slots]
 };
 
 }  // namespace paceline

@@ -142,6 +142,7 @@ void Target::head(const Worker& w, int64_t rows) {
   runner_.norm_rows(w, rows, weights_.final_norm);
   w.for_share(rows, [&](int64_t r) { std::copy_n(runner_.temporary(w, r), hidden, hidden_.floats() + r * hidden); });
   const ActView act = runner_.pack_activations(w, *weights_.head, rows, runner_.temporary(w, 0), hidden);
+  runner_.observe(w, weights_.head.get(), act, rows);
   const MatrixView& matrix = weights_.head->view();
   w.parallel_for(matrix.units(), 1, [&](int64_t begin, int64_t end) {
     kernels_.matmul(matrix, act, rows, begin, end, logits_.floats(), logits_ld());

@@ -40,6 +40,7 @@ class Target {
   int64_t logits_ld() const { return round_up(weights_.config.vocab, kPanel); }
 
   void set_threads(int threads);
+  void set_observer(Observer* observer) { runner_.set_observer(observer); }
   int threads() const { return pool_->size(); }
 
   const TargetWeights& weights() const { return weights_; }

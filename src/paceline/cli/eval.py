@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from paceline import __version__, errors
+from paceline import __version__
 from paceline.cli import options as opt
 from paceline.cli.progress import progress_bar
-from paceline.errors import PromptError
+from paceline.cli.texts import bundled, read_texts
 from paceline.quant.recipes import METAVAR
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def evaluate(
         check_quant(name)
     if plot:
         report.check_plot(plot)
-    texts = read_texts({str(path): path for path in text} if text else bundled())
+    texts = read_texts({str(path): path for path in text} if text else bundled("eval"))
     against, choices = choose(model, quant or (), reference)
     out = report.console()
     with progress_bar("positions", out) as progress:
@@ -110,28 +110,6 @@ def evaluate(
     print(json.dumps(whole, ensure_ascii=False))
     if plot:
         report.plot_losses(whole, plot)
-
-
-def bundled() -> dict[str, Path]:
-    """The texts that come with paceline; their README says where they are from."""
-    folder = Path(errors.__file__).parent / "assets" / "eval"
-    return {path.stem: path for path in sorted(folder.glob("*.txt"))}
-
-
-def read_texts(paths: Mapping[str, Path]) -> dict[str, str]:
-    """The contents of text files.
-
-    Raises:
-        PromptError: one cannot be read, or is not UTF-8.
-    """
-    texts: dict[str, str] = {}
-    for name, path in paths.items():
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise PromptError(f"{path}: cannot be read ({error.strerror}); give a text file") from error
-        texts[name] = opt.decode_text(data, path).removeprefix("\ufeff")
-    return texts
 
 
 def _load(choice: Choice, out: Console, *, threads: int | None, device: str, context: int) -> Engine:

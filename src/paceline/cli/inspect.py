@@ -66,6 +66,7 @@ def report(model: str, drafter: str) -> dict[str, Any]:
         "shape": _shape(config),
         "parameters": asdict(count_parameters(config)),
         "stored_as": dict(Counter(ref.dtype for ref in tensors.refs.values()).most_common()),
+        "calibrated_tokens": checkpoint.config.get("calibrated_tokens") if checkpoint.packed else None,
         "files": _file_sizes(checkpoint),
         **_memory(config, tensors),
         "cache": _cache(config),
@@ -200,6 +201,8 @@ def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     lines.append(("vocabulary", f"{shape['vocab_size']} tokens; at most {shape['max_positions']} positions"))
     lines.append(("parameters", _parameter_line(parameters)))
     stored = ", ".join(f"{count} tensors {dtype}" for dtype, count in found["stored_as"].items()) or "packed weights"
+    if found["calibrated_tokens"]:
+        stored += f", calibrated on {found['calibrated_tokens']} tokens"
     lines.append(("stored as", stored))
     lines += [("file", f"{name}, {_size(size)}") for name, size in found["files"].items()]
     lines += [(f"memory in {quant}", line) for quant, line in _memory_lines(found)]

@@ -8,6 +8,9 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from paceline import _cpu
 from paceline.backends.cpu.weights import Weights
 from paceline.checkpoint.sizes import cache_bytes
@@ -121,6 +124,15 @@ class CpuBackend:
 
     def restore(self, slot: int, snapshot: _cpu.Snapshot) -> None:
         self._decoder.restore(slot, snapshot)
+
+    def observe(self) -> None:
+        """From now on, sum up the squares of what the pair's matrices are multiplied with."""
+        self._decoder.observe()
+
+    def seen(self, matrix: _cpu.Matrix) -> tuple[int, NDArray[np.float64]]:
+        """Rows that a matrix was multiplied with since `observe`, and the sums of the squares of their columns."""
+        rows, squares = self._decoder.seen(matrix)
+        return rows, squares
 
 
 def processors() -> int:

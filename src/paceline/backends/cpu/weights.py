@@ -26,6 +26,7 @@ from paceline.quant.bf16 import embedding_factor, from_bf16
 from paceline.quant.formats import PANEL
 from paceline.quant.lattice import SAMPLE, lies_on_q4_0
 from paceline.quant.recipes import RECIPES, Stored
+from paceline.types import Float32
 
 EMBEDDING = "embed_tokens.weight"
 CENTROIDS = "masked_embedding.centroids.weight"
@@ -146,6 +147,7 @@ def pack_checkpoint(
     quant: str,
     progress: Callable[[int], None] = lambda _: None,
     formats: Mapping[str, str] | None = None,
+    importance: Mapping[str, Float32] | None = None,
 ) -> Weights:
     """Pack a checkpoint's tensors, each read a slice of rows at a time, so that memory never holds one twice.
 
@@ -155,6 +157,8 @@ def pack_checkpoint(
         quant: recipe.
         progress: called with the file bytes of each tensor packed.
         formats: other formats of single matrices, by native name.
+        importance: how much an error in each column [columns] of a matrix matters, by native name, with `.0`, `.1`, ...
+            for the matrices of a list; all alike in those that it does not name.
 
     Raises:
         CheckpointError: a file ended early, or a drafter's token ordering is damaged.
@@ -170,7 +174,7 @@ def pack_checkpoint(
             weights.tensors[name] = tensors.vector(name)
         else:
             pack = _ordered_head if name == "ordered_head.weight" else _experts if len(shape) == 3 else _matrix
-            weights.tensors[name] = pack(tensors, name, chosen[name], progress)
+            weights.tensors[name] = pack(tensors, name, chosen[name], progress, importance or {})
     return weights
 
 
@@ -210,18 +214,22 @@ def _source(tensors: Tensors, name: str) -> TensorRef:
     return tensors[name]
 
 
-def _matrix(tensors: Tensors, name: str, fmt: str, progress: Callable[[int], None]) -> _cpu.Matrix:
+def _matrix(
+    tensors: Tensors, name: str, fmt: str, progress: Callable[[int], None], importance: Mapping[str, Float32]
+) -> _cpu.Matrix:
     ref = tensors[name]
     rows, columns = ref.shape
     matrix = _cpu.Matrix(fmt, rows, columns)
     step = max(PANEL, SLICE_BYTES * rows // max(1, ref.bytes) // PANEL * PANEL)
     for start in range(0, rows, step):
-        matrix.pack(ref.read(start, min(start + step, rows)), start, ref.block_type)
+        matrix.pack(ref.read(start, min(start + step, rows)), start, ref.block_type, importance.get(name))
     progress(ref.bytes)
     return matrix
 
 
-def _experts(tensors: Tensors, name: str, fmt: str, progress: Callable[[int], None]) -> list[_cpu.Matrix]:
+def _experts(
+    tensors: Tensors, name: str, fmt: str, progress: Callable[[int], None], importance: Mapping[str, Float32]
+) -> list[_cpu.Matrix]:
     ref = _source(tensors, name)
     experts, rows, columns = ref.shape
     first, count = 0, rows
@@ -233,7 +241,7 @@ def _experts(tensors: Tensors, name: str, fmt: str, progress: Callable[[int], No
     for start in range(first, experts * rows, rows):
         part = below.read(start, start + count)
         matrices.append(_cpu.Matrix(fmt, count, columns))
-        matrices[-1].pack(part, 0, ref.block_type)
+        matrices[-1].pack(part, 0, ref.block_type, importance.get(f"{name}.{len(matrices) - 1}"))
         progress(part.nbytes)
     return matrices
 
@@ -247,12 +255,14 @@ def _ordered_tokens(tensors: Tensors) -> NDArray[np.int32]:
     return np.pad(ordering.astype(np.int32), ((0, 0), (0, -ordering.shape[1] % PANEL)), constant_values=-1)
 
 
-def _ordered_head(tensors: Tensors, _: str, fmt: str, progress: Callable[[int], None]) -> _cpu.Matrix:
+def _ordered_head(
+    tensors: Tensors, name: str, fmt: str, progress: Callable[[int], None], importance: Mapping[str, Float32]
+) -> _cpu.Matrix:
     ref = tensors[EMBEDDING]
     tokens, rows = _ordered_tokens(tensors), ref.map()  # in no order: read whole, it would be there twice
     matrix = _cpu.Matrix(fmt, tokens.size, ref.shape[1])
     for index, members in enumerate(tokens):
         listed = np.where(members[:, None] >= 0, rows[members], np.zeros((), rows.dtype))  # zero bytes are zeros
-        matrix.pack(listed, index * len(members), ref.block_type)
+        matrix.pack(listed, index * len(members), ref.block_type, importance.get(name))
     progress(ref.bytes)
     return matrix
