@@ -52,7 +52,12 @@ template <class V> using Register = typename RegisterOf<V>::type;
 template <class V> using Scalar = std::remove_cvref_t<decltype(Register<V>{}[0])>;
 
 // For functions whose vectors, several registers each, would be passed in memory, and for lambdas that change them.
+// Not with the address sanitizer, which takes ten minutes for such functions.
+#ifdef __SANITIZE_ADDRESS__
+#define PACELINE_INLINE
+#else
 #define PACELINE_INLINE __attribute__((always_inline))
+#endif
 
 // f for the registers of the vectors, the first ones, the second ones and so on.
 template <class F, class... V>
