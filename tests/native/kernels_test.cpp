@@ -124,15 +124,14 @@ Floats integer_rows(Random& random, int64_t rows, int64_t cols) {
 // Rows of activations in the layout of the kernels, and their memory.
 struct Activations {
   ActView view;
-  Memory data, groups;
+  Memory data, words;
 
   // For products with the matrix.
   Activations(const MatrixView& matrix, int64_t rows)
       : view{traits(matrix.format).act(), lanes_for(rows), matrix.padded_cols, nullptr, nullptr},
-        data(tiles(rows) * view.tile_bytes()),
-        groups(tiles(rows) * view.groups() * view.lanes * int64_t(sizeof(ActGroup))) {
+        data(tiles(rows) * view.tile_bytes()), words(tiles(rows) * view.groups() * view.lanes * kGroupWords * 4) {
     view.data = data.get();
-    view.act_groups = reinterpret_cast<ActGroup*>(groups.get());
+    view.words = reinterpret_cast<uint32_t*>(words.get());
   }
   int64_t tiles(int64_t rows) const { return round_up(rows, view.lanes) / view.lanes; }
 };
@@ -246,8 +245,8 @@ bool same_row(const Activations& a, const Activations& b, int64_t r) {
   bool ok = true;
   for (int64_t i = r % lanes; i < x.padded_cols / lane_columns(x.format) * lanes; i += lanes)
     ok = ok && std::memcmp(x.data + i * 4, y.data + i * 4, 4) == 0;
-  for (int64_t i = r % lanes; x.format == ActFormat::int8 && i < x.groups() * lanes; i += lanes)
-    ok = ok && std::memcmp(x.act_groups + i, y.act_groups + i, sizeof(ActGroup)) == 0;
+  for (int64_t i = r % lanes; x.format == ActFormat::int8 && i < kGroupWords * x.groups() * lanes; i += lanes)
+    ok = ok && x.words[i] == y.words[i];
   return ok;
 }
 

@@ -154,14 +154,18 @@ struct MatrixView {
   int64_t bytes() const { return panels() * stride; }
 };
 
-// What rows of int8 carry for each group of columns; `sum` is the sum of the group's numbers.
-struct ActGroup {
-  float scale;
-  float scaled_sum;  // scale * sum, which minima of weights are multiplied with
-  // Start values of sums of products, which cancel what makes the weights' numbers unsigned: -8, -16 and -128 sum, and
-  // -32 times the sum of each half of the group.
-  int32_t start_8, start_16, start_128, start_32[2];
-  float scaled_half;  // scale * the sum of the first half
+// What rows of int8 carry for each group of columns, in words of four bytes. A kernel reads two or three of them: those of
+// a kind lie together, and the others do not pass through the nearest cache. `sum` is the sum of the group's numbers. Start
+// values of sums of products cancel what makes the weights' numbers unsigned.
+enum GroupWord : int {
+  kStart8,      // int32: -8 sum
+  kScale,       // float
+  kScaledSum,   // float: scale * sum, which minima of weights are multiplied with
+  kScaledHalf,  // float: scale * the sum of the first half
+  kStart16,     // int32: -16 sum
+  kStart128,    // int32: -128 sum
+  kStart32,     // int32: -32 times the sum of the first half, then of the second
+  kGroupWords = kStart32 + 2
 };
 
 // Rows of activations, packed in the format that a matrix takes.
@@ -173,15 +177,19 @@ struct ActView {
   int lanes = 1;
   int64_t padded_cols = 0;
   uint8_t* data = nullptr;
-  ActGroup* act_groups = nullptr;  // int8: [tile][group][lanes]
+  uint32_t* words = nullptr;  // int8: [tile][word][group][lanes]
 
   int64_t groups() const { return padded_cols / kGroup; }
   int64_t tile_bytes() const { return padded_cols * act_bytes(format) * lanes; }
   ActView tile(int64_t i) const {
     ActView t = *this;
     t.data += i * tile_bytes();
-    if (act_groups) t.act_groups += i * groups() * lanes;
+    if (words) t.words += i * groups() * kGroupWords * lanes;
     return t;
+  }
+  // A word of a group and lane of the first tile.
+  uint32_t& word(int64_t group, int word, int64_t lane) const {
+    return words[(word * groups() + group) * lanes + lane];
   }
   bool fits(const MatrixView& w) const { return format == traits(w.format).act() && padded_cols == w.padded_cols; }
 };

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 
 #include "kernels/kernels.hpp"
 #include "kernels/operands.hpp"
@@ -77,8 +78,15 @@ PACELINE_INLINE inline void pack_group(const ActView& act, int64_t row, int64_t 
     store_bytes(packed + 16, q1);
     store_lanes<4>(tile, group, lane, packed);
     const int32_t low = sum(q0), high = sum(q1), all = low + high;
-    tile.act_groups[group * tile.lanes + lane] = {scale,      scale * float(all),      -8 * all,          -16 * all,
-                                                  -128 * all, {-32 * low, -32 * high}, scale * float(low)};
+    const auto set = [&](int word, auto value) { tile.word(group, word, lane) = std::bit_cast<uint32_t>(value); };
+    set(paceline::kStart8, -8 * all);
+    set(paceline::kScale, scale);
+    set(paceline::kScaledSum, scale * float(all));
+    set(paceline::kScaledHalf, scale * float(low));
+    set(paceline::kStart16, -16 * all);
+    set(paceline::kStart128, -128 * all);
+    set(paceline::kStart32, -32 * low);
+    set(paceline::kStart32 + 1, -32 * high);
   }
 }
 

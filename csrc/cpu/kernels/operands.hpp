@@ -1,13 +1,14 @@
 // How the weights of each format become operands of dot products, and what their sums are multiplied with.
 #pragma once
 
+#include <bit>
+
 #include "formats/formats.hpp"
 #include "kernels/vec.hpp"
 
 namespace PACELINE_NAMESPACE {
 
 using paceline::ActFormat;
-using paceline::ActGroup;
 using paceline::ActView;
 using paceline::Format;
 using paceline::FormatTraits;
@@ -145,23 +146,33 @@ class Scales {
   f32x16 d_, m_;
 };
 
+// The words of one row's group.
+struct GroupWords {
+  const uint32_t* words;
+  int64_t stride;  // from one word to the next
+
+  float number(int word) const { return std::bit_cast<float>(words[word * stride]); }
+  int32_t whole(int word) const { return int32_t(words[word * stride]); }
+};
+
 // What a minimum is multiplied with: the scaled sum of a row's group, or of a half of it.
 template <Format F, int Part>
-PACELINE_INLINE inline f32x16 scaled_sum(const ActGroup& group) {
-  if constexpr (Scales<F>::kParts == 1) return splat(group.scaled_sum);
-  else return splat(Part ? group.scaled_sum - group.scaled_half : group.scaled_half);
+PACELINE_INLINE inline f32x16 scaled_sum(const GroupWords& group) {
+  if constexpr (Scales<F>::kParts == 1) return splat(group.number(paceline::kScaledSum));
+  const float half = group.number(paceline::kScaledHalf);
+  return splat(Part ? group.number(paceline::kScaledSum) - half : half);
 }
 
 // With what the sums of part `Part` of a group start.
 template <Format F, int Part>
-PACELINE_INLINE inline i32x16 start(const ActGroup& group) {
+PACELINE_INLINE inline i32x16 start(const GroupWords& group) {
   constexpr int offset = kOffset<F>;
   static_assert(offset == 0 || offset == 8 || offset == 16 || offset == 32 || offset == 128);
   if constexpr (offset == 0) return splat(0);
-  else if constexpr (offset == 8) return splat(group.start_8);
-  else if constexpr (offset == 16) return splat(group.start_16);
-  else if constexpr (offset == 128) return splat(group.start_128);
-  else return splat(group.start_32[Part]);
+  else if constexpr (offset == 8) return splat(group.whole(paceline::kStart8));
+  else if constexpr (offset == 16) return splat(group.whole(paceline::kStart16));
+  else if constexpr (offset == 128) return splat(group.whole(paceline::kStart128));
+  else return splat(group.whole(paceline::kStart32 + Part));
 }
 
 // sum += dots * (weight scale * activation scale): one order of operations, whatever the instruction set.

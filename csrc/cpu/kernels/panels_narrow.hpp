@@ -13,12 +13,13 @@ namespace PACELINE_NAMESPACE {
 struct Stretch {
   const uint8_t* weights;
   const uint8_t* a;
-  const ActGroup* groups;
+  const uint32_t* words;
+  int64_t stride;  // of words
   int lanes;
   int64_t columns;
   int64_t ahead;  // bytes to the next stretch, which is prefetched; then 0: once is enough, but a branch costs more
 
-  void next_rows(int count) { a += 4 * count, groups += count, ahead = 0; }
+  void next_rows(int count) { a += 4 * count, words += count, ahead = 0; }
 };
 
 // Whole blocks, or super-blocks, of four kilobytes or a little more.
@@ -56,7 +57,8 @@ inline void stretch_floats(const Stretch& s, RowSums* sums) {
 // kRun<largest number> operands before `total` has to widen it.
 template <Format F, int M>
 PACELINE_INLINE inline void add_group(const Stretch& s, const uint8_t* w, const Scales<F>& scales, int second,
-                                      const uint8_t* a, const ActGroup* groups, f32x16* sums) {
+                                      const uint8_t* a, const uint32_t* words, f32x16* sums) {
+  const auto row = [=, stride = s.stride](int m) PACELINE_INLINE { return GroupWords{words + m, stride}; };
   constexpr int parts = Scales<F>::kParts, of_part = kOperands / parts;
   constexpr int run = std::min(of_part, kRun<kLargest<F>>), lines = int(traits(F).group_bytes()) / 64;
   unrolled<parts>([&]<int Part>() PACELINE_INLINE {
@@ -76,12 +78,12 @@ PACELINE_INLINE inline void add_group(const Stretch& s, const uint8_t* w, const 
     });
     const f32x16 scale = scales.scale(second, Part);
     unrolled<M>([&]<int m>() PACELINE_INLINE {
-      if constexpr (kOffset<F> != 0) dots[m] = dots[m] + start<F, Part>(groups[m]);
-      sums[m] = add_scaled_dots(sums[m], dots[m], scale, groups[m].scale);
+      if constexpr (kOffset<F> != 0) dots[m] = dots[m] + start<F, Part>(row(m));
+      sums[m] = add_scaled_dots(sums[m], dots[m], scale, row(m).number(paceline::kScale));
     });
     if constexpr (Scales<F>::kMinima) {
       const f32x16 minimum = scales.minimum(second, Part);
-      unrolled<M>([&]<int m>() PACELINE_INLINE { sums[m] = fma(minimum, scaled_sum<F, Part>(groups[m]), sums[m]); });
+      unrolled<M>([&]<int m>() PACELINE_INLINE { sums[m] = fma(minimum, scaled_sum<F, Part>(row(m)), sums[m]); });
     }
   });
 }
@@ -90,7 +92,7 @@ template <Format F, int M>
 inline void stretch_integers(const Stretch& s, RowSums* sums) {
   constexpr FormatTraits format = traits(F);
   const uint8_t *w = s.weights, *a = s.a;
-  const ActGroup* groups = s.groups;
+  const uint32_t* words = s.words;
   Scales<F> scales;
   f32x16 sum[M];
   for (int m = 0; m < M; ++m) sum[m] = sums[m].even;
@@ -106,10 +108,10 @@ inline void stretch_integers(const Stretch& s, RowSums* sums) {
     w += format.header_bytes();
 #pragma GCC unroll 1
     for (int second = 0; second < 2; ++second) {
-      add_group<F, M>(s, w, scales, second, a, groups, sum);
+      add_group<F, M>(s, w, scales, second, a, words, sum);
       w += format.group_bytes();
       a += kGroup * s.lanes;
-      groups += s.lanes;
+      words += s.lanes;
     }
   }
   for (int m = 0; m < M; ++m) sums[m].even = sum[m];
@@ -122,9 +124,12 @@ void panel_tile(const uint8_t* panel, const ActView& act, int rows, f32x16* out)
   RowSums sums[kTile];
   for (int m = 0; m < rows; ++m) sums[m] = {splat(0.0f), splat(0.0f)};
   for (int64_t k = 0; k < act.padded_cols; k += kStretchColumns<F>, panel += kStretchBytes<F>) {
-    const ActGroup* groups = kIntegers<F> ? act.act_groups + k / kGroup * act.lanes : nullptr;
+    const uint32_t* words = kIntegers<F> ? &act.word(k / kGroup, 0, 0) : nullptr;
     const int64_t columns = std::min(act.padded_cols - k, kStretchColumns<F>);
-    Stretch s{panel, act.data + k * act_bytes(act.format) * act.lanes, groups, act.lanes, columns, kStretchBytes<F>};
+    Stretch s{panel,           act.data + k * act_bytes(act.format) * act.lanes,
+              words,           act.groups() * act.lanes,
+              act.lanes,       columns,
+              kStretchBytes<F>};
     for (int first = 0; first < rows; first += most, s.next_rows(most))
       with_count<most>(std::min(rows - first, most), [&]<int M>() {
         if constexpr (kIntegers<F>) stretch_integers<F, M>(s, sums + first);

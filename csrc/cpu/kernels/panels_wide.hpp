@@ -30,11 +30,12 @@ inline void panel_floats(const uint8_t* w, const ActView& act, f32x16* out) {
 // One group of columns: exact sums of products of integers, then scaled and added to the rows' sums.
 template <Format F, int M>
 PACELINE_INLINE inline void add_group(const uint8_t* w, const Scales<F>& scales, int second, const uint8_t* a, int step,
-                                      const ActGroup* groups, f32x16* sum) {
+                                      const uint32_t* words, int64_t stride, f32x16* sum) {
+  const auto row = [=](int m) PACELINE_INLINE { return GroupWords{words + m, stride}; };
   constexpr int parts = Scales<F>::kParts, of_part = kOperands / parts, lines = int(traits(F).group_bytes()) / 64;
   unrolled<parts>([&]<int Part>() PACELINE_INLINE {
     i32x16 dots[M];
-    unrolled<M>([&]<int m>() PACELINE_INLINE { dots[m] = start<F, Part>(groups[m]); });
+    unrolled<M>([&]<int m>() PACELINE_INLINE { dots[m] = start<F, Part>(row(m)); });
     unrolled<of_part>([&]<int J>() PACELINE_INLINE {
       constexpr int i = Part * of_part + J, line = i * lines / kOperands;
       if constexpr (i == 0 || line != (i - 1) * lines / kOperands) prefetch(w + kAhead + line * 64);
@@ -43,10 +44,12 @@ PACELINE_INLINE inline void add_group(const uint8_t* w, const Scales<F>& scales,
       a += step;
     });
     const f32x16 scale = scales.scale(second, Part);
-    unrolled<M>([&]<int m>() PACELINE_INLINE { sum[m] = add_scaled_dots(sum[m], dots[m], scale, groups[m].scale); });
+    unrolled<M>([&]<int m>() PACELINE_INLINE {
+      sum[m] = add_scaled_dots(sum[m], dots[m], scale, row(m).number(paceline::kScale));
+    });
     if constexpr (Scales<F>::kMinima) {
       const f32x16 minimum = scales.minimum(second, Part);
-      unrolled<M>([&]<int m>() PACELINE_INLINE { sum[m] = fma(minimum, scaled_sum<F, Part>(groups[m]), sum[m]); });
+      unrolled<M>([&]<int m>() PACELINE_INLINE { sum[m] = fma(minimum, scaled_sum<F, Part>(row(m)), sum[m]); });
     }
   });
 }
@@ -56,7 +59,7 @@ inline void panel_integers(const uint8_t* w, const ActView& act, f32x16* out) {
   constexpr FormatTraits format = traits(F);
   const int lanes = act.lanes;
   const uint8_t* a = act.data;
-  const ActGroup* groups = act.act_groups;
+  const uint32_t* words = act.words;
   Scales<F> scales;
   f32x16 sum[M];
   for (int m = 0; m < M; ++m) sum[m] = splat(0.0f);
@@ -72,10 +75,10 @@ inline void panel_integers(const uint8_t* w, const ActView& act, f32x16* out) {
     w += format.header_bytes();
 #pragma GCC unroll 1
     for (int second = 0; second < 2; ++second) {
-      add_group<F, M>(w, scales, second, a, 4 * lanes, groups, sum);
+      add_group<F, M>(w, scales, second, a, 4 * lanes, words, act.groups() * lanes, sum);
       w += format.group_bytes();
       a += kGroup * lanes;
-      groups += lanes;
+      words += lanes;
     }
   }
   for (int m = 0; m < M; ++m) out[m] = sum[m];

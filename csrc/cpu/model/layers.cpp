@@ -119,15 +119,15 @@ size_t act_formats(std::initializer_list<const Matrix*> matrices) {
 void PackedRows::reserve(int64_t lanes, int64_t padded_cols, int64_t copies) {
   product({copies, lanes, padded_cols, 4});
   copy_bytes_ = round_up(lanes * padded_cols * 4, int64_t(kAlign));
-  copy_groups_ = round_up(lanes * padded_cols / kGroup, int64_t(kAlign / sizeof(ActGroup)));
+  copy_words_ = round_up(lanes * padded_cols / kGroup * kGroupWords, int64_t(kAlign / 4));
   data_.reserve(product({copies, copy_bytes_}));
-  groups_.reserve(product({copies, copy_groups_, int64_t(sizeof(ActGroup))}));
+  words_.reserve(product({copies, copy_words_, 4}));
 }
 
 ActView PackedRows::view(const Matrix& matrix, int lanes, int64_t copy) const {
   const MatrixView& v = matrix.view();
   return {traits(v.format).act(), lanes, v.padded_cols, data_.data() + copy * copy_bytes_,
-          reinterpret_cast<ActGroup*>(groups_.data()) + copy * copy_groups_};
+          reinterpret_cast<uint32_t*>(words_.data()) + copy * copy_words_};
 }
 
 void LayerRunner::reserve(const std::vector<Layer>& layers, int64_t rows, int64_t context, int threads,

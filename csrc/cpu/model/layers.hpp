@@ -62,8 +62,8 @@ class PackedRows {
   ActView view(const Matrix& matrix, int lanes, int64_t copy = 0) const;
 
  private:
-  int64_t copy_bytes_ = 0, copy_groups_ = 0;
-  Buffer data_, groups_;
+  int64_t copy_bytes_ = 0, copy_words_ = 0;
+  Buffer data_, words_;
 };
 
 // How many activation formats these matrices (or null) take.

@@ -1,5 +1,6 @@
 #include "model/observer.hpp"
 
+#include <bit>
 #include <cstring>
 
 namespace paceline {
@@ -10,7 +11,7 @@ float value(const ActView& tile, int64_t lane, int64_t col) {
   const int64_t columns = lane_columns(tile.format);
   const uint8_t* p = tile.data + (col / columns * tile.lanes + lane) * 4 + col % columns * act_bytes(tile.format);
   if (tile.format == ActFormat::int8)
-    return tile.act_groups[col / kGroup * tile.lanes + lane].scale * float(int8_t(*p));
+    return std::bit_cast<float>(tile.word(col / kGroup, kScale, lane)) * float(int8_t(*p));
   if (tile.format == ActFormat::bf16) {
     uint16_t bits;
     std::memcpy(&bits, p, sizeof bits);
