@@ -248,8 +248,8 @@ DAMAGE: dict[Callable[[Path], object], tuple[str, ...]] = {
     shutil.rmtree: ("copy", "no such folder"),
     lambda folder: (folder / "config.json").unlink(): ("config.json", "missing"),
     with_broken_settings: ("config.json", "not valid JSON"),
-    of_another_kind: ("config.json", "not a Gemma 4 model", "llama"),
-    lambda folder: (folder / "model.safetensors").unlink(): ("copy", "no model.safetensors"),
+    of_another_kind: ("config.json", "not a Gemma model", "llama"),
+    lambda folder: (folder / "model.safetensors").unlink(): ("copy", "has a config.json but no weights"),
     truncate: ("model.safetensors", "truncated", "download it again"),
     corrupt: ("model.safetensors", "damaged", "download it again"),
     without_a_tensor: ("copy", "layers.1.self_attn.q_proj.weight", "missing"),
@@ -313,7 +313,7 @@ def test_models_in_the_wrong_place(cli: Cli, model: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        (("--quant", "q5"), ("q5", "q4")),
+        (("--quant", "q3"), ("q3", "q4")),
         (("--threads", "0"), ("threads",)),
         (("--threads", "many"), ("threads",)),
         (("--max-tokens", "0"), ("max-tokens",)),

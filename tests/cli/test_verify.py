@@ -170,7 +170,7 @@ def test_a_folder_is_no_prompt_file(model: Path, tmp_path: Path, capsys: pytest.
     [
         (["no-such-model"], "no-such-model"),
         (["tiny-python", "--max-tokens", "1"], "greater than or equal to 2"),
-        (["tiny-python", "--quant", "q5"], "q5"),
+        (["tiny-python", "--quant", "q3"], "q3"),
         ([], "MODEL"),
     ],
 )
