@@ -1,6 +1,6 @@
 """What users choose by `--quant`: a recipe says in which format each tensor of a model is held.
 
-The formats of q4, q5 and q6 were chosen by what they cost on a real model (docs/formats.md). This module imports
+The formats of q4, q5 and q6 were chosen by what they cost on a real model (docs/models.md). This module imports
 neither NumPy nor native code.
 """
 
@@ -31,7 +31,7 @@ class Recipe:
     Attributes:
         name: what users and pack files call it.
         summary: ends the sentence "weights in memory: f32 ...".
-        cost: what users are told that it loses.
+        cost: what users are told that it loses, against f32 (docs/models.md).
         drafter: the recipe of a drafter beside a target of this one. A drafter is small, and its mistakes cost rounds,
             so it is never below q8.
         base: the format of a matrix.
@@ -97,14 +97,21 @@ RECIPES = {
         Recipe("file", "each tensor as the file holds it", drafter="file", base="bf16", uniform="bf16"),
         Recipe("f32", "as the reference", drafter="f32", base="f32", uniform="f32"),
         Recipe("bf16", "in half of f32", drafter="bf16", base="bf16", uniform="bf16"),
-        Recipe("q8", "in 8.5 bits a weight", drafter="q8", base="q8_0", uniform="q8_0", cost="of no loss to see"),
+        Recipe(
+            "q8",
+            "in 8.5 bits a weight",
+            drafter="q8",
+            base="q8_0",
+            uniform="q8_0",
+            cost="KL 0.003 and 97 % same top token on Gemma 3 270M",
+        ),
         Recipe(
             "q6",
             "in 6.6 to 7.2",
             drafter="q8",
             base="q6_k",
             uniform="q8_0",
-            cost="of little loss",
+            cost="KL 0.009 and 94 % same top token on Gemma 3 270M",
             upgrades=_upgrades("q8_0", "q8_0"),
             budget=7.2,
         ),
@@ -114,7 +121,7 @@ RECIPES = {
             drafter="q8",
             base="q5_k",
             uniform="q8_0",
-            cost="of little loss",
+            cost="KL 0.027 and 91 % same top token on Gemma 3 270M",
             upgrades=_upgrades("q6_k", "q6_k"),
             budget=6.0,
         ),
@@ -124,7 +131,7 @@ RECIPES = {
             drafter="q8",
             base="q4_k",
             uniform="q4_0",
-            cost="of some loss",
+            cost="KL 0.11 and 79 % same top token on Gemma 3 270M",
             upgrades=_upgrades("q6_k", "q5_k"),
             budget=5.0,
         ),
