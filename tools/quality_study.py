@@ -27,6 +27,7 @@ import gguf
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tools.error_compensation import GRIDS, importance_of, round_compensated
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -34,7 +35,6 @@ from paceline import _cpu
 from paceline.checkpoint.checkpoint import Checkpoint
 from paceline.checkpoint.tensors import TensorRef
 from paceline.config import Layer, TargetConfig
-from paceline.quant.calibrate import GRIDS, importance_of, round_compensated
 from paceline.quant.formats import FORMATS
 from paceline.quant.recipes import RECIPES, Stored, mean_bits
 from paceline.text.tokenizer import Tokenizer

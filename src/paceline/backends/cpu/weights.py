@@ -10,6 +10,7 @@ Names are canonical (`checkpoint.names`), except where the native layout differs
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -188,16 +189,18 @@ def choose_formats(
 
 def _element(ref: TensorRef, quant: str) -> str:
     """The type of a tensor's elements; Q4_0 of plain ones that lie on its grid (of models trained for it)."""
-    if RECIPES[quant].quantises and not ref.block_type and len(ref.shape) > 1:
-        matrix = ref if len(ref.shape) == 2 else ref.slice(0, 1)
-        step = max(1, ref.shape[-2] // SAMPLE)
-        if len(ref.shape) == 2:
-            rows = np.concatenate([matrix.read(row, row + 1) for row in range(0, matrix.rows, step)])
-        else:
-            rows = matrix.read()[0, ::step]
-        if lies_on_q4_0(from_bf16(rows) if rows.dtype == np.uint16 else np.asarray(rows, np.float32)):
-            return "Q4_0"
-    return ref.dtype
+    if not RECIPES[quant].quantises or ref.block_type:
+        return ref.dtype
+    below = _one_below_the_other(ref)
+    step = max(1, below.rows // SAMPLE)
+    rows = np.concatenate([below.read(row, row + 1) for row in range(0, below.rows, step)])
+    on_grid = lies_on_q4_0(from_bf16(rows) if rows.dtype == np.uint16 else rows.astype(np.float32))
+    return "Q4_0" if on_grid else ref.dtype
+
+
+def _one_below_the_other(ref: TensorRef) -> TensorRef:
+    """A matrix, or the matrices of a list as one."""
+    return replace(ref, shape=(math.prod(ref.shape[:-1]), ref.shape[-1]))
 
 
 def map_table(ref: TensorRef) -> _cpu.Table:
@@ -236,7 +239,7 @@ def _experts(
     if name not in tensors.refs:  # the lower or upper half of each
         count = rows // 2
         first = 0 if name.endswith("gate_proj") else count
-    below = replace(ref, shape=(experts * rows, columns))  # all experts' rows
+    below = _one_below_the_other(ref)
     matrices = []
     for start in range(first, experts * rows, rows):
         part = below.read(start, start + count)

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from paceline import _cpu
-from paceline.quant import calibrate
 from paceline.quant.bf16 import Floats
 from tests.fixtures import reference_formats as reference
+from tools import error_compensation
 
 
 def correlated_activations(rows: int, columns: int, seed: int) -> Floats:
@@ -49,9 +49,9 @@ def test_products_are_nearer_than_by_rounding_alone(element: str) -> None:
     seen, others = x[:4000].astype(np.float64), x[4000:]
     moments = seen.T @ seen
     kept = weights.copy()
-    compensated = calibrate.round_compensated(weights, element, moments)
+    compensated = error_compensation.round_compensated(weights, element, moments)
     np.testing.assert_array_equal(weights, kept)
-    by_importance = _cpu.quantise(weights, element, calibrate.importance_of(moments))
+    by_importance = _cpu.quantise(weights, element, error_compensation.importance_of(moments))
     alone = _cpu.quantise(weights, element)
     assert missed(compensated, element, weights, others) < 0.8 * missed(by_importance, element, weights, others)
     assert missed(by_importance, element, weights, others) < missed(alone, element, weights, others)
@@ -62,5 +62,5 @@ def test_columns_without_activations_are_rounded_alone(element: str) -> None:
     """Padding, and inputs that are always zero: nothing to compensate, no division by zero."""
     weights = np.random.default_rng(7).standard_normal((6, 512)).astype(np.float32)
     for moments in (np.zeros((512, 512)), np.diag(np.arange(512) % 2).astype(np.float64)):
-        values = reference.values_of(calibrate.round_compensated(weights, element, moments), element)
+        values = reference.values_of(error_compensation.round_compensated(weights, element, moments), element)
         assert np.linalg.norm(values - weights) < 0.15 * np.linalg.norm(weights)
