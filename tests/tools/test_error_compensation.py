@@ -17,31 +17,31 @@ def correlated_activations(rows: int, columns: int, seed: int) -> Floats:
     return mixed.astype(np.float32)
 
 
-def missed(blocks: calibrate.Bytes, element: str, weights: Floats, x: Floats) -> float:
+def missed(blocks: error_compensation.Bytes, element: str, weights: Floats, x: Floats) -> float:
     """Relative error of the products with activations x [rows, columns]."""
     exact = x.astype(np.float64) @ weights.T
     products = x.astype(np.float64) @ _cpu.dequantise(blocks, element, weights.shape[1]).T
     return float(np.linalg.norm(products - exact) / np.linalg.norm(exact))
 
 
-@pytest.mark.parametrize("element", calibrate.GRIDS)
+@pytest.mark.parametrize("element", error_compensation.GRIDS)
 def test_scales_and_numbers_are_those_of_the_blocks(element: str) -> None:
-    grid = calibrate.GRIDS[element]
+    grid = error_compensation.GRIDS[element]
     blocks = reference.random_blocks(9, 512, element, 1)
-    scales, minima = (np.repeat(x, grid.part, axis=1) for x in calibrate.scales_of(blocks, element))
+    scales, minima = (np.repeat(x, grid.part, axis=1) for x in error_compensation.scales_of(blocks, element))
     values = reference.values_of(blocks, element)
     q = np.random.default_rng(2).integers(0, grid.top + 1, values.shape, dtype=np.uint8)
     expected = scales * q + minima
-    changed = calibrate.with_numbers(blocks, element, q)
+    changed = error_compensation.with_numbers(blocks, element, q)
     tolerance = 1e-6 * (np.abs(scales) * grid.top + np.abs(minima))
     assert np.all(np.abs(reference.values_of(changed, element) - expected) <= tolerance)
     own = np.rint(np.divide(values - minima, scales, out=np.zeros_like(values), where=scales != 0)).astype(np.uint8)
     nonzero = np.abs(scales) > 0
-    back = calibrate.with_numbers(blocks, element, own)
+    back = error_compensation.with_numbers(blocks, element, own)
     np.testing.assert_array_equal(reference.values_of(back, element)[nonzero], values[nonzero])
 
 
-@pytest.mark.parametrize("element", calibrate.GRIDS)
+@pytest.mark.parametrize("element", error_compensation.GRIDS)
 def test_products_are_nearer_than_by_rounding_alone(element: str) -> None:
     """On activations that were not seen, too."""
     weights = np.random.default_rng(3).standard_normal((40, 512)).astype(np.float32)
@@ -57,7 +57,7 @@ def test_products_are_nearer_than_by_rounding_alone(element: str) -> None:
     assert missed(by_importance, element, weights, others) < missed(alone, element, weights, others)
 
 
-@pytest.mark.parametrize("element", calibrate.GRIDS)
+@pytest.mark.parametrize("element", error_compensation.GRIDS)
 def test_columns_without_activations_are_rounded_alone(element: str) -> None:
     """Padding, and inputs that are always zero: nothing to compensate, no division by zero."""
     weights = np.random.default_rng(7).standard_normal((6, 512)).astype(np.float32)

@@ -85,7 +85,7 @@ def calibrate(
     configs: list[TargetConfig | DrafterConfig] = [config, *([drafter[1]] if drafter else [])]
     tensors = [resolve(part[0], part[1]) for part in (target, drafter) if part]
     held = _recipe(configs, tensors, quant)
-    weights = [pack_checkpoint(found, one, held) for found, one in zip(tensors, configs, strict=True)]
+    weights = [pack_checkpoint(found, one, held, threads=threads) for found, one in zip(tensors, configs, strict=True)]
     backend = CpuBackend(
         (config, weights[0]),
         (drafter[1], weights[1]) if drafter else None,

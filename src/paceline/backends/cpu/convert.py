@@ -58,7 +58,7 @@ def convert(
         drafter: its drafter's place, or None.
         out: the folder to make; it must not exist. It appears when it is whole.
         quant: recipe; the drafter is packed in the one that `backends.formats` chooses beside it.
-        threads: for checksums and calibration.
+        threads: for packing, checksums and calibration.
         progress: called with the file bytes of every tensor packed.
         texts: by name, which the pair reads first to find out which columns of its matrices matter; None: all do alike.
         reading: told of the tokens read.
@@ -129,7 +129,8 @@ def _write_pair(
         settings[CALIBRATED] = calibration.tokens
     (out / "config.json").write_text(json.dumps(settings, indent=2))
     importance = calibration.target if calibration else None
-    weights = pack_checkpoint(resolve(checkpoint, config), config, quant, progress, importance=importance)
+    tensors = resolve(checkpoint, config)
+    weights = pack_checkpoint(tensors, config, quant, progress, importance=importance, threads=threads)
     write_pack(out / PACKED_NAME, weights, fingerprint="", threads=threads, with_tables=True)
     if drafter:
         checkpoint, draft_config = drafter
@@ -137,7 +138,9 @@ def _write_pair(
         write_texts(checkpoint, None, out / DRAFTER_FOLDER)
         tensors, draft_quant = resolve(checkpoint, draft_config), drafter_quant(checkpoint, quant)
         importance = calibration.drafter if calibration else None
-        draft_weights = pack_checkpoint(tensors, draft_config, draft_quant, progress, importance=importance)
+        draft_weights = pack_checkpoint(
+            tensors, draft_config, draft_quant, progress, importance=importance, threads=threads
+        )
         write_pack(out / DRAFTER_FOLDER / PACKED_NAME, draft_weights, "", threads, with_tables=True)
     return weights.bits_per_weight
 

@@ -56,7 +56,7 @@ def open_source(
         checkpoint: the opened folder.
         config: its settings.
         quant: recipe, or auto.
-        threads: for checking a pack file.
+        threads: for packing, or for checking a pack file.
         notify: told what auto chose.
         progress: called with the file bytes of every tensor as it is packed.
 
@@ -75,7 +75,7 @@ def open_source(
         weights = open_pack(pack_path(checkpoint, quant), config, threads, fingerprint=about, tensors=tensors)
         packed_now = False
     except StalePack:
-        weights, packed_now = pack_checkpoint(tensors, config, quant, progress), True
+        weights, packed_now = pack_checkpoint(tensors, config, quant, progress, threads=threads), True
     if automatic:
         notify(f"weights: {quant}, {RECIPES[quant].cost}; {weights.bits_per_weight:.1f} bits a weight")
     return WeightSource(weights, checkpoint, threads, packed_now)

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -149,6 +151,7 @@ def pack_checkpoint(
     progress: Callable[[int], None] = lambda _: None,
     formats: Mapping[str, str] | None = None,
     importance: Mapping[str, Float32] | None = None,
+    threads: int = 1,
 ) -> Weights:
     """Pack a checkpoint's tensors, each read a slice of rows at a time, so that memory never holds one twice.
 
@@ -160,23 +163,35 @@ def pack_checkpoint(
         formats: other formats of single matrices, by native name.
         importance: how much an error in each column [columns] of a matrix matters, by native name, with `.0`, `.1`, ...
             for the matrices of a list; all alike in those that it does not name.
+        threads: that pack at once.
 
     Raises:
         CheckpointError: a file ended early, or a drafter's token ordering is damaged.
     """
     weights = Weights(quant, embedding_scales(config, lambda name: tensors[name].dtype == "BF16"))
     chosen = choose_formats(config, quant, lambda name: _element(_source(tensors, name), quant)) | dict(formats or {})
-    for name, shape in native_shapes(config).items():
-        if name == PLE_TABLE:
-            weights.tensors[name] = map_table(tensors[name])
-        elif name == "ordered_head.tokens":
-            weights.tensors[name] = _ordered_tokens(tensors).ravel()
-        elif len(shape) == 1:
-            weights.tensors[name] = tensors.vector(name)
-        else:
-            pack = _ordered_head if name == "ordered_head.weight" else _experts if len(shape) == 3 else _matrix
-            weights.tensors[name] = pack(tensors, name, chosen[name], progress, importance or {})
+    shapes = native_shapes(config)
+    with _Pool(threads) as pool:
+        packed = {name: pool.submit(_pack, tensors, name, fmt, importance or {}) for name, fmt in chosen.items()}
+        for name, shape in shapes.items():
+            if name == PLE_TABLE:
+                weights.tensors[name] = map_table(tensors[name])
+            elif name == "ordered_head.tokens":
+                weights.tensors[name] = _ordered_tokens(tensors).ravel()
+            elif len(shape) == 1:
+                weights.tensors[name] = tensors.vector(name)
+            else:
+                weights.tensors[name] = packed[name].result()
+                ref = _source(tensors, name)
+                progress(min(ref.bytes, ref.bytes * math.prod(shape) // math.prod(ref.shape)))
     return weights
+
+
+class _Pool(ThreadPoolExecutor):
+    """Threads that begin nothing more once the block has raised."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.shutdown(wait=True, cancel_futures=error is not None)
 
 
 def choose_formats(
@@ -217,22 +232,24 @@ def _source(tensors: Tensors, name: str) -> TensorRef:
     return tensors[name]
 
 
-def _matrix(
-    tensors: Tensors, name: str, fmt: str, progress: Callable[[int], None], importance: Mapping[str, Float32]
-) -> _cpu.Matrix:
-    ref = tensors[name]
+def _pack(tensors: Tensors, name: str, fmt: str, importance: Mapping[str, Float32]) -> _cpu.Matrix | list[_cpu.Matrix]:
+    if name == "ordered_head.weight":
+        return _ordered_head(tensors, fmt, importance.get(name))
+    if len(_source(tensors, name).shape) == 3:
+        return _experts(tensors, name, fmt, importance)
+    return _matrix(tensors[name], fmt, importance.get(name))
+
+
+def _matrix(ref: TensorRef, fmt: str, importance: Float32 | None) -> _cpu.Matrix:
     rows, columns = ref.shape
     matrix = _cpu.Matrix(fmt, rows, columns)
     step = max(PANEL, SLICE_BYTES * rows // max(1, ref.bytes) // PANEL * PANEL)
     for start in range(0, rows, step):
-        matrix.pack(ref.read(start, min(start + step, rows)), start, ref.block_type, importance.get(name))
-    progress(ref.bytes)
+        matrix.pack(ref.read(start, min(start + step, rows)), start, ref.block_type, importance)
     return matrix
 
 
-def _experts(
-    tensors: Tensors, name: str, fmt: str, progress: Callable[[int], None], importance: Mapping[str, Float32]
-) -> list[_cpu.Matrix]:
+def _experts(tensors: Tensors, name: str, fmt: str, importance: Mapping[str, Float32]) -> list[_cpu.Matrix]:
     ref = _source(tensors, name)
     experts, rows, columns = ref.shape
     first, count = 0, rows
@@ -245,7 +262,6 @@ def _experts(
         part = below.read(start, start + count)
         matrices.append(_cpu.Matrix(fmt, count, columns))
         matrices[-1].pack(part, 0, ref.block_type, importance.get(f"{name}.{len(matrices) - 1}"))
-        progress(part.nbytes)
     return matrices
 
 
@@ -258,14 +274,11 @@ def _ordered_tokens(tensors: Tensors) -> NDArray[np.int32]:
     return np.pad(ordering.astype(np.int32), ((0, 0), (0, -ordering.shape[1] % PANEL)), constant_values=-1)
 
 
-def _ordered_head(
-    tensors: Tensors, name: str, fmt: str, progress: Callable[[int], None], importance: Mapping[str, Float32]
-) -> _cpu.Matrix:
+def _ordered_head(tensors: Tensors, fmt: str, importance: Float32 | None) -> _cpu.Matrix:
     ref = tensors[EMBEDDING]
     tokens, rows = _ordered_tokens(tensors), ref.map()  # in no order: read whole, it would be there twice
     matrix = _cpu.Matrix(fmt, tokens.size, ref.shape[1])
     for index, members in enumerate(tokens):
         listed = np.where(members[:, None] >= 0, rows[members], np.zeros((), rows.dtype))  # zero bytes are zeros
-        matrix.pack(listed, index * len(members), ref.block_type, importance.get(name))
-    progress(ref.bytes)
+        matrix.pack(listed, index * len(members), ref.block_type, importance)
     return matrix
