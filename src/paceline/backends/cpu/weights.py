@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -36,6 +37,7 @@ CENTROIDS = "masked_embedding.centroids.weight"
 SLICE_BYTES = 4 << 20  # read at a time while packing; malloc keeps what is freed of larger pieces
 
 Tensor = _cpu.Matrix | list[_cpu.Matrix] | _cpu.Table | NDArray[Any]
+Job = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,7 @@ def pack_checkpoint(
     chosen = choose_formats(config, quant, lambda name: _element(_source(tensors, name), quant)) | dict(formats or {})
     shapes = native_shapes(config)
     with _Pool(threads) as pool:
-        packed = {name: pool.submit(_pack, tensors, name, fmt, importance or {}) for name, fmt in chosen.items()}
+        jobs: dict[str, list[Future[None]]] = {}
         for name, shape in shapes.items():
             if name == PLE_TABLE:
                 weights.tensors[name] = map_table(tensors[name])
@@ -181,9 +183,13 @@ def pack_checkpoint(
             elif len(shape) == 1:
                 weights.tensors[name] = tensors.vector(name)
             else:
-                weights.tensors[name] = packed[name].result()
-                ref = _source(tensors, name)
-                progress(min(ref.bytes, ref.bytes * math.prod(shape) // math.prod(ref.shape)))
+                weights.tensors[name], parts = _start(tensors, name, chosen[name], importance or {})
+                jobs[name] = [pool.submit(part) for part in parts]
+        for name, running in jobs.items():
+            for job in running:
+                job.result()
+            ref = _source(tensors, name)
+            progress(min(ref.bytes, ref.bytes * math.prod(shapes[name]) // math.prod(ref.shape)))
     return weights
 
 
@@ -232,7 +238,8 @@ def _source(tensors: Tensors, name: str) -> TensorRef:
     return tensors[name]
 
 
-def _pack(tensors: Tensors, name: str, fmt: str, importance: Mapping[str, Float32]) -> _cpu.Matrix | list[_cpu.Matrix]:
+def _start(tensors: Tensors, name: str, fmt: str, importance: Mapping[str, Float32]) -> tuple[Tensor, list[Job]]:
+    """An empty matrix, or list of them, and what packs its parts."""
     if name == "ordered_head.weight":
         return _ordered_head(tensors, fmt, importance.get(name))
     if len(_source(tensors, name).shape) == 3:
@@ -240,16 +247,18 @@ def _pack(tensors: Tensors, name: str, fmt: str, importance: Mapping[str, Float3
     return _matrix(tensors[name], fmt, importance.get(name))
 
 
-def _matrix(ref: TensorRef, fmt: str, importance: Float32 | None) -> _cpu.Matrix:
+def _matrix(ref: TensorRef, fmt: str, importance: Float32 | None) -> tuple[Tensor, list[Job]]:
     rows, columns = ref.shape
     matrix = _cpu.Matrix(fmt, rows, columns)
     step = max(PANEL, SLICE_BYTES * rows // max(1, ref.bytes) // PANEL * PANEL)
-    for start in range(0, rows, step):
+
+    def pack(start: int) -> None:
         matrix.pack(ref.read(start, min(start + step, rows)), start, ref.block_type, importance)
-    return matrix
+
+    return matrix, [partial(pack, start) for start in range(0, rows, step)]
 
 
-def _experts(tensors: Tensors, name: str, fmt: str, importance: Mapping[str, Float32]) -> list[_cpu.Matrix]:
+def _experts(tensors: Tensors, name: str, fmt: str, importance: Mapping[str, Float32]) -> tuple[Tensor, list[Job]]:
     ref = _source(tensors, name)
     experts, rows, columns = ref.shape
     first, count = 0, rows
@@ -257,12 +266,13 @@ def _experts(tensors: Tensors, name: str, fmt: str, importance: Mapping[str, Flo
         count = rows // 2
         first = 0 if name.endswith("gate_proj") else count
     below = _one_below_the_other(ref)
-    matrices = []
-    for start in range(first, experts * rows, rows):
-        part = below.read(start, start + count)
-        matrices.append(_cpu.Matrix(fmt, count, columns))
-        matrices[-1].pack(part, 0, ref.block_type, importance.get(f"{name}.{len(matrices) - 1}"))
-    return matrices
+    matrices = [_cpu.Matrix(fmt, count, columns) for _ in range(experts)]
+
+    def pack(expert: int) -> None:
+        start = first + expert * rows
+        matrices[expert].pack(below.read(start, start + count), 0, ref.block_type, importance.get(f"{name}.{expert}"))
+
+    return matrices, [partial(pack, expert) for expert in range(experts)]
 
 
 def _ordered_tokens(tensors: Tensors) -> NDArray[np.int32]:
@@ -274,11 +284,14 @@ def _ordered_tokens(tensors: Tensors) -> NDArray[np.int32]:
     return np.pad(ordering.astype(np.int32), ((0, 0), (0, -ordering.shape[1] % PANEL)), constant_values=-1)
 
 
-def _ordered_head(tensors: Tensors, fmt: str, importance: Float32 | None) -> _cpu.Matrix:
+def _ordered_head(tensors: Tensors, fmt: str, importance: Float32 | None) -> tuple[Tensor, list[Job]]:
     ref = tensors[EMBEDDING]
     tokens, rows = _ordered_tokens(tensors), ref.map()  # in no order: read whole, it would be there twice
     matrix = _cpu.Matrix(fmt, tokens.size, ref.shape[1])
-    for index, members in enumerate(tokens):
+
+    def pack(centroid: int) -> None:
+        members = tokens[centroid]
         listed = np.where(members[:, None] >= 0, rows[members], np.zeros((), rows.dtype))  # zero bytes are zeros
-        matrix.pack(listed, index * len(members), ref.block_type, importance)
-    return matrix
+        matrix.pack(listed, centroid * len(members), ref.block_type, importance)
+
+    return matrix, [partial(pack, centroid) for centroid in range(len(tokens))]
