@@ -3,6 +3,7 @@
 //
 // Prints one line an instruction set, `neon: 1234 checks passed`, and exits with 1 if a check failed.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -424,6 +425,33 @@ void test_checksum(const Kernels& kernels, int64_t n) {
   check(kernels.checksum(memory.get(), n) != total, kernels.name, "checksum of damaged bytes");
 }
 
+// a x + y is rounded once: cases around the middle between two floats, subnormal ones, and any bits.
+void test_fused(const Kernels& kernels) {
+  Random random(5);
+  const auto any_bits = [&] {
+    const uint32_t bits = uint32_t(random.integer(0, 0xffff)) << 16 | uint32_t(random.integer(0, 0xffff));
+    return std::bit_cast<float>(bits);
+  };
+  for (int round = 0; round < 2000; ++round) {
+    Floats x(16), y(16);
+    float a = any_bits();
+    for (size_t i = 0; i < 16; ++i) x[i] = any_bits(), y[i] = any_bits();
+    if (round % 2) {  // the product's and the addend's last bits overlap a little
+      a = 1 + float(random.integer(0, 4095)) / 4096;
+      const int exponent = random.integer(0, 3) ? 0 : -140;
+      for (size_t i = 0; i < 16; ++i) {
+        x[i] = std::ldexp(1 + float(random.integer(0, 4095)) / 4096, exponent - random.integer(20, 55));
+        y[i] = std::ldexp(float(random.integer(-255, 255)), exponent);
+      }
+    }
+    Floats expected(16);
+    for (size_t i = 0; i < 16; ++i) expected[i] = std::fma(x[i], a, y[i]);
+    kernels.axpy(y.data(), x.data(), 16, a);
+    for (size_t i = 0; i < 16; ++i)
+      check(same(&y[i], &expected[i], 1) || (std::isnan(y[i]) && std::isnan(expected[i])), kernels.name, "fused");
+  }
+}
+
 // Samples from logits that integers give exactly: the tokens of decode/sampler.py, folded into one number.
 void test_sampler(const Kernels& kernels) {
   Floats x(1000);
@@ -463,6 +491,7 @@ void test_isa(const Kernels& kernels) {
   for (int64_t pairs : {1, 7, 16, 32}) test_rope(kernels, 64, pairs);
   for (int64_t n : {3, 15, 16, 17, 33, 1000}) test_arg_max(kernels, n);
   for (int64_t n : {512, 1024, 5120}) test_checksum(kernels, n);
+  test_fused(kernels);
   test_sampler(kernels);
 }
 

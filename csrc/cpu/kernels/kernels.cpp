@@ -1,5 +1,5 @@
-// Compiled once for each instruction set: PACELINE_SET names the set's file, PACELINE_NAMESPACE the namespace, and
-// PACELINE_SAMPLER that of the set's sampler, which is compiled without contraction.
+// Compiled once for each instruction set, as sampler.cpp is: PACELINE_SET names the set's file, PACELINE_NAMESPACE the
+// namespace.
 #include "kernels/kernels.hpp"
 
 #include "kernels/attention.hpp"
@@ -9,11 +9,9 @@
 #define PACELINE_STRING_(x) #x
 #define PACELINE_STRING(x) PACELINE_STRING_(x)
 
-namespace PACELINE_SAMPLER {
-paceline::Sampled sample(const paceline::Logits&, const paceline::SamplingParams&, uint32_t position, bool probability);
-}
-
 namespace PACELINE_NAMESPACE {
+
+paceline::Sampled sample(const paceline::Logits&, const paceline::SamplingParams&, uint32_t position, bool probability);
 
 extern const paceline::Kernels table;
 const paceline::Kernels table = {PACELINE_STRING(PACELINE_NAMESPACE),
@@ -29,6 +27,6 @@ const paceline::Kernels table = {PACELINE_STRING(PACELINE_NAMESPACE),
                                  softcap,
                                  arg_max,
                                  checksum,
-                                 PACELINE_SAMPLER::sample};
+                                 sample};
 
 }  // namespace PACELINE_NAMESPACE

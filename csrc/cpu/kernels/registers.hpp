@@ -140,10 +140,9 @@ inline To convert(V v) {
   return map([](Register<V> r) { return __builtin_convertvector(r, Register<To>); }, v);
 }
 
-// a * b + c. Contracted to one fused operation where the instruction set has it, always or never within one file.
-inline f32x16 fma(f32x16 a, f32x16 b, f32x16 c) {
-  return map([](f32 x, f32 y, f32 z) { return x * y + z; }, a, b, c);
-}
+// a * b + c, rounded once on every instruction set: each defines it for a register.
+inline f32 fused(f32 a, f32 b, f32 c);
+inline f32x16 fma(f32x16 a, f32x16 b, f32x16 c) { return map(fused, a, b, c); }
 
 // x where a > b, else y.
 inline f32x16 where_greater(f32x16 a, f32x16 b, f32x16 x, f32x16 y) {

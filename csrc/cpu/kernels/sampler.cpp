@@ -126,7 +126,7 @@ class LogitsRow {
   // How far below the best, in nats.
   f32x16 depth(f32x16 x) const { return (x - splat(top_)) / splat(params_.temperature); }
   float depth(float x) const { return (x - top_) / params_.temperature; }
-  i32x16 weight(f32x16 x) const { return convert<i32x16>(exp(depth(x)) * splat(kTopWeight)); }
+  i32x16 weight(f32x16 x) const { return convert<i32x16>(exp<false>(depth(x)) * splat(kTopWeight)); }
 
   // Call f(i, logits i..i+15) for stretches whose maximum reaches `least`.
   template <class F>

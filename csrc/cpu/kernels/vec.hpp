@@ -47,8 +47,14 @@ inline f32x16 widen(const uint16_t* p) { return bits<f32x16>(widen_halves(p) << 
 inline void narrow(float* p, f32x16 v) { store(p, v); }
 inline void narrow(uint16_t* p, f32x16 v) { store(p, to_bf16(v)); }
 
-// e^x to about 2 ulp for x in [-87, 88], clamped outside (Cephes' polynomial on [-ln 2 / 2, ln 2 / 2]).
+// e^x to about 2 ulp for x in [-87, 88], clamped outside (Cephes' polynomial on [-ln 2 / 2, ln 2 / 2]). The sampler's, which
+// NumPy repeats, is not fused.
+template <bool Fused = true>
 inline f32x16 exp(f32x16 x) {
+  const auto fma = [](f32x16 a, f32x16 b, f32x16 c) {
+    if constexpr (Fused) return PACELINE_NAMESPACE::fma(a, b, c);
+    else return a * b + c;
+  };
   x = where_greater(splat(-87.0f), x, splat(-87.0f), x);
   x = where_greater(x, splat(88.0f), splat(88.0f), x);
   const f32x16 n = round_even(x * splat(1.44269504f));

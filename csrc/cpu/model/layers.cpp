@@ -4,6 +4,8 @@
 #include <cmath>
 #include <stdexcept>
 
+#include "runtime/elementary.hpp"
+
 namespace paceline {
 namespace {
 
@@ -32,7 +34,7 @@ void parallel_units(const Worker& w, const Matrices& matrices, F f) {
 
 // A norm without a weight, followed by the factors `scale` and hidden^-0.5.
 Floats router_norm(const Floats& scale) {
-  const float factor = float(std::pow(double(scale.size()), -0.5));
+  const float factor = float(1 / std::sqrt(double(scale.size())));
   Floats norm = scale;
   for (float& x : norm) x *= factor;
   return norm;
@@ -410,10 +412,11 @@ void LayerRunner::choose_experts(const Experts& e, int64_t rows) {
     std::sort(order.begin(), order.begin() + e.active);  // sum in the order of the experts' numbers
     float top = score[order[0]], total = 0;
     for (int64_t k = 0; k < e.active; ++k) top = std::max(top, score[order[size_t(k)]]);
-    for (int64_t k = 0; k < e.active; ++k) total += std::exp(score[order[size_t(k)]] - top);
+    const auto raised = [&](int64_t expert) { return float(elementary::exp(std::max(score[expert] - top, -100.0f))); };
+    for (int64_t k = 0; k < e.active; ++k) total += raised(order[size_t(k)]);
     for (int64_t k = 0; k < e.active; ++k) {
       const int64_t expert = order[size_t(k)];
-      const float weight = std::exp(score[expert] - top) / total * e.per_expert_scale[size_t(expert)];
+      const float weight = raised(expert) / total * e.per_expert_scale[size_t(expert)];
       picks_.push_back({expert, load[size_t(expert)]++, weight});
     }
   }

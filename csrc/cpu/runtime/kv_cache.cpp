@@ -1,10 +1,11 @@
 #include "runtime/kv_cache.hpp"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <stdexcept>
 #include <string>
+
+#include "runtime/elementary.hpp"
 
 namespace paceline {
 
@@ -106,11 +107,10 @@ void KvCache::restore(int64_t slot, const Snapshot& snapshot) {
 
 RopeTable::RopeTable(double theta, double rotary_factor, double scaling, int64_t head_dim) {
   const int64_t pairs = int64_t(rotary_factor * double(head_dim)) / 2;
-  // Rounded to float at the places where the reference rounds. The power is taken in double: a library's float power may
-  // depend on the processor in its last bit.
+  // Rounded to float at the places where the reference rounds.
   for (int64_t i = 0; i < pairs; ++i) {
     const float exponent = float(2 * i) / float(head_dim);
-    frequencies_.push_back(1.0f / float(std::pow(theta, double(exponent))) / float(scaling));
+    frequencies_.push_back(1.0f / float(elementary::pow(theta, double(exponent))) / float(scaling));
   }
 }
 
@@ -122,8 +122,8 @@ void RopeTable::cover(int64_t positions) {
   for (int64_t p = covered_; p < upto; ++p)
     for (int64_t i = 0; i < pairs(); ++i) {
       const float angle = float(p) * frequencies_[size_t(i)];  // in float, as the reference does
-      cos_[size_t(p * pairs() + i)] = float(std::cos(double(angle)));
-      sin_[size_t(p * pairs() + i)] = float(std::sin(double(angle)));
+      cos_[size_t(p * pairs() + i)] = float(elementary::cos(double(angle)));
+      sin_[size_t(p * pairs() + i)] = float(elementary::sin(double(angle)));
     }
   covered_ = upto;
 }

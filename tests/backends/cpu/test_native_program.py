@@ -1,4 +1,4 @@
-"""The native test program, which `.ci/arm` runs on an emulated Arm, run on this processor too."""
+"""The native test programs, which `.ci/arm` runs on an emulated Arm, run on this processor too."""
 
 import shutil
 import subprocess
@@ -15,19 +15,34 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def program() -> Path:
+def programs() -> Path:
     if not shutil.which("cmake"):
         pytest.skip("cmake is not installed")
     options = ["-DPACELINE_MODULE=OFF", "-DPACELINE_TESTS=ON"]
     for command in (["cmake", "-S", ROOT, "-B", BUILD, *options], ["cmake", "--build", BUILD, "--parallel", "2"]):
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return BUILD / "kernels_test"
+    return BUILD
 
 
-def test_kernels_agree_with_plain_loops(program: Path) -> None:
-    done = subprocess.run([program], capture_output=True, text=True)
+def test_kernels_agree_with_plain_loops(programs: Path) -> None:
+    done = subprocess.run([programs / "kernels_test"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert [line.partition(":")[0] for line in lines] == [*_cpu.usable_isas(), "thread pool"]
     assert all(line.endswith("checks passed") for line in lines)
+
+
+def test_every_instruction_set_gives_the_bits_of_the_corpus(programs: Path) -> None:
+    corpus = ROOT / "tests" / "native" / "corpus.txt"
+    done = subprocess.run([programs / "corpus", corpus], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    count = len(corpus.read_text().splitlines())
+    assert done.stdout.splitlines() == [f"{isa}: {count} hashes equal" for isa in _cpu.usable_isas()]
+
+
+def test_a_hash_that_differs_is_an_error(programs: Path, tmp_path: Path) -> None:
+    lines = (ROOT / "tests" / "native" / "corpus.txt").read_text().splitlines()
+    (tmp_path / "corpus.txt").write_text("\n".join([lines[0][:-1] + ("1" if lines[0][-1] == "0" else "0"), *lines[1:]]))
+    done = subprocess.run([programs / "corpus", tmp_path / "corpus.txt"], capture_output=True, text=True)
+    assert done.returncode == 1 and lines[0].rpartition(" ")[0] in done.stderr

@@ -19,6 +19,8 @@ namespace PACELINE_NAMESPACE {
 using portable::dot2;
 using portable::store_bytes;
 
+inline f32 fused(f32 a, f32 b, f32 c) { return (f32)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+
 inline f32x16 round_even(f32x16 x) {
   return map([](f32 v) { return (f32)_mm256_round_ps((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }, x);
 }

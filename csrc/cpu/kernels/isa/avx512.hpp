@@ -14,6 +14,8 @@ constexpr int kLanes = 16;  // 32-bit lanes of a register
 
 namespace PACELINE_NAMESPACE {
 
+inline f32 fused(f32 a, f32 b, f32 c) { return (f32)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+
 inline f32x16 round_even(f32x16 x) {
   return (f32x16)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }

@@ -25,6 +25,8 @@ using portable::store_bytes;
 using portable::widen_bytes;
 using portable::widen_halves;
 
+inline f32 fused(f32 a, f32 b, f32 c) { return portable::fused(a, b, c); }
+
 inline f32x16 round_even(f32x16 x) {
   const f32x16 magic = splat(12582912.0f);
   return (x + magic) - magic;

@@ -21,6 +21,8 @@ using portable::multiply;
 using portable::store_bytes;
 using portable::widen_halves;
 
+inline f32 fused(f32 a, f32 b, f32 c) { return (f32)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+
 inline f32x16 round_even(f32x16 x) {
   return map([](f32 v) { return (f32)vrndnq_f32((float32x4_t)v); }, x);
 }

@@ -1,6 +1,7 @@
 // Operations in plain C++, for instruction sets that have no instruction for them.
 //
 // An instruction set's file defines, or takes from here:
+//   fused         a * b + c of one register, rounded once
 //   round_even    to the nearest integer, ties to even, for |x| < 2^22
 //   widen_halves  sixteen 16-bit numbers as 32-bit ones
 //   from_half     sixteen fp16 as floats
@@ -17,6 +18,47 @@
 #include "kernels/registers.hpp"
 
 namespace PACELINE_NAMESPACE::portable {
+
+#ifdef __FP_FAST_FMAF
+inline f32 fused(f32 a, f32 b, f32 c) {
+  f32 sum;
+  for (int i = 0; i < kLanes; ++i) sum[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return sum;
+}
+#else
+// Without an instruction for it: two lanes at a time in double, where products of floats are exact.
+typedef double f64x2 __attribute__((vector_size(16)));
+typedef uint64_t u64x2 __attribute__((vector_size(16)));
+typedef float f32x2 __attribute__((vector_size(8)));
+
+// a * b + c, of the two doubles around it the one with an odd last bit: rounding that to float gives what rounding the
+// exact sum would.
+inline f64x2 odd_sum(f64x2 a, f64x2 b, f64x2 c) {
+  const f64x2 product = a * b, sum = product + c, back = sum - product;
+  const f64x2 error = (product - (sum - back)) + (c - back);
+  const u64x2 inexact = (u64x2)(error > 0) | (u64x2)(error < 0);  // not for NaN
+  const u64x2 to_odd = inexact & ~(u64x2)sum & 1, toward_zero = ((u64x2)error ^ (u64x2)sum) >> 63;
+  return (f64x2)((u64x2)sum + to_odd - 2 * (to_odd & toward_zero));
+}
+
+inline f32 fused(f32 a, f32 b, f32 c) {
+  static_assert(kLanes == 4);
+  const auto low = [](f32 x) { return __builtin_convertvector(__builtin_shufflevector(x, x, 0, 1), f64x2); };
+  const auto high = [](f32 x) { return __builtin_convertvector(__builtin_shufflevector(x, x, 2, 3), f64x2); };
+  const auto rounded = [](f64x2 x, f64x2 y) {
+    return __builtin_shufflevector(__builtin_convertvector(x, f32x2), __builtin_convertvector(y, f32x2), 0, 1, 2, 3);
+  };
+  const f64x2 x = low(a) * low(b) + low(c), y = high(a) * high(b) + high(c);
+  // A sum rounded to double is rounded wrongly to float only where it lies in the middle between two normal floats, or
+  // among the subnormal ones.
+  const u32 last = __builtin_shufflevector((u32)x, (u32)y, 0, 2, 4, 6);
+  const i32 first = (i32)__builtin_shufflevector((u32)x, (u32)y, 1, 3, 5, 7) & 0x7fffffff;
+  const u64x2 doubtful = (u64x2)((last & 0x1fffffff) == 0x10000000) | (u64x2)(first < 0x38100000);
+  if (__builtin_expect(doubtful[0] | doubtful[1], 0))
+    return rounded(odd_sum(low(a), low(b), low(c)), odd_sum(high(a), high(b), high(c)));
+  return rounded(x, y);
+}
+#endif
 
 template <class V = u32x16>  // of four lanes a register
 inline V widen_halves(const uint16_t* p) {
