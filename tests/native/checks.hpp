@@ -1,4 +1,4 @@
-// Counts of what kernels_test.cpp and threads_test.cpp check.
+// Counts of what kernels_test.cpp and the files beside it check.
 #pragma once
 
 #include <cstdio>
@@ -17,6 +17,8 @@ inline void report(const char* name, int& failed) {
   failed += failures;
   checks = failures = 0;
 }
+
+void test_elementary();  // elementary_test.cpp
 
 // threads_test.cpp
 void test_thread_pool();

@@ -122,8 +122,8 @@ class RandomWeights {
       const LayerConfig& layer = c.layers[i];
       const std::string prefix = "layers." + std::to_string(i) + ".", attention = prefix + "self_attn.";
       const int64_t queries = c.heads * layer.head_dim, keys = layer.kv_heads * layer.head_dim;
-      for (const char* name : {"input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm",
-                               "post_feedforward_layernorm"})
+      for (const char* name :
+           {"input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"})
         w.add(prefix + name + ".weight", vector(c.hidden));
       if (scalar_) w.add(prefix + "layer_scalar", vector(1));
       w.add(attention + "q_proj.weight", matrix(queries, c.hidden));
@@ -208,7 +208,8 @@ void run_model(const Shape& shape, const std::string& format, const Kernels& ker
                std::map<std::string, uint64_t>& hashes) {
   RandomWeights random(format, shape.target.layer_scalar);
   std::vector<float> table;
-  const Weights weights = target_weights(shape.target, random, table), drafting = drafter_weights(shape.drafter, random);
+  const Weights weights = target_weights(shape.target, random, table),
+                drafting = drafter_weights(shape.drafter, random);
   const auto target = std::make_shared<Target>(shape.target, weights, kernels, 1, 2, 128, 32, format != "f32");
   Decoder decoder(target, std::make_unique<Drafter>(shape.drafter, drafting, target));
   Hash prefill, decode, drafts;

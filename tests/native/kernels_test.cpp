@@ -503,6 +503,8 @@ int main() {
     test_isa(select_kernels(isa));
     report(isa.c_str(), failed);
   }
+  test_elementary();
+  report("elementary functions", failed);
   test_thread_pool();
   test_failing_runs();
   report("thread pool", failed);

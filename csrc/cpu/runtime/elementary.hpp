@@ -4,9 +4,9 @@
 
 namespace paceline::elementary {
 
-double exp(double x);              // for |x| < 700
-double pow(double x, double y);    // for x > 0, where the result is a normal number
-double cos(double x);              // for |x| < 2^30, to about 1e-16
+double exp(double x);            // for |x| < 700
+double pow(double x, double y);  // for x > 0, where the result is a normal number
+double cos(double x);            // for |x| < 2^30, to about 1e-16
 double sin(double x);
 
 }  // namespace paceline::elementary
