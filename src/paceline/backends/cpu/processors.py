@@ -79,7 +79,7 @@ def _groups(root: Path) -> Iterator[Path]:
     Both versions may be mounted. In a container the mount may begin at the container's group ("/docker/...") while the
     process's path counts from the host's topmost group, or both count from the container's own.
     """
-    paths = {}
+    paths: dict[str, PurePosixPath] = {}
     for line in _lines(root / "proc/self/cgroup"):
         _, controllers, path = line.split(":", 2)
         paths |= dict.fromkeys(controllers.split(","), PurePosixPath(path))  # version 2 names no controllers
