@@ -27,7 +27,7 @@ import numpy as np
 from random_checkpoint import SHAPES, write_checkpoint
 from rich.table import Table
 
-from paceline.backends.cpu.backend import default_threads
+from paceline.backends.cpu.processors import default_threads
 from paceline.bench.machine import ReadBandwidth
 from paceline.bench.report import console
 from paceline.errors import PacelineError, SettingsError

@@ -24,7 +24,7 @@ from typing import Any
 
 from rich.table import Table
 
-from paceline.backends.cpu.backend import default_threads
+from paceline.backends.cpu.processors import default_threads
 from paceline.bench.machine import ReadBandwidth, processor
 from paceline.bench.report import console
 

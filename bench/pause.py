@@ -14,7 +14,8 @@ import time
 
 import numpy as np
 
-from paceline.backends.cpu.backend import CpuBackend, default_threads
+from paceline.backends.cpu.backend import CpuBackend
+from paceline.backends.cpu.processors import default_threads
 from paceline.bench.machine import ReadBandwidth
 from paceline.bench.random_weights import random_weights
 from paceline.bench.shapes import official_target

@@ -10,7 +10,8 @@ from pathlib import Path
 from types import ModuleType
 
 from paceline.backends.base import Backend
-from paceline.backends.cpu.backend import CpuBackend, default_threads, processors
+from paceline.backends.cpu.backend import CpuBackend
+from paceline.backends.cpu.processors import default_threads, processors
 from paceline.backends.cpu.sources import WeightSource, open_source
 from paceline.backends.formats import check_quant, drafter_quant
 from paceline.checkpoint import Checkpoint, locate, locate_drafter, resolve, unless_asked
@@ -76,7 +77,7 @@ def load(
         device: "cpu" for the native kernels; "cuda" for those of a GPU, which need the extra `cuda`; "mps" or another
             device of PyTorch ("torch:cpu" for PyTorch on the processor), which is slow.
         quant: weight format: f32, bf16, q8, q4, or auto for the most precise one that fits the memory at hand.
-        threads: worker threads; None for the physical cores.
+        threads: worker threads; None for the physical performance cores, within CPU quotas.
         context: tokens a sequence may hold, prompt included; None for the model's own limit, at most 32768.
         slots: sequences that run at once; the rest are queued.
         draft_tokens: tokens drafted a round unless a request says otherwise: 0 to 15, or "auto" for as many as pay;

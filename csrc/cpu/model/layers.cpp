@@ -151,6 +151,7 @@ void LayerRunner::reserve(const std::vector<Layer>& layers, int64_t rows, int64_
       picks = rows * layer.experts->active;
       experts = std::min(picks, int64_t(layer.experts->gate.size()));
       router_ld_ = padded(layer.experts->router);
+      formats = std::size(packed_);  // the router's rows go into the last
       replicated_ = false;
       inner = std::max(inner, layer.experts->down[0]->view().padded_cols);
       expert_ld = hidden;
@@ -168,7 +169,7 @@ void LayerRunner::reserve(const std::vector<Layer>& layers, int64_t rows, int64_
   attended_.reserve(product({rows, attended_ld_, 4}));
   score_floats_ = std::max(kQueryHeads * round_up(context + 32, 16), 2 * head_dim);
   scores_.reserve(product({threads, score_floats_, 4}));
-  dense_.reserve(picks ? product({rows, hidden, 4}) : 0);
+  router_in_.reserve(picks ? product({rows, hidden, 4}) : 0);
   routed_.reserve(picks ? product({rows, hidden, 4}) : 0);
   router_.reserve(picks ? product({rows, router_ld_, 4}) : 0);
   expert_out_.reserve(product({expert_lanes, expert_ld, 4}));
@@ -185,8 +186,8 @@ void LayerRunner::run(const Worker& w, const Call& call, std::vector<Row>& rows)
   attend(w, call, rows);
   project_attended(w, layer, count);
   add_normed(w, count, layer.post_attention_norm, 1.0f);
-  feed_forward(w, layer, count);
   if (layer.experts) mix_experts(w, layer, count);
+  else feed_forward(w, layer, count);
   add_normed(w, count, layer.post_feedforward_norm, layer.ple_gate ? 1.0f : layer.scalar);
   if (layer.ple_gate) add_per_layer_input(w, call, rows);
 }
@@ -311,14 +312,21 @@ void LayerRunner::feed_forward(const Worker& w, const Layer& layer, int64_t rows
 // y = down(gelu(gate act) * factor)
 void LayerRunner::gate_and_project(const Worker& w, const Matrix& gate, const ActView& act, const GateFactor& factor,
                                    const Matrix& down, int64_t rows) const {
+  const ActView inner = gated(w, gate, act, factor, down, rows);
+  project(w, down, inner, rows, y_.floats(), y_ld_);
+  w.barrier();
+}
+
+// gelu(gate act) * factor, packed for `down`.
+ActView LayerRunner::gated(const Worker& w, const Matrix& gate, const ActView& act, const GateFactor& factor,
+                           const Matrix& down, int64_t rows) const {
   const ActView inner = inner_.view(down, lanes_for(rows));
   observe(w, &gate, act, rows);
   w.parallel_for(gate.view().units(), grain(gate.view()), [&](int64_t begin, int64_t end) {
     kernels_.gated(gate.view(), act, factor, rows, begin, end, inner);
   });
   w.barrier();
-  project(w, down, inner, rows, y_.floats(), y_ld_);
-  w.barrier();
+  return inner;
 }
 
 // x = (x + norm(projection(gelu(gate x) * per-layer input))) * layer scalar
@@ -340,29 +348,54 @@ void LayerRunner::add_per_layer_input(const Worker& w, const Call& call, const s
   add_normed(w, count, layer.ple_norm, layer.scalar);
 }
 
-// y = norm(y) + norm(experts(norm(x))): the dense output is in y already.
+// y = norm(dense MLP of norm(x)) + norm(experts of norm(x)). What is small, the router and its choice, is done beside the
+// dense matrices, so that no worker waits for it.
 void LayerRunner::mix_experts(const Worker& w, const Layer& layer, int64_t rows) {
   const Experts& e = *layer.experts;
   const int64_t hidden = config_.hidden;
   w.for_share(rows, [&](int64_t r) {
-    kernels_.rms_norm(y_.floats() + r * y_ld_, e.post_norm_dense.data(), hidden, config_.eps,
-                      dense_.floats() + r * hidden);
-    kernels_.rms_norm(x(w, r), e.pre_norm.data(), hidden, config_.eps, routed_.floats() + r * hidden);
-    kernels_.rms_norm(x(w, r), e.router_norm.data(), hidden, config_.eps, temporary(w, r));
+    const auto norm = [&](const Floats& weight, float* to) {
+      kernels_.rms_norm(x(w, r), weight.data(), hidden, config_.eps, to);
+    };
+    norm(layer.pre_feedforward_norm, temporary(w, r));
+    norm(e.router_norm, router_in_.floats() + r * hidden);
+    norm(e.pre_norm, routed_.floats() + r * hidden);
   });
   sync_rows(w);
-  project(w, *e.router, pack_activations(w, *e.router, rows, temporary(w, 0), hidden), rows, router_.floats(),
-          router_ld_);
-  w.barrier();
+  const ActView router_act = pack_columns(w, packed_[2], *e.router, rows, router_in_.floats(), hidden);
+  const std::array<const Matrix*, 2> matrices = {layer.gate.get(), layer.up.get()};
+  const auto acts = pack_activations(w, matrices, rows, temporary(w, 0), hidden);
+  project(w, *e.router, router_act, rows, router_.floats(), router_ld_);
+  observe(w, matrices[1], acts[1], rows);
+  const ActView dense = gated(w, *layer.gate, acts[0], {&layer.up->view(), acts[1]}, *layer.down, rows);
   if (w.id == 0) choose_experts(e, rows);
+  project(w, *layer.down, dense, rows, y_.floats(), y_ld_);
   w.barrier();
-
-  // The weights of each chosen expert are read once for all its rows.
-  const ActView act = packed_[0].view(*e.gate[0], expert_lanes_), inner = inner_.view(*e.down[0], expert_lanes_);
-  w.for_share(rows * e.active, [&](int64_t i) {
-    kernels_.pack_activations(act, picks_[size_t(i)].slot, routed_.floats() + i / e.active * hidden, hidden, 0,
-                              act.groups());
+  run_experts(w, e, rows);
+  w.for_share(rows, [&](int64_t r) {
+    float* total = temporary(w, r);
+    std::fill_n(total, hidden, 0.0f);
+    for (int64_t k = 0; k < e.active; ++k) {
+      const Pick& pick = picks_[size_t(r * e.active + k)];
+      kernels_.axpy(total, expert_out_.floats() + pick.slot * y_ld_, hidden, pick.weight);
+    }
+    kernels_.rms_norm(total, e.post_norm.data(), hidden, config_.eps, total);
+    float* y = y_.floats() + r * y_ld_;
+    kernels_.rms_norm(y, e.post_norm_dense.data(), hidden, config_.eps, y);
+    kernels_.add_scaled(y, total, hidden, 1.0f);
   });
+}
+
+// expert_out = the chosen experts of `routed`, by slot. The weights of an expert are read once for all its rows.
+void LayerRunner::run_experts(const Worker& w, const Experts& e, int64_t rows) {
+  const int64_t hidden = config_.hidden;
+  const ActView act = packed_[0].view(*e.gate[0], expert_lanes_), inner = inner_.view(*e.down[0], expert_lanes_);
+  int64_t first, last;  // columns, as in pack_columns
+  w.share(act.groups(), first, last);
+  for (int64_t i = 0; i < rows * e.active; ++i) {
+    const float* row = routed_.floats() + i / e.active * hidden;
+    kernels_.pack_activations(act, picks_[size_t(i)].slot, row, hidden, first, last);
+  }
   w.barrier();
   std::vector<const Matrix*> gates, downs;
   for (const Hit& hit : hits_) gates.push_back(e.gate[size_t(hit.expert)].get());
@@ -384,17 +417,6 @@ void LayerRunner::mix_experts(const Worker& w, const Layer& layer, int64_t rows)
                     expert_out_.floats() + hit.tile * expert_lanes_ * y_ld_, y_ld_);
   });
   w.barrier();
-  w.for_share(rows, [&](int64_t r) {
-    float* total = temporary(w, r);
-    std::fill_n(total, hidden, 0.0f);
-    for (int64_t k = 0; k < e.active; ++k) {
-      const Pick& pick = picks_[size_t(r * e.active + k)];
-      kernels_.axpy(total, expert_out_.floats() + pick.slot * y_ld_, hidden, pick.weight);
-    }
-    kernels_.rms_norm(total, e.post_norm.data(), hidden, config_.eps, total);
-    std::copy_n(dense_.floats() + r * hidden, hidden, y_.floats() + r * y_ld_);
-    kernels_.add_scaled(y_.floats() + r * y_ld_, total, hidden, 1.0f);
-  });
 }
 
 // Softmax over the router's scores, the best few (ties to the lowest expert) renormalised, rows grouped by expert.

@@ -169,7 +169,10 @@ class LayerRunner {
   void feed_forward(const Worker& w, const Layer& layer, int64_t rows) const;
   void gate_and_project(const Worker& w, const Matrix& gate, const ActView& act, const GateFactor& factor,
                         const Matrix& down, int64_t rows) const;
+  ActView gated(const Worker& w, const Matrix& gate, const ActView& act, const GateFactor& factor, const Matrix& down,
+                int64_t rows) const;
   void mix_experts(const Worker& w, const Layer& layer, int64_t rows);
+  void run_experts(const Worker& w, const Experts& experts, int64_t rows);
   void choose_experts(const Experts& experts, int64_t rows);
   void add_per_layer_input(const Worker& w, const Call& call, const std::vector<Row>& rows) const;
 
@@ -194,7 +197,7 @@ class LayerRunner {
   std::vector<Hit> hits_;    // the experts that rows were sent to
   int expert_lanes_ = 1;
   int64_t router_ld_ = 0;
-  Buffer dense_, router_, routed_, expert_out_;
+  Buffer router_in_, router_, routed_, expert_out_;
 };
 
 }  // namespace paceline

@@ -62,21 +62,28 @@ void ThreadPool::join() {
   stop_ = true;
   epoch_.fetch_add(256);
   epoch_.notify_all();
+  set_active(0);  // wakes workers that are left out
   for (std::thread& thread : threads_) thread.join();
+}
+
+void ThreadPool::set_active(int workers) {
+  active_.store(workers, std::memory_order_release);
+  active_.notify_all();
 }
 
 void ThreadPool::run(const std::function<void(const Worker&)>& work) {
   home_.check();
-  if (backoff_ > 0 && --backoff_ == 0) active_ = size_;
-  if (active_ == 1) return work(Worker{*this, 0, 1});
+  if (backoff_ > 0 && --backoff_ == 0) set_active(size_);
+  const int active = active_.load(std::memory_order_relaxed);
+  if (active == 1) return work(Worker{*this, 0, 1});
   const auto start = Clock::now();
   work_ = &work;
   stalled_.store(0, std::memory_order_relaxed);
-  epoch_.store((epoch_.load(std::memory_order_relaxed) / 256 + 1) * 256 + uint64_t(active_), std::memory_order_release);
+  epoch_.store((epoch_.load(std::memory_order_relaxed) / 256 + 1) * 256 + uint64_t(active), std::memory_order_release);
   epoch_.notify_all();
-  run_worker(work, Worker{*this, 0, active_});
+  run_worker(work, Worker{*this, 0, active});
   if (failed_.load(std::memory_order_acquire)) end_failed_run();
-  detect_contention(std::chrono::nanoseconds(Clock::now() - start).count());
+  detect_contention(active, std::chrono::nanoseconds(Clock::now() - start).count());
 }
 
 // The last barrier opens only if no worker has thrown, so either all workers pass it or none does.
@@ -106,12 +113,12 @@ void ThreadPool::end_failed_run() {
 
 // If workers waited for a third of a run on average, and not only occasionally, leave one out for some runs, and for
 // more runs each time it happens.
-void ThreadPool::detect_contention(int64_t nanoseconds) {
-  if (stalled_.load(std::memory_order_relaxed) / (active_ - 1) <= nanoseconds / 3) {
+void ThreadPool::detect_contention(int active, int64_t nanoseconds) {
+  if (stalled_.load(std::memory_order_relaxed) / (active - 1) <= nanoseconds / 3) {
     if (contended_ > 0 && --contended_ == 0) next_backoff_ = 16;
   } else if (++contended_ >= 4) {
     contended_ = 3;  // one more such run is enough
-    --active_;
+    set_active(active - 1);
     backoff_ = next_backoff_;
     next_backoff_ = std::min<int64_t>(2 * next_backoff_, 1024);
   }
@@ -130,8 +137,8 @@ void ThreadPool::work_loop(int id) {
     if (stop_) return;
     // A run does not end before its workers do, but one that this worker is not part of may be over already.
     const int workers = int(epoch % 256);
-    if (id >= workers) continue;
-    run_worker(*work_, Worker{*this, id, workers});
+    if (id < workers) run_worker(*work_, Worker{*this, id, workers});
+    else active_.wait(workers);  // left out: spinning would take time from the others
   }
 }
 

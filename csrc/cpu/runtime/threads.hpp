@@ -81,13 +81,14 @@ class ThreadPool {
   void run_worker(const std::function<void(const Worker&)>& work, const Worker& worker);
   void barrier(int workers);
   void end_failed_run();
-  void detect_contention(int64_t nanoseconds);
+  void detect_contention(int active, int64_t nanoseconds);
+  void set_active(int workers);
   void join();
 
   HomeProcess home_;
   int size_;
-  int active_;           // workers of the next run
-  int64_t backoff_ = 0;  // runs until all workers are active again
+  std::atomic<int> active_;  // workers of the next run
+  int64_t backoff_ = 0;      // runs until all workers are active again
   int64_t next_backoff_ = 16;
   int contended_ = 0;  // delayed runs, less those that were not
   const std::function<void(const Worker&)>* work_ = nullptr;

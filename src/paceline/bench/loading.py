@@ -9,7 +9,8 @@ from typing import Any
 
 from paceline import build
 from paceline.backends.base import Backend
-from paceline.backends.cpu.backend import CpuBackend, default_threads
+from paceline.backends.cpu.backend import CpuBackend
+from paceline.backends.cpu.processors import default_threads
 from paceline.backends.formats import check_quant
 from paceline.bench import machine
 from paceline.bench.machine import Bandwidth, ReadBandwidth

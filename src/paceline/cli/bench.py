@@ -52,7 +52,7 @@ PROMPT = 512  # tokens of the prompt that is measured
 def kernels(threads: ThreadsOption = None, repeats: RepeatsOption = 7) -> None:
     """Matrix kernels of all weight formats for 1 to 16 rows, in bytes of weights per second."""
     from paceline import _cpu
-    from paceline.backends.cpu.backend import default_threads
+    from paceline.backends.cpu.processors import default_threads
     from paceline.bench.machine import ReadBandwidth, peak_memory, processor
     from paceline.bench.report import console, kernel_table
     from paceline.bench.runs import kernel_speed

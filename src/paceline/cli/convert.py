@@ -46,8 +46,8 @@ def convert(
       paceline convert google/gemma-4-E2B-it ./e2b-q4 --calibrate
       paceline generate -m ./e2b-q4 "Why is the sky blue?"
     """
-    from paceline.backends.cpu.backend import default_threads
     from paceline.backends.cpu.convert import convert as run
+    from paceline.backends.cpu.processors import default_threads
     from paceline.checkpoint import locate, locate_drafter
     from paceline.cli.progress import progress_bar
     from paceline.cli.texts import bundled, read_texts

@@ -52,7 +52,10 @@ DeviceOption = Annotated[
     ),
 ]
 ThreadsOption = Annotated[
-    int | None, typer.Option(help="Processor threads; default: one per physical core.", min=1, show_default=False)
+    int | None,
+    typer.Option(
+        help="Processor threads; default: one per performance core, within CPU quotas.", min=1, show_default=False
+    ),
 ]
 ContextOption = Annotated[
     int | None,

@@ -5,7 +5,6 @@ The KV cache is bf16, or f32 with f32 weights, which makes that the format to co
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -133,21 +132,3 @@ class CpuBackend:
         """Rows that a matrix was multiplied with since `observe`, and the sums of the squares of their columns."""
         rows, squares = self._decoder.seen(matrix)
         return rows, squares
-
-
-def processors() -> int:
-    """Processors that this process may run on, hyper-threads counted."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def default_threads() -> int:
-    """Physical cores this process may run on: hyper-threads share the units that the kernels saturate."""
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-    cores = set()
-    for cpu in allowed:
-        try:
-            with open(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") as file:
-                cores.add(file.read().strip())
-        except OSError:
-            cores.add(str(cpu))
-    return max(1, len(cores))
