@@ -141,8 +141,10 @@ inline To convert(V v) {
 }
 
 // a * b + c, rounded once on every instruction set: each defines it for a register.
-inline f32 fused(f32 a, f32 b, f32 c);
-inline f32x16 fma(f32x16 a, f32x16 b, f32x16 c) { return map(fused, a, b, c); }
+PACELINE_INLINE inline f32 fused(f32 a, f32 b, f32 c);
+PACELINE_INLINE inline f32x16 fma(f32x16 a, f32x16 b, f32x16 c) {
+  return map([](f32 x, f32 y, f32 z) PACELINE_INLINE { return fused(x, y, z); }, a, b, c);
+}
 
 // x where a > b, else y.
 inline f32x16 where_greater(f32x16 a, f32x16 b, f32x16 x, f32x16 y) {
