@@ -38,11 +38,14 @@ def new_table(title: str, *columns: str, left: tuple[str, ...] = ("bound",)) -> 
     return table
 
 
+def place(report: Mapping[str, Any]) -> str:
+    """The instruction set, or the device."""
+    return str(report.get("isa") or report["device"])
+
+
 def decode_table(report: Mapping[str, Any]) -> Table:
     """Milliseconds of a forward pass beside both limits, by rows."""
-    table = new_table(
-        f"One pass of the target ({report.get('isa') or report['device']})", "rows", "ms", "x one", *LIMIT_COLUMNS
-    )
+    table = new_table(f"One pass of the target ({place(report)})", "rows", "ms", "x one", *LIMIT_COLUMNS)
     one = report["forward_ms"]["1"]
     for rows, found in report["passes"].items():
         table.add_row(rows, f"{found['ms']:.1f}", f"{found['ms'] / one:.2f}", *limit_cells(found))
@@ -115,7 +118,7 @@ def print_contexts(out: Console, report: Mapping[str, Any]) -> None:
     """Passes after contexts of several lengths."""
     rows = list(next(iter(report["contexts"].values())))
     table = new_table(
-        f"Passes after longer and longer contexts ({report['isa']})",
+        f"Passes after longer and longer contexts ({place(report)})",
         *("context", "1 row, ms", *(f"{n} rows" for n in rows[1:]), "GB/s", "bound", "of it"),
     )
     for context, found in report["contexts"].items():
@@ -152,7 +155,7 @@ def kernel_isas_table(report: Mapping[str, Any]) -> Table:
 
 
 def plot_costs(report: Mapping[str, Any], path: Path) -> None:
-    """Draw the cost curve: milliseconds of a pass against its rows, with the time that reading the weights would take.
+    """Draw the cost curve: milliseconds of a pass against its rows, beside the machine's limits.
 
     Raises:
         SettingsError: matplotlib is not installed, or the file cannot be written.
@@ -164,8 +167,8 @@ def plot_costs(report: Mapping[str, Any], path: Path) -> None:
     figure = new_figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     axes.plot(rows, times, marker="o", color="#2f6f9f", label="measured")
-    limit = report["pass_bytes"] / report["read_bandwidth_gb_s"] / 1e6
-    axes.axhline(limit, color="#b0552f", linestyle="--", label=f"reading the weights: {limit:.1f} ms")
+    limits = [found["bound_ms"] for found in report["passes"].values()]
+    axes.plot(rows, limits, color="#b0552f", linestyle="--", label="what memory or arithmetic takes at least")
     axes.set(xlabel="rows checked in one pass", ylabel="ms", ylim=(0, None), xticks=rows)
     axes.set_title(f"{report['model']} {report['quant']}, {report['context']} tokens of context, {place}")
     axes.legend(loc="lower right")
