@@ -8,8 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 import paceline
+from paceline.backends.base import Backend
 from paceline.backends.cpu.backend import CpuBackend
 from paceline.backends.cpu.weights import pack_checkpoint
+from paceline.build import load
 from paceline.checkpoint import Checkpoint, resolve
 from paceline.types import GREEDY, Draft, Work
 
@@ -19,11 +21,8 @@ CHUNK = 256  # prompt rows read in one pass: the engine's default
 class Paceline:
     """See `worker.Engine`."""
 
-    def __init__(self, folder: Path, fmt: str, threads: int, room: int) -> None:
-        checkpoint = Checkpoint.open(folder)
-        config = checkpoint.target_config()
-        weights = pack_checkpoint(resolve(checkpoint, config), config, fmt)
-        self._backend = CpuBackend((config, weights), threads=threads, context=room, max_rows=CHUNK)
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
         self._slot = self._backend.open_slot()
         self._cached = self._kept = 0
         self._logits: NDArray[np.float32]
@@ -60,4 +59,11 @@ class Paceline:
 
 
 def open_engine(path: str, fmt: str, threads: int, room: int) -> Paceline:
-    return Paceline(Path(path), fmt, threads, room)
+    """A checkpoint in a recipe, or a GGUF file as it is."""
+    if Path(path).is_file():
+        engine = load(path, drafter="none", threads=threads, context=room, prompt_chunk=CHUNK, draft_tokens=0)
+        return Paceline(engine.backend)
+    checkpoint = Checkpoint.open(Path(path))
+    config = checkpoint.target_config()
+    weights = pack_checkpoint(resolve(checkpoint, config), config, fmt)
+    return Paceline(CpuBackend((config, weights), threads=threads, context=room, max_rows=CHUNK))

@@ -3,7 +3,7 @@
     python worker.py MODULE PATH FORMAT THREADS ROOM
 
 Requests are JSON lines on stdin, answers JSON lines on stdout; the first line says what was loaded. Knows no engine:
-that is `engine_paceline.py`, `engine_transformers.py` and `engine_llama.py`.
+those are `engine_*.py`.
 """
 
 from __future__ import annotations

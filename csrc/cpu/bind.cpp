@@ -290,10 +290,17 @@ void bind_decoder(nb::module_& module) {
       .def("clear", &Decoder::clear, "slot"_a, no_gil)
       .def("save", &Decoder::save, "slot"_a, no_gil, "Copy a slot's rows out.")
       .def("restore", &Decoder::restore, "slot"_a, "snapshot"_a, no_gil, "Copy rows into an empty slot.")
+      .def("fill_random", &Decoder::fill_random, "slot"_a, "length"_a, no_gil,
+           "Continue a slot's cache with random rows up to a length: for measurements behind long contexts.\n\n"
+           "ValueError: the slot is longer, or shorter than that at most.")
       .def_prop_rw("threads", &Decoder::threads, &Decoder::set_threads, no_gil)
       .def_prop_ro("isa", [](const Decoder& d) { return d.target().kernels().name; })
       .def_prop_ro("cache_bytes", [](const Decoder& d) { return d.target().cache().bytes(); })
       .def("hidden", &hidden, "slot"_a, "The target's state [hidden] at the slot's last accepted row.")
+      .def("simulate_routing", &Decoder::simulate_routing, "overlap"_a, no_gil,
+           "From now on, send rows to the target's experts so that neighbours share about this many of them, as the "
+           "rows\n"
+           "of a text do: for measurements. ValueError: a share that cannot be had, or a model without experts.")
       .def("observe", &Decoder::observe, no_gil,
            "From now on, sum up the squares of what matrices are multiplied with.")
       .def("seen", &seen, "matrix"_a,

@@ -1,6 +1,8 @@
 // Bindings of packed matrices, tables and the kernels on them.
 #include "bind.hpp"
 
+#include <atomic>
+
 #include "formats/quantise.hpp"
 #include "kernels/kernels.hpp"
 #include "model/layers.hpp"
@@ -78,6 +80,15 @@ void matmul(const Matrix& matrix, const Array<float, 2>& x, nb::ndarray<float, n
       kernels.matmul(matrix.view(), act, rows, begin, end, out.data(), ld);
     });
   });
+}
+
+int64_t dot_peak(const std::string& format, int64_t steps, const std::string& isa, int threads) {
+  const Kernels& kernels = select_kernels(isa);
+  const Format known = format_from(format);
+  std::atomic<int64_t> total{0};
+  const GilReleased release;
+  ThreadPool(threads).run([&](const Worker&) { total += kernels.dot_peak(known, steps); });
+  return total;
 }
 
 constexpr int64_t kChunk = 1 << 20;  // bytes a check value covers before it is folded into the whole
@@ -205,6 +216,8 @@ void bind_matrices(nb::module_& module) {
       .def_prop_ro("nbytes", &Matrix::bytes);
   module.def("matmul", &matmul, "matrix"_a, "x"_a, "out"_a, "isa"_a = "", "threads"_a = 1,
              "out [rows, padded matrix rows] = x [rows, cols] times the matrix transposed.");
+  module.def("dot_peak", &dot_peak, "format"_a, "steps"_a, "isa"_a = "", "threads"_a = 1,
+             "Do the dot products of a format in registers for a while. Returns how many multiply-adds that were.");
   module.def("checksum", &checksum, "parts"_a, "threads"_a,
              "Check value of the bytes of several arrays, read at the speed of memory.");
 }

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from paceline import _cpu
+from paceline.bench.kernels import KERNEL_ROWS
 from paceline.bench.random_weights import random_weights
 from paceline.bench.runs import SimulatedAcceptance
 from paceline.bench.shapes import DRAFTERS, TARGETS, official_drafter, official_target, prompt_multiply_accumulates
@@ -25,6 +27,9 @@ DECODE = {
     "context",
     "forward_ms",
     "forward_of_one_row",
+    "passes",
+    "prompt",
+    "dot_peaks",
     "bandwidth_fraction",
     "draft_step_ms",
     "draft_tokens",
@@ -58,17 +63,53 @@ def test_decode_reports_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(found["forward_ms"]) == [str(rows) for rows in range(1, 17)]
     assert found["simulated_acceptance"] is None
     assert "SIMULATED acceptance" not in found["table"]
+    assert max(map(len, found["table"].splitlines())) <= 80
+    for rows, limits in found["passes"].items():
+        assert limits["ms"] == found["forward_ms"][rows]
+        assert limits["bound_fraction"] == max(limits["bandwidth_fraction"], limits["peak_fraction"])
+    work = found["passes"]["1"]["multiply_adds_per_s"] * found["forward_ms"]["1"]
+    assert found["passes"]["8"]["multiply_adds_per_s"] * found["forward_ms"]["8"] == pytest.approx(8 * work)
+
+
+def test_instruction_sets_take_turns(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--quant", "q8", "--context", "40", "--repeats", "1", "--threads", "1", "--isa", "all")
+    found = report(capsys, "decode", "-m", "tiny-python", *options)
+    assert list(found["isas"]) == _cpu.usable_isas()
+    for isa, figures in found["isas"].items():
+        assert figures["isa"] == isa
+        assert figures.keys() >= {"passes", "prompt", "dot_peaks"}
+        assert isa in found["table"]
+
+
+def test_one_instruction_set_is_chosen(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--quant", "q8", "--context", "40", "--repeats", "1", "--tokens", "4", "--threads", "1")
+    assert report(capsys, "decode", "-m", "tiny-python", *options, "--isa", "generic")["isa"] == "generic"
+
+
+def test_contexts_grow(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--quant", "q8", "--repeats", "1", "--threads", "1", "--contexts", "40,1200")
+    found = report(capsys, "decode", "-m", "tiny-python", *options)
+    assert list(found["contexts"]) == ["40", "1200"]
+    short, long = (figures["1"] for figures in found["contexts"].values())
+    assert long["multiply_adds_per_s"] * long["ms"] > short["multiply_adds_per_s"] * short["ms"]
+    assert "1200" in found["table"]
 
 
 def test_kernels_are_compared_with_memory(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("paceline.bench.runs.KERNEL_SHAPE", (64, 256))
-    found = report(capsys, "kernels", "--repeats", "1", "--threads", "1")
-    assert found["kernel_gb_s"].keys() == found["kernel_bandwidth_fraction"].keys() == FORMATS.keys()
-    assert found.keys() >= {"processor", "isa", "threads", "read_bandwidth_gb_s"}
-    for fmt, speeds in found["kernel_gb_s"].items():
-        shares = found["kernel_bandwidth_fraction"][fmt]
-        assert shares["8"] / shares["1"] == pytest.approx(speeds["8"] / speeds["1"])
-        assert fmt in found["table"]
+    monkeypatch.setattr("paceline.bench.kernels.KERNEL_SHAPE", (64, 256))
+    found = report(capsys, "kernels", "--repeats", "1", "--threads", "1", "--isa", "all")
+    assert list(found["kernels"]) == _cpu.usable_isas()
+    assert found.keys() >= {"processor", "threads", "read_bandwidth_gb_s"}
+    assert max(map(len, found["table"].splitlines())) <= 80
+    for formats in found["kernels"].values():
+        assert formats.keys() == FORMATS.keys()
+        for fmt, by_rows in formats.items():
+            assert list(by_rows) == [str(rows) for rows in KERNEL_ROWS]
+            work = {rows: one["multiply_adds_per_s"] * one["ms"] for rows, one in by_rows.items()}
+            assert work["8"] == pytest.approx(8 * work["1"])
+            assert fmt in found["table"]
+    only = report(capsys, "kernels", "--repeats", "1", "--threads", "1", "--formats", "q4_0,q8_0")
+    assert list(next(iter(only["kernels"].values()))) == ["q4_0", "q8_0"]
 
 
 def test_simulated_figures_say_so(capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,6 +137,12 @@ def test_prompt_reports_work(capsys: pytest.CaptureFixture[str]) -> None:
         (["decode", "-m", "tiny-python", "--acceptance", "a"], "from 1 down to 0"),
         (["decode", "-m", "tiny-python", "--acceptance", "0.5"], "1 rates for draft length 3"),
         (["decode", "-m", "tiny-python", "--context", "100000"], "positions and the model has 4096"),
+        (["decode", "-m", "tiny-python", "--contexts", "512,100000"], "positions and the model has 4096"),
+        (["decode", "-m", "tiny-python", "--contexts", "512,64"], "ascending lengths from 16"),
+        (["decode", "-m", "tiny-python", "--contexts", "a"], "ascending lengths from 16"),
+        (["decode", "-m", "tiny-python", "--isa", "sse9"], "no sse9 kernels"),
+        (["decode", "-m", "tiny-python", "--expert-overlap", "0.3"], "mixtures of experts"),
+        (["kernels", "--formats", "q4_0,q3"], "unknown in --formats: q3"),
     ],
 )
 def test_bad_settings_get_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], cause: str) -> None:

@@ -5,6 +5,7 @@
 #include "kernels/attention.hpp"
 #include "kernels/elementwise.hpp"
 #include "kernels/matmul.hpp"
+#include "kernels/peak.hpp"
 
 #define PACELINE_STRING_(x) #x
 #define PACELINE_STRING(x) PACELINE_STRING_(x)
@@ -27,6 +28,7 @@ const paceline::Kernels table = {PACELINE_STRING(PACELINE_NAMESPACE),
                                  softcap,
                                  arg_max,
                                  checksum,
-                                 sample};
+                                 sample,
+                                 dot_peak};
 
 }  // namespace PACELINE_NAMESPACE

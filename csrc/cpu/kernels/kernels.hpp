@@ -68,6 +68,10 @@ struct Kernels {
 
   // The token at an absolute position, for a temperature above 0. `probability` is computed only on request, else 0.
   Sampled (*sample)(const Logits& logits, const SamplingParams& params, uint32_t position, bool probability);
+
+  // The multiply-adds of `steps` operands of this format by several rows, done in registers as fast as they go: what a
+  // matrix kernel could do at best.
+  int64_t (*dot_peak)(Format format, int64_t steps);
 };
 
 // The kernels of `isa`, or of the best instruction set this processor has if it is empty.

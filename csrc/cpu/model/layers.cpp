@@ -92,7 +92,7 @@ Layer::Layer(const ModelConfig& c, int64_t index, const Weights& weights) {
     ple_projection = weights.matrix(prefix + "per_layer_projection.weight", c.hidden, c.ple_size);
     ple_norm = norm("post_per_layer_input_norm.weight");
   }
-  if (c.experts) experts = find_experts(c, prefix, weights);
+  if (c.experts) experts = find_experts(c, prefix, weights), experts->layer = index;
 }
 
 std::vector<Layer> find_layers(const ModelConfig& c, const Weights& weights) {
@@ -183,6 +183,7 @@ void LayerRunner::run(const Worker& w, const Call& call, std::vector<Row>& rows)
   if (call.drop_others) drop_rows(w, call, rows);
   if (rows.empty()) return;
   const int64_t count = int64_t(rows.size());
+  if (w.id == 0) places_ = rows.data();
   attend(w, call, rows);
   project_attended(w, layer, count);
   add_normed(w, count, layer.post_attention_norm, 1.0f);
@@ -426,6 +427,7 @@ void LayerRunner::choose_experts(const Experts& e, int64_t rows) {
   picks_.clear();
   for (int64_t r = 0; r < rows; ++r) {
     float* score = router_.floats() + r * router_ld_;
+    if (routing_) routing_->favour(score, e.layer, places_[r].position);
     for (int64_t i = 0; i < count; ++i)
       if (std::isnan(score[i])) score[i] = -3e38f;  // damaged weights must not break the ordering below
     for (int64_t i = 0; i < count; ++i) order[size_t(i)] = i;

@@ -5,10 +5,12 @@
 #include <cstdint>
 #include <initializer_list>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "kernels/kernels.hpp"
 #include "model/observer.hpp"
+#include "model/simulated_routing.hpp"
 #include "model/weights.hpp"
 #include "runtime/kv_cache.hpp"
 #include "runtime/memory.hpp"
@@ -24,6 +26,7 @@ struct Experts {
   Floats per_expert_scale;
   Floats post_norm_dense, pre_norm, post_norm;
   std::vector<MatrixPtr> gate, up, down;  // [expert]; one format each
+  int64_t layer = 0;                      // where they are
 };
 
 struct Layer {
@@ -146,6 +149,9 @@ class LayerRunner {
     return view;
   }
 
+  // For benchmarks: rows are sent to experts as this says, from now on.
+  void simulate_routing(const SimulatedRouting& routing) { routing_ = routing; }
+
   // What is told of all rows that matrices are multiplied with from now on; null: nothing.
   void set_observer(Observer* observer) { observer_ = observer; }
 
@@ -193,8 +199,10 @@ class LayerRunner {
   struct Hit {
     int64_t expert, rows, tile;
   };
-  std::vector<Pick> picks_;  // [row][active]
-  std::vector<Hit> hits_;    // the experts that rows were sent to
+  std::optional<SimulatedRouting> routing_;
+  const Row* places_ = nullptr;  // of the rows that experts are chosen for
+  std::vector<Pick> picks_;      // [row][active]
+  std::vector<Hit> hits_;        // the experts that rows were sent to
   int expert_lanes_ = 1;
   int64_t router_ld_ = 0;
   Buffer router_in_, router_, routed_, expert_out_;

@@ -222,6 +222,22 @@ std::pair<Floats, Floats> Decoder::last_draft_step(int64_t row) const {
   return {drafter_->last_logits(row), drafter_->last_hidden(row)};
 }
 
+void Decoder::fill_random(int64_t slot, int64_t length) {
+  const Lock lock(*this);
+  target_->cache().check_slot(slot);
+  target_->fill_random(slot, length);
+}
+
+void Decoder::simulate_routing(double overlap) {
+  const Lock lock(*this);
+  const ModelConfig& config = target_->weights().config;
+  if (!config.experts) throw std::invalid_argument("this model has no experts");
+  constexpr int most = SimulatedRouting::kMostPercent;
+  if (!(overlap >= 0 && overlap <= most / 100.0))
+    throw std::invalid_argument("neighbours can share from 0 to " + std::to_string(most) + " % of their experts");
+  target_->simulate_routing({config.experts, config.active_experts, overlap});
+}
+
 void Decoder::observe() {
   const Lock lock(*this);
   observer_ = std::make_unique<Observer>();

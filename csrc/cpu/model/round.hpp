@@ -51,6 +51,8 @@ class Decoder {
   void clear(int64_t slot);
   KvCache::Snapshot save(int64_t slot) const;
   void restore(int64_t slot, const KvCache::Snapshot& snapshot);
+  // For benchmarks: see Target::fill_random.
+  void fill_random(int64_t slot, int64_t length);
   int threads() const;
   void set_threads(int threads);
 
@@ -59,6 +61,9 @@ class Decoder {
   Floats hidden(int64_t slot) const;
   // Of the last draft step: see Drafter::last_logits and last_hidden.
   std::pair<Floats, Floats> last_draft_step(int64_t row) const;
+  // For benchmarks: send rows to the target's experts so that neighbours share about this many of them, 0 to 0.9.
+  // Throws std::invalid_argument for other shares, and for models without experts.
+  void simulate_routing(double overlap);
   // Observe what the matrices of both models are multiplied with, from now on and from zero.
   void observe();
   // What a matrix of either model was multiplied with; throws std::invalid_argument unless it is observed.

@@ -58,6 +58,35 @@ Target::Target(const ModelConfig& config, const Weights& weights, const Kernels&
   }
 }
 
+void Target::fill_random(int64_t slot, int64_t length) {
+  const int64_t first = cache_.length(slot);
+  if (length < first || length > cache_.context())
+    throw std::invalid_argument("a slot of " + std::to_string(first) + " positions cannot be filled up to " +
+                                std::to_string(length) + " of " + std::to_string(cache_.context()));
+  constexpr int64_t kNumbers = 4099;  // a prime, so that rows differ
+  int64_t widest = 0;
+  for (const Layer& layer : weights_.layers) widest = std::max(widest, layer.head_dim);
+  Floats numbers(static_cast<size_t>(kNumbers + widest));
+  uint32_t state = 1;
+  for (float& x : numbers) x = float(int32_t(state = state * 1664525u + 1013904223u)) * 0x1p-31f;
+  cache_.touch(slot, length);
+  pool_->run([&](const Worker& w) {
+    for (size_t i = 0; i < weights_.layers.size(); ++i) {
+      const Layer& layer = weights_.layers[i];
+      if (!layer.k) continue;
+      const CacheView& view = views_[i][size_t(slot)];
+      const int64_t begin = std::max(first, length - view.ring);
+      w.for_share(length - begin, [&](int64_t n) {
+        for (int64_t head = 0; head < layer.kv_heads; ++head) {
+          const float* row = &numbers[size_t((begin + n) * 577 + head * 101) % kNumbers];
+          kernels_.append(view, head, begin + n, row, row);
+        }
+      });
+    }
+  });
+  cache_.extend(slot, length);
+}
+
 void Target::set_threads(int threads) { pool_ = std::make_unique<ThreadPool>(threads); }
 
 int64_t Target::last_layer(bool sliding) const {

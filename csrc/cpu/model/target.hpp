@@ -39,7 +39,12 @@ class Target {
   const float* hidden() const { return hidden_.floats(); }
   int64_t logits_ld() const { return round_up(weights_.config.vocab, kPanel); }
 
+  // For benchmarks: continue a slot's cache with random rows up to a length. Throws std::invalid_argument if that is shorter,
+  // or more than the cache holds.
+  void fill_random(int64_t slot, int64_t length);
+
   void set_threads(int threads);
+  void simulate_routing(const SimulatedRouting& routing) { runner_.simulate_routing(routing); }
   void set_observer(Observer* observer) { runner_.set_observer(observer); }
   int threads() const { return pool_->size(); }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,8 @@ from paceline.backends.cpu.backend import CpuBackend
 from paceline.backends.cpu.processors import default_threads
 from paceline.backends.formats import check_quant
 from paceline.bench import machine
-from paceline.bench.machine import Bandwidth, ReadBandwidth
+from paceline.bench.demand import ATTENTION, Demand, TargetDemand, compared
+from paceline.bench.machine import Bandwidth, DotPeaks, ReadBandwidth
 from paceline.bench.random_weights import random_weights
 from paceline.bench.runs import Bench
 from paceline.bench.shapes import official_drafter, official_target, prompt_multiply_accumulates
@@ -23,6 +24,10 @@ from paceline.errors import SettingsError
 from paceline.quant.recipes import DEFAULT, RECIPES
 
 CHUNK = 256  # prompt rows in one pass
+OVERLAP = 0.3  # measured in other mixtures: neighbouring tokens of a text share 26 to 42 % of their experts
+
+
+Machine = tuple[Bandwidth, dict[str, Any], Callable[[], int]]  # its bandwidth, a description, its peak memory
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,7 @@ class Pair:
     config: TargetConfig
     about: dict[str, Any]
     peak_memory: Callable[[], int]
+    demand: TargetDemand | None  # on the CPU
 
     @property
     def pass_bytes(self) -> int:
@@ -43,15 +49,34 @@ class Pair:
         parameters = count_parameters(self.config)  # all matrices are of one format
         return backend.info.weight_bytes * parameters.active // parameters.effective
 
+    def passes(self, forward_ms: Mapping[int, float]) -> dict[str, dict[str, Any]]:
+        """Times of passes beside the machine's limits, by rows: see `demand.compared`."""
+        limits = self.bench.bandwidth.median, self.bench.peaks.medians if self.bench.peaks else None
+        context = self.bench.context
+        return {
+            str(rows): compared(
+                ms, self.demand.decode(rows, context) if self.demand else Demand(self.pass_bytes), *limits
+            )
+            for rows, ms in forward_ms.items()
+        }
+
     def prompt(self, repeats: int, length: int) -> dict[str, Any]:
         """Prefill speed."""
-        speed = self.bench.prompt_tokens_per_s(repeats, length)
+        return self.prompt_figures(self.bench.prompt_tokens_per_s(repeats, length), length)
+
+    def prompt_figures(self, speed: float, length: int) -> dict[str, Any]:
+        """What a speed of prefill means, in tokens per second."""
         work = prompt_multiply_accumulates(self.config)
-        return {
+        figures: dict[str, Any] = {
             "prompt_tokens": length,
             "prompt_tokens_per_s": speed,
             "prompt_multiply_accumulates_per_s": speed * work,
         }
+        if self.demand and self.bench.peaks:
+            demand = self.demand.prompt(length, self.bench.chunk)
+            limits = self.bench.bandwidth.median, self.bench.peaks.medians
+            figures["prompt"] = compared(length / speed * 1e3, demand, *limits)
+        return figures
 
     def report(self, benchmark: str) -> dict[str, Any]:
         return {
@@ -59,6 +84,7 @@ class Pair:
             **self.about,
             "context": self.bench.context,
             "read_bandwidth_gb_s": self.bench.bandwidth.median,
+            "dot_peaks": self.bench.peaks.medians if self.bench.peaks else None,
             "weight_bytes": self.bench.backend.info.weight_bytes,
             "pass_bytes": self.pass_bytes,
             "peak_memory_bytes": self.peak_memory(),
@@ -66,7 +92,14 @@ class Pair:
 
 
 def open_pair(
-    model: str | None, shape: str | None, quant: str, threads: int | None, device: str, context: int, room: int
+    model: str | None,
+    shape: str | None,
+    quant: str,
+    threads: int | None,
+    device: str,
+    context: int,
+    room: int,
+    overlap: float | None = None,
 ) -> Pair:
     """Load a model, or make a shape's weights.
 
@@ -78,10 +111,27 @@ def open_pair(
         device: see `build.load`.
         context: rows in the cache before each measurement.
         room: positions that measurements need.
+        overlap: share of their experts that neighbouring rows have in common; None: as a model's router has it, and
+            for a shape `OVERLAP`.
 
     Raises:
         SettingsError: an unknown format, or too much room for the model.
     """
+    return open_pairs(model, shape, quant, threads, device, context, room, overlap, ("",))[0]
+
+
+def open_pairs(
+    model: str | None,
+    shape: str | None,
+    quant: str,
+    threads: int | None,
+    device: str,
+    context: int,
+    room: int,
+    overlap: float | None,
+    isas: Sequence[str],
+) -> list[Pair]:
+    """The same for several instruction sets, all over the same packed weights; an empty name is the one in use."""
     check_quant(quant)
     if shape is not None:
         quant = DEFAULT if quant == "auto" else quant
@@ -96,9 +146,37 @@ def open_pair(
     info = backend.info
     if room > info.context:
         raise SettingsError(f"this takes {room} positions and the model has {info.context}; measure fewer")
-    bandwidth, about, peak = machine_of(backend)
-    about = {"model": model or shape, "random_weights": model is None, "quant": info.quant, **about}
-    return Pair(Bench(backend, context, CHUNK, bandwidth), config, about, peak)
+    if overlap is None and shape is not None and config.experts:
+        overlap = OVERLAP
+    if overlap is not None and not (config.experts and isinstance(backend, CpuBackend)):
+        raise SettingsError("--expert-overlap is for mixtures of experts on the CPU; leave it out")
+    about = {"model": model or shape, "random_weights": model is None, "quant": info.quant, "expert_overlap": overlap}
+    machine = machine_of(backend)
+    return [_pair(one, config, machine, about, context) for one in _with_isas(backend, isas)]
+
+
+def _with_isas(backend: Backend, isas: Sequence[str]) -> list[Backend]:
+    if not isinstance(backend, CpuBackend):
+        if any(isas):
+            raise SettingsError("--isa is for the CPU; leave it out")
+        return [backend]
+    return [backend if isa in ("", backend.info.device) else backend.with_isa(isa) for isa in isas]
+
+
+def _pair(backend: Backend, config: TargetConfig, machine: Machine, about: Mapping[str, Any], context: int) -> Pair:
+    bandwidth, described, peak_memory = machine
+    about = {**about, **described}
+    peaks = demand = None
+    if isinstance(backend, CpuBackend):
+        about["isa"] = backend.info.device
+        overlap = about["expert_overlap"]
+        if overlap is not None:
+            backend.simulate_routing(overlap)
+        demand = TargetDemand(config, backend.weights, 4 if backend.weights.is_f32 else 2, overlap or 0)
+        formats = {matrix.format for _, matrix in backend.weights.matrices} | {ATTENTION}
+        peaks = DotPeaks(sorted(formats), backend.info.device, backend.threads)
+    bench = Bench(backend, context, CHUNK, bandwidth, peaks)
+    return Pair(bench, config, about, peak_memory, demand)
 
 
 def _random_pair(shape: str, quant: str, threads: int | None, device: str, room: int) -> Backend:
@@ -119,7 +197,7 @@ def _random_pair(shape: str, quant: str, threads: int | None, device: str, room:
     )
 
 
-def machine_of(backend: Backend) -> tuple[Bandwidth, dict[str, Any], Callable[[], int]]:
+def machine_of(backend: Backend) -> Machine:
     """The machine's bandwidth, a description, and its peak memory."""
     if isinstance(backend, CpuBackend):
         about = {"threads": backend.threads, "isa": backend.info.device, "processor": machine.processor()}

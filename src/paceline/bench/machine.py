@@ -7,6 +7,7 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -27,6 +28,8 @@ class Bandwidth(Protocol):
 
 
 BUFFER = 1 << 30  # bytes; far more than any cache
+PEAK_SECONDS = 0.01  # a measurement of the arithmetic takes at least this
+FIRST_STEPS = 1 << 14
 
 
 class ReadBandwidth:
@@ -51,6 +54,37 @@ class ReadBandwidth:
     @property
     def median(self) -> float:
         return statistics.median(self.seen)
+
+
+class DotPeaks:
+    """Does multiply-adds in registers with all threads, as the kernels of each weight format do them; call it likewise.
+
+    Args:
+        formats: whose dot products.
+        isa: instruction set, empty for the best one.
+        threads: as many as the measured code uses.
+    """
+
+    def __init__(self, formats: Iterable[str], isa: str, threads: int) -> None:
+        self._isa, self._threads = isa, threads
+        self._steps = dict.fromkeys(formats, FIRST_STEPS)
+        self._seen: dict[str, list[float]] = {fmt: [] for fmt in self._steps}
+
+    def measure(self) -> None:
+        for fmt, seen in self._seen.items():
+            while True:
+                start = time.perf_counter()
+                count = _cpu.dot_peak(fmt, self._steps[fmt], self._isa, self._threads)
+                elapsed = time.perf_counter() - start
+                if elapsed >= PEAK_SECONDS:
+                    break
+                self._steps[fmt] *= 2
+            seen.append(count / elapsed)
+
+    @property
+    def medians(self) -> dict[str, float]:
+        """Multiply-adds a second by format, the medians of what was seen."""
+        return {fmt: statistics.median(seen) for fmt, seen in self._seen.items()}
 
 
 def peak_memory() -> int:

@@ -14,17 +14,43 @@ from paceline.errors import SettingsError
 LEAST_KL = 1e-7  # nats: what plots show of the same distributions
 
 
+LIMIT_COLUMNS = ("GB/s", "of memory", "GMAC/s", "of peak", "bound", "of it")
+
+
+def limit_cells(found: Mapping[str, Any]) -> tuple[str, ...]:
+    """What `demand.compared` found, for a table with `LIMIT_COLUMNS`."""
+    peak = found["peak_fraction"]
+    return (
+        f"{found['gb_s']:.1f}",
+        f"{found['bandwidth_fraction']:.0%}",
+        "-" if peak is None else f"{found['multiply_adds_per_s'] / 1e9:.0f}",
+        "-" if peak is None else f"{peak:.0%}",
+        str(found["bound"]),
+        f"{found['bound_fraction']:.0%}",
+    )
+
+
+def new_table(title: str, *columns: str, left: tuple[str, ...] = ("bound",)) -> Table:
+    """A table whose columns are aligned right but for those named."""
+    table = Table(title=title)
+    for column in columns:
+        table.add_column(column, justify="left" if column in left else "right")
+    return table
+
+
+def place(report: Mapping[str, Any]) -> str:
+    """The instruction set, or the device."""
+    return str(report.get("isa") or report["device"])
+
+
 def decode_table(report: Mapping[str, Any]) -> Table:
-    """Milliseconds and bandwidth of a forward pass, by rows."""
-    table = Table(title="One pass of the target")
-    for column in ("rows", "ms", "of one row", "GB/s", "of the machine's"):
-        table.add_column(column, justify="right")
+    """Milliseconds of a forward pass beside both limits, by rows."""
+    table = new_table(f"One pass of the target ({place(report)})", "rows", "ms", "x one", *LIMIT_COLUMNS)
     one = report["forward_ms"]["1"]
-    for rows, ms in report["forward_ms"].items():
-        speed = report["pass_bytes"] / ms / 1e6
-        table.add_row(
-            rows, f"{ms:.2f}", f"{ms / one:.2f}", f"{speed:.1f}", f"{speed / report['read_bandwidth_gb_s']:.0%}"
-        )
+    for rows, found in report["passes"].items():
+        table.add_row(rows, f"{found['ms']:.1f}", f"{found['ms'] / one:.2f}", *limit_cells(found))
+    if "prompt" in report:
+        table.add_row("prompt", f"{report['prompt']['ms']:.0f}", "", *limit_cells(report["prompt"]))
     return table
 
 
@@ -51,30 +77,85 @@ def print_decode(out: Console, report: Mapping[str, Any]) -> None:
 
 
 def print_prompt(out: Console, report: Mapping[str, Any]) -> None:
-    """The speed of a prompt and the machine's limit."""
+    """The speed of a prompt and the machine's limits."""
     work = report["prompt_multiply_accumulates_per_s"] / 1e9
+    print_limits(out, report)
     out.print(
-        f"reading memory: {report['read_bandwidth_gb_s']:.1f} GB/s\n"
         f"peak memory: {report['peak_memory_bytes'] / 1e9:.2f} GB\n"
         f"prompt of {report['prompt_tokens']} tokens: {report['prompt_tokens_per_s']:.0f} tokens/s, "
-        f"{work:.0f} billion multiply-accumulates/s"
+        f"{work:.0f} billion multiply-accumulates/s with weights"
     )
 
 
-def kernel_table(report: Mapping[str, Any]) -> Table:
-    """Weight bandwidth of the matrix kernels as a share of what memory gives, by format and rows."""
-    table = Table(title=f"Matrix kernels: weights a second, as a share of reading memory ({report['isa']})")
-    heights = list(next(iter(report["kernel_gb_s"].values())))
-    for title in ("format", "GB/s", *(f"{rows} row" if rows == "1" else rows for rows in heights)):
-        table.add_column(title, justify="left" if title == "format" else "right")
-    for fmt, speeds in report["kernel_gb_s"].items():
-        shares = report["kernel_bandwidth_fraction"][fmt]
-        table.add_row(fmt, f"{speeds[heights[0]]:.1f}", *(f"{shares[rows]:.0%}" for rows in heights))
+def print_limits(out: Console, report: Mapping[str, Any]) -> None:
+    """The machine's limits of the same run, and how experts were chosen."""
+    out.print(f"reading memory: {report['read_bandwidth_gb_s']:.1f} GB/s")
+    if report["dot_peaks"]:
+        peaks = ", ".join(f"{fmt} {peak / 1e9:.0f}" for fmt, peak in report["dot_peaks"].items())
+        out.print(f"peak of the dot products ({report['isa']}), GMAC/s: {peaks}")
+    if report.get("expert_overlap") is not None:
+        out.print(
+            f"experts are SIMULATED: neighbouring rows share {report['expert_overlap']:.0%} of theirs, or as many as "
+            "by chance (--expert-overlap)"
+        )
+
+
+def print_isas(out: Console, reports: Mapping[str, Mapping[str, Any]]) -> None:
+    """Instruction sets side by side: milliseconds of passes and how near they are to the limit that binds."""
+    columns = [column for isa in reports for column in (isa, "of bound")]
+    table = new_table("One pass of the target, ms, by instruction set", "rows", *columns)
+    for rows in next(iter(reports.values()))["passes"]:
+        found = [report["passes"][rows] for report in reports.values()]
+        table.add_row(rows, *(cell for one in found for cell in (f"{one['ms']:.1f}", f"{one['bound_fraction']:.0%}")))
+    found = [report["prompt"] for report in reports.values()]
+    table.add_row("prompt", *(cell for one in found for cell in (f"{one['ms']:.0f}", f"{one['bound_fraction']:.0%}")))
+    out.print(table)
+    for report in reports.values():
+        print_limits(out, report)
+
+
+def print_contexts(out: Console, report: Mapping[str, Any]) -> None:
+    """Passes after contexts of several lengths."""
+    rows = list(next(iter(report["contexts"].values())))
+    table = new_table(
+        f"Passes after longer and longer contexts ({place(report)})",
+        *("context", "1 row, ms", *(f"{n} rows" for n in rows[1:]), "GB/s", "bound", "of it"),
+    )
+    for context, found in report["contexts"].items():
+        one = found["1"]
+        times = (f"{found[n]['ms'] / one['ms']:.2f} x" for n in rows[1:])
+        cells = limit_cells(one)
+        table.add_row(context, f"{one['ms']:.1f}", *times, cells[0], *cells[-2:])
+    out.print(table)
+    print_limits(out, report)
+
+
+def kernel_table(report: Mapping[str, Any], isa: str) -> Table:
+    """The matrix kernels beside both limits, by format and rows."""
+    table = new_table(f"Matrix kernels ({isa})", "format", "rows", "ms", *LIMIT_COLUMNS, left=("format", "bound"))
+    for fmt, by_rows in report["kernels"][isa].items():
+        for rows, found in by_rows.items():
+            table.add_row(fmt if rows == "1" else "", rows, f"{found['ms']:.1f}", *limit_cells(found))
+        table.add_section()
+    return table
+
+
+def kernel_isas_table(report: Mapping[str, Any]) -> Table:
+    """Instruction sets side by side."""
+    isas = report["kernels"]
+    columns = [column for isa in isas for column in (isa, "of bound")]
+    table = new_table("Matrix kernels, ms, by instruction set", "format", "rows", *columns, left=("format",))
+    for fmt, by_rows in next(iter(isas.values())).items():
+        for rows in by_rows:
+            found = [one[fmt][rows] for one in isas.values()]
+            cells = (cell for one in found for cell in (f"{one['ms']:.1f}", f"{one['bound_fraction']:.0%}"))
+            table.add_row(fmt if rows == "1" else "", rows, *cells)
+        table.add_section()
     return table
 
 
 def plot_costs(report: Mapping[str, Any], path: Path) -> None:
-    """Draw the cost curve: milliseconds of a pass against its rows, with the time that reading the weights would take.
+    """Draw the cost curve: milliseconds of a pass against its rows, beside the machine's limits.
 
     Raises:
         SettingsError: matplotlib is not installed, or the file cannot be written.
@@ -86,8 +167,8 @@ def plot_costs(report: Mapping[str, Any], path: Path) -> None:
     figure = new_figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     axes.plot(rows, times, marker="o", color="#2f6f9f", label="measured")
-    limit = report["pass_bytes"] / report["read_bandwidth_gb_s"] / 1e6
-    axes.axhline(limit, color="#b0552f", linestyle="--", label=f"reading the weights: {limit:.1f} ms")
+    limits = [found["bound_ms"] for found in report["passes"].values()]
+    axes.plot(rows, limits, color="#b0552f", linestyle="--", label="what memory or arithmetic takes at least")
     axes.set(xlabel="rows checked in one pass", ylabel="ms", ylim=(0, None), xticks=rows)
     axes.set_title(f"{report['model']} {report['quant']}, {report['context']} tokens of context, {place}")
     axes.legend(loc="lower right")

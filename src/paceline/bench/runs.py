@@ -10,9 +10,9 @@ from functools import partial
 
 import numpy as np
 
-from paceline import _cpu
 from paceline.backends.base import Backend
-from paceline.bench.machine import Bandwidth, ReadBandwidth
+from paceline.backends.cpu.backend import CpuBackend
+from paceline.bench.machine import Bandwidth, DotPeaks
 from paceline.decode.draft_length import Costs
 from paceline.engine.cost_model import measure_costs
 from paceline.engine.proposers import DrafterProposer, Proposer
@@ -21,10 +21,9 @@ from paceline.engine.step import step
 from paceline.text.detokenizer import Detokenizer
 from paceline.types import GREEDY, Draft, Result, Work
 
-KERNEL_ROWS = (1, 2, 3, 4, 6, 8, 12, 16)
-KERNEL_SHAPE = (6144 * 32, 1536)  # far more than any cache in every format
 PASS_ROWS = range(1, 17)
 GOLDEN_RATIO = 0.6180339887498949
+REAL_ROWS = 1024  # of a context at least; what is before them is filled with random keys and values where that can be
 
 
 @dataclass
@@ -36,24 +35,37 @@ class Bench:
         context: rows in the cache before each measurement.
         chunk: prompt tokens in one pass.
         bandwidth: probed between measurements, so that both see the same machine.
+        peaks: probed likewise; None where no arithmetic is compared.
     """
 
     backend: Backend
     context: int
     chunk: int
     bandwidth: Bandwidth
+    peaks: DotPeaks | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         self._random = np.random.default_rng(self.seed)
         self.slot = self.backend.open_slot()
-        self._prefill(self.context)
+        self._fill()
+
+    def probe(self) -> None:
+        """Measure the machine's limits once more."""
+        self.bandwidth.measure()
+        if self.peaks:
+            self.peaks.measure()
+
+    def extend(self, context: int) -> None:
+        """Go on to a longer context."""
+        before, self.context = self.context, context
+        self._fill(before)
 
     def forward_ms(self, repeats: int, batches: Iterable[int] = PASS_ROWS) -> dict[int, float]:
         """Median milliseconds of a pass of so many rows with a token sampled from each, batch sizes interleaved."""
         times: dict[int, list[float]] = {rows: [] for rows in batches}
         for _ in range(repeats):
-            self.bandwidth.measure()
+            self.probe()
             self._verify(self._tokens(1))  # not measured: its threads may still share a core with those of the probe
             self.backend.truncate(self.slot, self.context)
             for rows, seen in times.items():
@@ -104,7 +116,7 @@ class Bench:
         self.backend.close_slot(self.slot)
         costs = measure_costs(self.backend, GREEDY)
         self.slot = self.backend.open_slot()
-        self._prefill(self.context)
+        self._fill()
         return costs
 
     def decode_tokens_per_s(
@@ -151,11 +163,19 @@ class Bench:
     def _refill(self) -> None:
         """Fill the slot with `context` tokens again."""
         self._reopen()
-        self._prefill(self.context)
+        self._fill()
 
-    def _prefill(self, tokens: int) -> None:
+    def _fill(self, first: int = 0) -> None:
+        """Fill the slot, which has `first` tokens, with `context` of them."""
+        real = self.context - REAL_ROWS
+        if real > first and isinstance(self.backend, CpuBackend):
+            self.backend.fill_random(self.slot, real)
+            first = real
+        self._prefill(self.context, first)
+
+    def _prefill(self, tokens: int, first: int = 0) -> None:
         """Run a random prompt in chunks; its last row samples a token, so that rounds can follow."""
-        for start in range(0, tokens, self.chunk):
+        for start in range(first, tokens, self.chunk):
             rows = min(self.chunk, tokens - start)
             params = GREEDY if start + rows == tokens else None
             self.backend.run([Work(self.slot, start, self._tokens(rows), params)])
@@ -185,39 +205,6 @@ class SimulatedAcceptance(DrafterProposer):
 def tokens_to_undo(backend: Backend) -> int:
     """How many rows can surely be rolled back: what sliding rings hold beyond their window, less a round."""
     return backend.info.max_rows - 32
-
-
-@dataclass(frozen=True)
-class KernelSpeed:
-    """How fast a matrix kernel goes through weights."""
-
-    gb_s: dict[int, float]  # by batch rows
-    read_gb_s: float  # what memory gave meanwhile
-
-    @property
-    def fractions(self) -> dict[int, float]:
-        """The same as shares of what memory gave."""
-        return {rows: speed / self.read_gb_s for rows, speed in self.gb_s.items()}
-
-
-def kernel_speed(
-    fmt: str, threads: int, isa: str, repeats: int, bandwidth: ReadBandwidth, rows: Iterable[int] = KERNEL_ROWS
-) -> KernelSpeed:
-    """Weight bytes a second of a format's matrix kernel: medians, batch sizes and reads of memory interleaved."""
-    outputs, columns = KERNEL_SHAPE
-    matrix = _cpu.Matrix(fmt, outputs, columns)
-    matrix.fill_random(0)
-    generator = np.random.default_rng(0)
-    inputs = {n: generator.standard_normal((n, columns), np.float32) for n in rows}
-    out = {n: np.empty((n, outputs), np.float32) for n in rows}
-    times: dict[int, list[float]] = {n: [] for n in rows}
-    reads = []
-    for _ in range(repeats):
-        reads.append(bandwidth.measure())
-        for n, seen in times.items():
-            seen.append(milliseconds(partial(_cpu.matmul, matrix, inputs[n], out[n], isa, threads)))
-    speeds = {n: matrix.nbytes / statistics.median(seen) / 1e6 for n, seen in times.items()}
-    return KernelSpeed(speeds, statistics.median(reads))
 
 
 def milliseconds(work: Callable[[], object]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 from paceline.checkpoint.config_json import drafter_config, target_config
@@ -112,14 +113,23 @@ def drafter_settings(shape: str) -> dict[str, Any]:
     }
 
 
-def prompt_multiply_accumulates(config: TargetConfig) -> int:
-    """Multiplications with weights that a prompt row takes: the layers up to the last with K/V of its own."""
+def in_prompt(config: TargetConfig) -> Callable[[str], bool]:
+    """Whether a prompt's rows pass the tensor of a name: the layers up to the last with K/V of its own."""
     last = max(index for index, layer in enumerate(config.layers) if layer.kv_source == index)
+
+    def passes(name: str) -> bool:
+        layer = re.match(r"layers\.(\d+)\.", name)
+        return int(layer[1]) <= last if layer else not name.startswith(("embed_tokens", "lm_head"))
+
+    return passes
+
+
+def prompt_multiply_accumulates(config: TargetConfig) -> int:
+    """Multiplications with weights that a prompt row takes."""
+    passes = in_prompt(config)
     total = 0
     for name, shape in target_tensors(config).items():
-        layer = re.match(r"layers\.(\d+)\.", name)
-        if len(shape) == 1 or name.startswith("embed_tokens") or (layer and int(layer[1]) > last):
-            continue
-        share = config.experts.active / config.experts.count if config.experts and ".experts." in name else 1
-        total += int(math.prod(shape) * share)
+        if len(shape) > 1 and passes(name):
+            share = config.experts.active / config.experts.count if config.experts and ".experts." in name else 1
+            total += int(math.prod(shape) * share)
     return total

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -16,12 +14,11 @@ from paceline.errors import SettingsError
 from paceline.quant.formats import FORMATS
 from paceline.quant.recipes import DEFAULT, METAVAR
 
-if TYPE_CHECKING:
-    from paceline.bench.runs import KernelSpeed
-
 bench = typer.Typer(
     help="Measure kernels, decoding and prefill. The last line on stdout is JSON.", no_args_is_help=True
 )
+
+LEAST_CONTEXT = 16
 
 ModelOption = Annotated[str | None, typer.Option("--model", "-m", help="A model with its drafter.", metavar="MODEL")]
 ShapeOption = Annotated[
@@ -34,7 +31,7 @@ QuantOption = Annotated[
         help=f"Weight format; auto: as the model is used, and {DEFAULT} for a shape.", metavar=f"auto|{METAVAR}"
     ),
 ]
-ContextOption = Annotated[int, typer.Option(help="Tokens in the KV cache before each measurement.", min=16)]
+ContextOption = Annotated[int, typer.Option(help="Tokens in the KV cache before each measurement.", min=LEAST_CONTEXT)]
 DraftOption = Annotated[int, typer.Option(help="Draft length.", min=1, max=15)]
 RepeatsOption = Annotated[int, typer.Option(help="Runs of each measurement; medians are shown.", min=1)]
 AcceptanceOption = Annotated[
@@ -45,38 +42,63 @@ AcceptanceOption = Annotated[
         metavar="SHARES",
     ),
 ]
+OverlapOption = Annotated[
+    float | None,
+    typer.Option(
+        help="SIMULATE a mixture's choice of experts: the share that neighbouring rows have in common; 0 for as many "
+        "as by chance. Without it 0.3 for a shape, and a model's own choice.",
+        min=0,
+        max=0.9,
+        show_default=False,
+    ),
+]
+IsaOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Instruction set, or all that this processor has, in turns. Without it the best one, or PACELINE_ISA.",
+        metavar="NAME|all",
+        show_default=False,
+    ),
+]
 PROMPT = 512  # tokens of the prompt that is measured
+SOME_ROWS = (1, 2, 4, 8, 16)  # of passes where much else varies
 
 
 @bench.command()
-def kernels(threads: ThreadsOption = None, repeats: RepeatsOption = 7) -> None:
-    """Matrix kernels of all weight formats for 1 to 16 rows, in bytes of weights per second."""
-    from paceline import _cpu
+def kernels(
+    threads: ThreadsOption = None,
+    repeats: RepeatsOption = 7,
+    isa: IsaOption = None,
+    formats: Annotated[
+        str | None, typer.Option(help="Weight formats, such as q4_0,q6_k; all without it.", show_default=False)
+    ] = None,
+) -> None:
+    """Matrix kernels of the weight formats for 1 to 64 rows, beside the limits of memory and of arithmetic."""
     from paceline.backends.cpu.processors import default_threads
-    from paceline.bench.machine import ReadBandwidth, peak_memory, processor
-    from paceline.bench.report import console, kernel_table
-    from paceline.bench.runs import kernel_speed
+    from paceline.bench.kernels import KernelBench
+    from paceline.bench.machine import peak_memory, processor
+    from paceline.bench.report import console, kernel_isas_table, kernel_table
 
-    count = threads or default_threads()
-    isa = os.environ.get("PACELINE_ISA", "")
-    bandwidth = ReadBandwidth(count)
-    speeds = {fmt: kernel_speed(fmt, count, isa, repeats, bandwidth) for fmt in FORMATS}
-
-    def by_format(figures: Callable[[KernelSpeed], dict[int, float]]) -> dict[str, dict[str, float]]:
-        return {fmt: {str(rows): value for rows, value in figures(speed).items()} for fmt, speed in speeds.items()}
-
+    names = formats.split(",") if formats else list(FORMATS)
+    if unknown := set(names) - set(FORMATS):
+        raise SettingsError(f"unknown in --formats: {', '.join(sorted(unknown))}; use {', '.join(FORMATS)}")
+    count, isas = threads or default_threads(), _isas(isa)
+    measured = KernelBench(isas, count, repeats)
+    found = {fmt: measured.run(fmt) for fmt in names}
     report: dict[str, Any] = {
         "benchmark": "kernels",
-        "read_bandwidth_gb_s": bandwidth.median,
-        "kernel_gb_s": by_format(lambda speed: speed.gb_s),
-        "kernel_bandwidth_fraction": by_format(lambda speed: speed.fractions),
-        "isa": isa or _cpu.usable_isas()[0],
+        "read_bandwidth_gb_s": measured.bandwidth.median,
+        "kernels": {name: {fmt: by_isa[name] for fmt, by_isa in found.items()} for name in isas},
         "processor": processor(),
         "threads": count,
         "peak_memory_bytes": peak_memory(),
     }
-    console().print(kernel_table(report))
-    console().print(f"reading memory: {bandwidth.median:.1f} GB/s")
+    out = console()
+    for name in isas:
+        out.print(kernel_table(report, name))
+    if len(isas) > 1:
+        out.print(kernel_isas_table(report))
+    out.print(f"reading memory: {measured.bandwidth.median:.1f} GB/s")
     print(json.dumps(report))
 
 
@@ -88,8 +110,18 @@ def decode(
     threads: ThreadsOption = None,
     device: DeviceOption = "cpu",
     context: ContextOption = 512,
+    contexts: Annotated[
+        str | None,
+        typer.Option(
+            help="Only passes, after contexts of several lengths, such as 512,4096,16384.",
+            metavar="LENGTHS",
+            show_default=False,
+        ),
+    ] = None,
     draft_tokens: DraftOption = 3,
     acceptance: AcceptanceOption = None,
+    expert_overlap: OverlapOption = None,
+    isa: IsaOption = None,
     repeats: RepeatsOption = 7,
     tokens: Annotated[int, typer.Option(help="Tokens of each decoding run.", min=1)] = 48,
     plot: Annotated[
@@ -103,54 +135,32 @@ def decode(
       paceline bench decode -m tiny-python
       paceline bench decode -m gemma-4-E2B-it-Q4_K_M.gguf
       paceline bench decode --shape e2b --acceptance 0.8,0.65,0.5 --plot costs.png
+      paceline bench decode --shape e2b --isa all
+      paceline bench decode --shape e2b --contexts 512,4096,16384
     """
-    from paceline.bench.loading import open_pair
-    from paceline.bench.report import console, plot_costs, print_decode
+    from paceline.bench.decoding import by_context, by_isa, whole
+    from paceline.bench.loading import open_pairs
+    from paceline.bench.report import console, plot_costs, print_contexts, print_decode, print_isas
 
     _check_choice(model, shape)
-    shares = _shares(acceptance, draft_tokens, shape)
-    loaded = open_pair(model, shape, quant, threads, device, context, room=max(context + 2 * tokens, PROMPT) + 64)
-    run = loaded.bench
-    forward = run.forward_ms(repeats)
-    exact = run.same_bits()
-    step = run.draft_step_ms(repeats) if run.backend.info.has_drafter else None
-    costs = run.costs() if run.backend.info.has_drafter else None
-    modes: dict[str, tuple[int | None, tuple[float, ...] | None]] = {
-        "plain": (0, None),
-        "mtp": (draft_tokens, shares),
-        "auto": (None, shares),
-        "auto_useless": (None, ()),
-    }
-    speeds: dict[str, list[float]] = {mode: [] for mode in modes}
-    for _ in range(3 if device == "cpu" else 4):  # alternating, so that changes of the machine's speed affect all modes
-        for mode, (depth, accepted) in modes.items():
-            speeds[mode].append(run.decode_tokens_per_s(tokens, depth, accepted, costs))
-
-    for seen in speeds.values():  # the first round on a device records what it runs
-        del seen[:-3]
-
-    def speedup(mode: str) -> float:
-        return statistics.median(b / a for a, b in zip(speeds["plain"], speeds[mode], strict=True))
-
-    report = loaded.report("decode") | {
-        "forward_ms": {str(rows): ms for rows, ms in forward.items()},
-        "forward_of_one_row": {str(rows): ms / forward[1] for rows, ms in forward.items()},
-        "same_bits": exact,
-        "bandwidth_fraction": loaded.pass_bytes / forward[1] / 1e6 / run.bandwidth.median,
-        "draft_step_ms": step,
-        "draft_tokens": draft_tokens,
-        "simulated_acceptance": shares,
-        "round_ms": list(costs.rounds) if costs else None,
-        "plain_tokens_per_s": statistics.median(speeds["plain"]),
-        "mtp_tokens_per_s": statistics.median(speeds["mtp"]),
-        "speedup": speedup("mtp"),
-        "auto_speedup": speedup("auto"),
-        "auto_useless_speedup": speedup("auto_useless"),
-        **loaded.prompt(3, PROMPT),
-    }
-    print_decode(console(), report)
-    if plot:
-        plot_costs(report, plot)
+    lengths = _contexts(contexts)
+    names = _isas(isa) if isa else [""]
+    passes_only = bool(lengths) or len(names) > 1
+    shares = None if passes_only else _shares(acceptance, draft_tokens, shape)
+    first, longest = (lengths[0], lengths[-1]) if lengths else (context, context)
+    room = max(longest + 2 * tokens, PROMPT) + 64
+    pairs = open_pairs(model, shape, quant, threads, device, first, room, expert_overlap, names)
+    if lengths:
+        report = by_context(pairs[0], repeats, SOME_ROWS, lengths)
+        print_contexts(console(), report)
+    elif len(names) > 1:
+        report = by_isa(pairs, repeats, SOME_ROWS, PROMPT)
+        print_isas(console(), report["isas"])
+    else:
+        report = whole(pairs[0], repeats, draft_tokens, shares, tokens, PROMPT)
+        print_decode(console(), report)
+        if plot:
+            plot_costs(report, plot)
     print(json.dumps(report))
 
 
@@ -170,8 +180,8 @@ def prompt(
 
     _check_choice(model, shape)
     loaded = open_pair(model, shape, quant, threads, device, context=16, room=length + 64)
+    loaded.bench.probe()
     figures = loaded.prompt(repeats, length)
-    loaded.bench.bandwidth.measure()
     report = loaded.report("prompt") | figures
     print_prompt(console(), report)
     print(json.dumps(report))
@@ -184,6 +194,28 @@ def _check_choice(model: str | None, shape: str | None) -> None:
         raise SettingsError("give either --model or --shape")
     if shape is not None and shape not in TARGETS:
         raise SettingsError(f"unknown shape {shape!r}; use one of {', '.join(TARGETS)}")
+
+
+def _isas(isa: str | None) -> list[str]:
+    """The instruction sets to measure."""
+    from paceline import _cpu
+
+    usable: list[str] = _cpu.usable_isas()
+    if isa == "all":
+        return usable
+    chosen = isa or os.environ.get("PACELINE_ISA") or usable[0]
+    if chosen not in usable:
+        raise SettingsError(f"no {chosen} kernels on this processor; use {', '.join(usable)} or all")
+    return [chosen]
+
+
+def _contexts(lengths: str | None) -> list[int]:
+    if lengths is None:
+        return []
+    found = [int(part) if part.isdecimal() else 0 for part in lengths.split(",")]
+    if found != sorted(set(found)) or found[0] < LEAST_CONTEXT:
+        raise SettingsError(f"--contexts is {lengths!r}; give ascending lengths from {LEAST_CONTEXT}, such as 512,4096")
+    return found
 
 
 def _shares(acceptance: str | None, draft_tokens: int, shape: str | None) -> tuple[float, ...] | None:

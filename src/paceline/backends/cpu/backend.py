@@ -6,6 +6,7 @@ The KV cache is bf16, or f32 with f32 weights, which makes that the format to co
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,6 +49,10 @@ class CpuBackend:
             PairError: the drafter is another target's.
         """
         config, weights = target
+        self.weights = weights
+        self._with_isa = partial(
+            CpuBackend, target, drafter, threads=threads, context=context, slots=slots, max_rows=max_rows
+        )
         if drafter:
             check_pair(config, drafter[0])
         if isa not in ("", *_cpu.usable_isas()):
@@ -123,6 +128,18 @@ class CpuBackend:
 
     def restore(self, slot: int, snapshot: _cpu.Snapshot) -> None:
         self._decoder.restore(slot, snapshot)
+
+    def with_isa(self, isa: str) -> CpuBackend:
+        """The same packed weights with the kernels of another instruction set, and a cache of its own."""
+        return self._with_isa(isa=isa)
+
+    def fill_random(self, slot: int, length: int) -> None:
+        """Continue a slot's cache with random rows up to a length, for measurements after long contexts."""
+        self._decoder.fill_random(slot, length)
+
+    def simulate_routing(self, overlap: float) -> None:
+        """From now on, send rows to the target's experts so that neighbours have that share in common."""
+        self._decoder.simulate_routing(overlap)
 
     def observe(self) -> None:
         """From now on, sum up the squares of what the pair's matrices are multiplied with."""
