@@ -124,7 +124,7 @@ void ThreadPool::detect_contention(int active, int64_t nanoseconds) {
     if (active == size_) next_backoff_ = kFirstBackoff;
     return;
   }
-  contended_time_ += nanoseconds;
+  contended_time_ = std::min(contended_time_ + nanoseconds, 4 * nanoseconds);
   if (++contended_ < 4) return;
   contended_ = 3;  // one more such run is enough
   set_active(std::max(active - next_left_out_, 1));

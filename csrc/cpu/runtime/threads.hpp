@@ -2,7 +2,7 @@
 //
 // A forward pass has hundreds of short parallel stretches, so workers spin at first and sleep only when no run follows.
 // When other programs use the processors too, a worker that is not scheduled delays all others at every barrier; a pool
-// that detects this leaves one worker out for some runs. Results do not depend on the number of workers.
+// that detects this leaves workers out for some runs. Results do not depend on the number of workers.
 //
 // An exception that the function throws on any worker ends the run on all of them, and `run` throws it.
 #pragma once
