@@ -31,7 +31,6 @@ from paceline.types import MAX_DRAFT, SamplingParams
 
 MAX_SLOTS = 64
 MAX_THREADS = 255  # what the native thread pool can count
-THREADS_PER_PROCESSOR = 4
 MAX_CONTEXT = int(LIMITS["max_position_embeddings"][1])
 MAX_PROMPT_CHUNK = 1 << 14  # rows of scratch memory, and of sliding rings
 MAX_CACHE_MEMORY = 1 << 50
@@ -163,7 +162,7 @@ def _drafter_proposer(backend: Backend, parts: Parts, sampling: SamplingParams) 
 
 
 def _on_cpu(parts: Parts) -> Backend:
-    most = min(MAX_THREADS, THREADS_PER_PROCESSOR * processors())
+    most = min(MAX_THREADS, processors())
     threads = min(parts.threads or default_threads(), most)
     if parts.threads and parts.threads > most:
         parts.notify(f"threads: {most}; more would only wait for each other on {processors()} processors")

@@ -13,7 +13,7 @@ using namespace paceline;
 // More workers than processors, and runs that end with some of them left out: every item taken once, in every run.
 void test_thread_pool() {
   constexpr int64_t n = 997;
-  for (int size : {1, 2, 3, 5}) {
+  for (int size : {1, 2, 3, 5, 12}) {
     ThreadPool pool(size);
     for (int run = 0; run < 300; ++run) {
       std::vector<int64_t> first(n, 0), second(n, 0);

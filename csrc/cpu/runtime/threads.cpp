@@ -24,8 +24,9 @@ inline void pause() {
 }
 
 using Clock = std::chrono::steady_clock;
-constexpr int kSpins = 2000;                              // then yield at each check
-constexpr auto kAwake = std::chrono::microseconds(2000);  // then sleep until the next run
+constexpr int kSpins = 2000;                               // then yield at each check
+constexpr auto kSpinning = std::chrono::microseconds(50);  // what that takes; longer waits count as stalled
+constexpr auto kAwake = std::chrono::microseconds(2000);   // then sleep until the next run
 
 struct Cancelled {};  // unwinds the other workers of a run that failed
 
@@ -73,11 +74,12 @@ void ThreadPool::set_active(int workers) {
 
 void ThreadPool::run(const std::function<void(const Worker&)>& work) {
   home_.check();
-  if (backoff_ > 0 && --backoff_ == 0) set_active(size_);
+  if (backoff_ > 0 && --backoff_ == 0) grow();
   const int active = active_.load(std::memory_order_relaxed);
   if (active == 1) return work(Worker{*this, 0, 1});
   const auto start = Clock::now();
   work_ = &work;
+  crowded_.store(contended_ > 0, std::memory_order_relaxed);
   stalled_.store(0, std::memory_order_relaxed);
   epoch_.store((epoch_.load(std::memory_order_relaxed) / 256 + 1) * 256 + uint64_t(active), std::memory_order_release);
   epoch_.notify_all();
@@ -111,17 +113,32 @@ void ThreadPool::end_failed_run() {
   std::rethrow_exception(std::exchange(error_, nullptr));
 }
 
-// If workers waited for a third of a run on average, and not only occasionally, leave one out for some runs, and for
-// more runs each time it happens.
+// If workers waited for a third of a run on average, and in more of the time than not, leave some out for some runs: each
+// time more of them, and for more runs. Time counts, not runs: a container that has used up its share of the processors
+// stands still for long in a single run.
 void ThreadPool::detect_contention(int active, int64_t nanoseconds) {
   if (stalled_.load(std::memory_order_relaxed) / (active - 1) <= nanoseconds / 3) {
-    if (contended_ > 0 && --contended_ == 0) next_backoff_ = 16;
-  } else if (++contended_ >= 4) {
-    contended_ = 3;  // one more such run is enough
-    set_active(active - 1);
-    backoff_ = next_backoff_;
-    next_backoff_ = std::min<int64_t>(2 * next_backoff_, 1024);
+    contended_time_ -= nanoseconds;
+    if (contended_time_ > 0) return;
+    contended_time_ = contended_ = 0, next_left_out_ = 1;
+    if (active == size_) next_backoff_ = kFirstBackoff;
+    return;
   }
+  contended_time_ = std::min(contended_time_ + nanoseconds, 4 * nanoseconds);
+  if (++contended_ < 4) return;
+  contended_ = 3;  // one more such run is enough
+  set_active(std::max(active - next_left_out_, 1));
+  next_left_out_ *= 2;
+  backoff_ = next_backoff_;
+  next_backoff_ = std::min<int64_t>(2 * next_backoff_, 1024);
+}
+
+// Not to full size at once, which many workers would take many slow runs to leave again.
+void ThreadPool::grow() {
+  const int before = active_.load(std::memory_order_relaxed), active = std::min(2 * before, size_);
+  next_left_out_ = active - before;  // if that is too many
+  if (active < size_) backoff_ = kFirstBackoff;
+  set_active(active);
 }
 
 void ThreadPool::work_loop(int id) {
@@ -130,7 +147,8 @@ void ThreadPool::work_loop(int id) {
     const auto start = Clock::now();
     uint64_t epoch;
     for (int spins = 0; (epoch = epoch_.load(std::memory_order_acquire)) == seen; ++spins) {
-      pause();
+      if (crowded_.load(std::memory_order_relaxed)) std::this_thread::yield();
+      else pause();
       if (spins % 64 == 63 && Clock::now() - start > kAwake) epoch_.wait(seen);
     }
     seen = epoch;
@@ -158,13 +176,14 @@ void ThreadPool::barrier(int workers) {
     phase_.store(phase + 1, std::memory_order_release);
     return;
   }
-  for (int spins = 0; spins < kSpins; ++spins) {
+  const auto start = Clock::now();
+  for (int spins = crowded_.load(std::memory_order_relaxed) ? kSpins : 0; spins < kSpins; ++spins) {
     if (opened()) return;
     pause();
   }
-  const auto start = Clock::now();
   while (!opened()) std::this_thread::yield();
-  stalled_.fetch_add(std::chrono::nanoseconds(Clock::now() - start).count(), std::memory_order_relaxed);
+  const auto stalled = Clock::now() - start - kSpinning;
+  if (stalled.count() > 0) stalled_.fetch_add(std::chrono::nanoseconds(stalled).count(), std::memory_order_relaxed);
 }
 
 }  // namespace paceline

@@ -2,7 +2,7 @@
 //
 // A forward pass has hundreds of short parallel stretches, so workers spin at first and sleep only when no run follows.
 // When other programs use the processors too, a worker that is not scheduled delays all others at every barrier; a pool
-// that detects this leaves one worker out for some runs. Results do not depend on the number of workers.
+// that detects this leaves workers out for some runs. Results do not depend on the number of workers.
 //
 // An exception that the function throws on any worker ends the run on all of them, and `run` throws it.
 #pragma once
@@ -77,20 +77,24 @@ class ThreadPool {
  private:
   friend struct Worker;
   static constexpr int kQueues = 4;
+  static constexpr int64_t kFirstBackoff = 16;
   void work_loop(int id);
   void run_worker(const std::function<void(const Worker&)>& work, const Worker& worker);
   void barrier(int workers);
   void end_failed_run();
   void detect_contention(int active, int64_t nanoseconds);
+  void grow();
   void set_active(int workers);
   void join();
 
   HomeProcess home_;
   int size_;
   std::atomic<int> active_;  // workers of the next run
-  int64_t backoff_ = 0;      // runs until all workers are active again
-  int64_t next_backoff_ = 16;
-  int contended_ = 0;  // delayed runs, less those that were not
+  int64_t backoff_ = 0;      // runs until more workers are active again
+  int64_t next_backoff_ = kFirstBackoff;
+  int next_left_out_ = 1;
+  int contended_ = 0;           // delayed runs
+  int64_t contended_time_ = 0;  // nanoseconds of such runs, less those of others; the count begins anew at 0
   const std::function<void(const Worker&)>* work_ = nullptr;
   alignas(64) std::atomic<uint64_t> epoch_{0};  // calls of run, times 256, plus the active workers
   alignas(64) std::atomic<int> arrived_{0};
@@ -102,8 +106,9 @@ class ThreadPool {
   struct alignas(64) WorkQueue {
     std::atomic<int64_t> next{0};  // the first item not taken
   };
-  WorkQueue queues_[kQueues];        // reset by the last worker to arrive at each barrier
-  std::atomic<int64_t> stalled_{0};  // nanoseconds that workers of this run waited after they had given up spinning
+  WorkQueue queues_[kQueues];         // reset by the last worker to arrive at each barrier
+  std::atomic<int64_t> stalled_{0};   // nanoseconds that workers of this run waited after they had given up spinning
+  std::atomic<bool> crowded_{false};  // runs were delayed of late: who waits leaves its processor to others
   std::atomic<bool> stop_{false};
   std::vector<std::thread> threads_;
 };

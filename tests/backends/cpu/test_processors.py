@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import paceline
 from paceline.backends.cpu.processors import cpu_quota, default_threads, processors
 
 CPU = "sys/devices/system/cpu/cpu{}/"
@@ -178,3 +179,10 @@ def test_this_machine() -> None:
         assert default_threads() == processors() == 1
     finally:
         os.sched_setaffinity(0, before)
+
+
+def test_no_more_threads_than_processors() -> None:
+    told: list[str] = []
+    engine = paceline.load("tiny-python", threads=255, draft_tokens=0, notify=told.append)
+    assert engine.backend.threads == processors()
+    assert any(f"threads: {processors()}" in line for line in told)

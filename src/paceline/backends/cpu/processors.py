@@ -81,8 +81,8 @@ def _groups(root: Path) -> Iterator[Path]:
     """
     paths: dict[str, PurePosixPath] = {}
     for line in _lines(root / "proc/self/cgroup"):
-        _, controllers, path = line.split(":", 2)
-        paths |= dict.fromkeys(controllers.split(","), PurePosixPath(path))  # version 2 names no controllers
+        _, controllers, group = line.split(":", 2)
+        paths |= dict.fromkeys(controllers.split(","), PurePosixPath(group))  # version 2 names no controllers
     for line in _lines(root / "proc/self/mountinfo"):
         where, _, what = line.partition(" - ")
         top, mount = where.split()[3:5]
