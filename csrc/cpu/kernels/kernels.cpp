@@ -1,5 +1,5 @@
-// Compiled once for each instruction set, as sampler.cpp is: PACELINE_SET names the set's file, PACELINE_NAMESPACE the
-// namespace.
+// Compiled once for each instruction set: PACELINE_SET names the set's file, PACELINE_NAMESPACE the namespace, and
+// PACELINE_SAMPLER that of the set whose sampler it takes.
 #include "kernels/kernels.hpp"
 
 #include "kernels/attention.hpp"
@@ -10,9 +10,13 @@
 #define PACELINE_STRING_(x) #x
 #define PACELINE_STRING(x) PACELINE_STRING_(x)
 
-namespace PACELINE_NAMESPACE {
+namespace PACELINE_SAMPLER {
 
 paceline::Sampled sample(const paceline::Logits&, const paceline::SamplingParams&, uint32_t position, bool probability);
+
+}  // namespace PACELINE_SAMPLER
+
+namespace PACELINE_NAMESPACE {
 
 extern const paceline::Kernels table;
 const paceline::Kernels table = {PACELINE_STRING(PACELINE_NAMESPACE),
@@ -28,7 +32,7 @@ const paceline::Kernels table = {PACELINE_STRING(PACELINE_NAMESPACE),
                                  softcap,
                                  arg_max,
                                  checksum,
-                                 sample,
+                                 PACELINE_SAMPLER::sample,
                                  dot_peak};
 
 }  // namespace PACELINE_NAMESPACE

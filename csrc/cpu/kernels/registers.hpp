@@ -156,8 +156,9 @@ inline f32x16 max(f32x16 a, f32x16 b) { return where_greater(a, b, a, b); }
 // r, opaque to the compiler: not to be read from memory again, or computed in general registers, for each use.
 template <class R>
 inline R pinned(R r) {
-#if __x86_64__
-  asm("" : "+x"(r));
+#if PACELINE_EMULATED  // whose vectors may be wider than any register
+#elif __x86_64__
+  asm("" : "+v"(r));  // of all 32 registers where there are as many
 #elif __aarch64__
   asm("" : "+w"(r));
 #endif

@@ -1,7 +1,7 @@
 // Sampling by the Gumbel-max trick: the largest of logit / temperature + noise among the tokens that top-k, top-p and
 // min-p allow.
 //
-// Compiled once for each instruction set, in a separate namespace and without contraction. Only single additions,
+// Compiled once for each kind of registers, in a separate namespace and without contraction. Only single additions,
 // multiplications, divisions and comparisons of floats are used, and probabilities are summed as integers, so that every
 // instruction set samples the same token from the same logits, and so does the NumPy reference, decode/sampler.py.
 // Tokens rank by logit, of equals the lowest id first; the allowed ones are a prefix of that ranking.

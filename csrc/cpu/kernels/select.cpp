@@ -3,20 +3,46 @@
 
 #include "kernels/kernels.hpp"
 
-#if __aarch64__ && __linux__
+#if __x86_64__
+#include <cpuid.h>
+#elif __aarch64__ && __linux__
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
 #endif
 
+#if __x86_64__
+namespace {
+
+// Features that not all compilers have a name for. Whether the system saves the registers, the features asked for beside
+// them say.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+}
+bool has_avxvnni() {
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
+
+}  // namespace
+#endif
+
 // The sets compiled in, best first: set(name, whether this processor can run it).
 // clang-format off
-#if __x86_64__
-#define PACELINE_SETS(set)                                                                               \
-  set(avx512, has("avx512f") && has("avx512bw") && has("avx512vl") && has("avx512dq") &&                 \
-                  has("avx512vnni") && has("avx512bf16") && has("fma"))                                  \
-  set(avx2, has("avx2") && has("fma"))                                                                   \
-  set(generic, true)
+#if PACELINE_EMULATED
+#define PACELINE_SETS(set) set(avx512bf16, true) set(avx512, true) set(avxvnni, true)
+#elif __x86_64__
 #define has(feature) bool(__builtin_cpu_supports(feature))
+#define PACELINE_AVX2 (has("avx2") && has("fma") && has_f16c())
+#define PACELINE_AVX512 (PACELINE_AVX2 && has("avx512f") && has("avx512bw") && has("avx512vl") && has("avx512dq") && \
+                         has("avx512vnni"))
+#define PACELINE_SETS(set)                              \
+  set(avx512bf16, PACELINE_AVX512 && has("avx512bf16")) \
+  set(avx512, PACELINE_AVX512)                          \
+  set(avxvnni, PACELINE_AVX2 && has_avxvnni())          \
+  set(avxvnni_evex, PACELINE_AVX512)                    \
+  set(avx2, PACELINE_AVX2)                              \
+  set(generic, true)
 #elif __aarch64__ && __linux__
 #define PACELINE_SETS(set) set(neon, (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0) set(generic, true)
 #elif __aarch64__ && __APPLE__  // all their processors have had the dot product since 2019
