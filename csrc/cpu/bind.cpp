@@ -227,10 +227,10 @@ nb::list run(Decoder& decoder, const nb::typed<nb::sequence, nb::object>& given)
 
 void make_decoder(Decoder* self, nb::handle target_config, const nb::dict& target, nb::handle drafter_config,
                   const nb::dict& drafter, const std::string& isa, int threads, const nb::int_& slots,
-                  const nb::int_& context, const nb::int_& max_rows, bool bf16_cache) {
+                  const nb::int_& context, const nb::int_& max_rows, const std::string& kv) {
   auto model = std::make_shared<Target>(config_of(target_config), weights_of(target), select_kernels(isa), threads,
                                         integer_of(slots, "slots"), integer_of(context, "context"),
-                                        integer_of(max_rows, "max_rows"), bf16_cache);
+                                        integer_of(max_rows, "max_rows"), cache_format_from(kv));
   std::unique_ptr<Drafter> pair;
   if (!drafter_config.is_none())
     pair = std::make_unique<Drafter>(config_of(drafter_config), weights_of(drafter), model);
@@ -276,8 +276,9 @@ void bind_decoder(nb::module_& module) {
 
   nb::class_<Decoder>(module, "Decoder", "A loaded pair and its KV cache.")
       .def("__init__", &make_decoder, "target_config"_a, "target"_a, "drafter_config"_a.none(), "drafter"_a,
-           nb::kw_only(), "isa"_a, "threads"_a, "slots"_a, "context"_a, "max_rows"_a, "bf16_cache"_a,
-           "Configs are paceline.config's, weights are tensors by name: see paceline.backends.cpu.weights.\n\n"
+           nb::kw_only(), "isa"_a, "threads"_a, "slots"_a, "context"_a, "max_rows"_a, "kv"_a,
+           "Configs are paceline.config's, weights are tensors by name: see paceline.backends.cpu.weights. `kv` is the\n"
+           "format of the KV cache: f32, bf16 or q8.\n\n"
            "ValueError: settings or sizes that no model has, or tensors that do not fit the settings or that they do\n"
            "not call for. MemoryError: not enough memory. RuntimeError: the system has no more threads.")
       .def("run", &run, "works"_a,

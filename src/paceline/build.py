@@ -24,6 +24,7 @@ from paceline.engine.proposers import DrafterProposer, GrammarProposer, Proposer
 from paceline.engine.scheduler import Scheduler
 from paceline.errors import BackendError, CheckpointError, SettingsError
 from paceline.files import cache_folder
+from paceline.quant.cache_formats import check_cache_format
 from paceline.sampling_params import check_sampling_params
 from paceline.text.chat import ChatTemplate
 from paceline.text.tokenizer import Tokenizer
@@ -45,6 +46,7 @@ class Parts:
     target: tuple[Checkpoint, TargetConfig]
     drafter: tuple[Checkpoint, DrafterConfig] | None
     quant: str
+    kv: str
     threads: int | None
     sizes: dict[str, int]  # context: positions of a slot; slots; max_rows: of one slot in one pass
     notify: Callable[[str], None]
@@ -57,6 +59,7 @@ def load(
     drafter: str = "auto",
     device: str = "cpu",
     quant: str = "auto",
+    kv: str = "auto",
     threads: int | None = None,
     context: int | None = None,
     slots: int = 1,
@@ -76,6 +79,7 @@ def load(
         device: "cpu" for the native kernels; "cuda" for those of a GPU, which need the extra `cuda`; "mps" or another
             device of PyTorch ("torch:cpu" for PyTorch on the processor), which is slow.
         quant: weight format: f32, bf16, q8, q4, or auto for the most precise one that fits the memory at hand.
+        kv: format of the KV cache: f32, bf16, q8, or auto for f32 with f32 weights and bf16 else.
         threads: worker threads; None for the physical performance cores, within CPU quotas.
         context: tokens a sequence may hold, prompt included; None for the model's own limit, at most 32768.
         slots: sequences that run at once; the rest are queued.
@@ -95,6 +99,7 @@ def load(
     """
     check_draft_tokens(draft_tokens)
     check_quant(quant)
+    check_cache_format(kv)
     _check_range("threads", threads, 1, MAX_THREADS)
     _check_range("context", context, 2, MAX_CONTEXT)
     _check_range("slots", slots, 1, MAX_SLOTS)
@@ -120,6 +125,7 @@ def load(
         target=(checkpoint, config),
         drafter=pair,
         quant=quant,
+        kv=kv,
         threads=threads,
         sizes={
             "context": min(context or DEFAULT_CONTEXT, config.max_positions),
@@ -153,7 +159,8 @@ def load(
 def _drafter_proposer(backend: Backend, parts: Parts, sampling: SamplingParams) -> DrafterProposer:
     """The proposer of a pair's drafter; what rounds cost is kept in a file for the machine, pair and settings."""
     configs = [repr(part[1]) if part else None for part in (parts.target, parts.drafter)]
-    about = json.dumps([*configs, backend.info.quant, backend.threads, backend.info.device, backend.info.slots])
+    info = backend.info
+    about = json.dumps([*configs, info.quant, info.kv, backend.threads, info.device, info.slots])
     return DrafterProposer(
         lambda: load_costs(backend, sampling, about, cache_folder(), parts.notify),
         backend.info.stops_early,
@@ -176,7 +183,7 @@ def _on_cpu(parts: Parts) -> Backend:
         sources.append(opened(parts.drafter, drafter_quant(parts.drafter[0], weights.quant)))
         pair = (parts.drafter[1], sources[1].weights)
     isa = os.environ.get("PACELINE_ISA", "")
-    backend = CpuBackend((parts.target[1], weights), pair, threads=threads, isa=isa, **parts.sizes)
+    backend = CpuBackend((parts.target[1], weights), pair, threads=threads, isa=isa, kv=parts.kv, **parts.sizes)
     for source in sources:
         source.keep(parts.notify)
     return backend
@@ -196,6 +203,8 @@ def torch_backends(device: str) -> ModuleType:
 
 
 def _on_torch(parts: Parts, device: str) -> Backend:
+    if parts.kv != "auto":
+        raise BackendError(f"--device {device} chooses the format of its KV cache; --kv {parts.kv} is for --device cpu")
     loader = torch_backends(device)
     folder = parts.target[0]
     if folder.packed:

@@ -92,6 +92,7 @@ class BackendInfo:
     has_drafter: bool
     stops_early: bool  # whether its drafter stops at the floors of a draft; else it goes to the full length
     quant: str  # weight format of the target
+    kv: str  # format of the KV cache
     weight_bytes: int  # of the target's matrices; per-layer-embedding tables that stay in a mapped file do not count
     device: str  # instruction set, or name of the GPU
 

@@ -53,3 +53,5 @@ def test_cache_bytes() -> None:
     # 12 sliding layers and 3 full ones have K/V of their own: 2 tensors of 2 bytes, 1 head of 256 or 512.
     assert cache_bytes(e2b, 1) == 4 * (12 * 256 + 3 * 512)
     assert cache_bytes(e2b, 4096) == 4 * (12 * 256 * 512 + 3 * 512 * 4096)
+    assert cache_bytes(e2b, 4096, "f32") == 2 * cache_bytes(e2b, 4096)
+    assert cache_bytes(e2b, 4096, "q8") == cache_bytes(e2b, 4096) // 64 * 34  # a scale of 16 bits for 32 numbers of 8

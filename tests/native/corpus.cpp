@@ -204,13 +204,13 @@ Weights drafter_weights(const ModelConfig& c, RandomWeights& random) {
 }
 
 // Two sequences, one sampled and one greedy: a prompt longer than the window in two chunks, then rounds of three drafts.
-void run_model(const Shape& shape, const std::string& format, const Kernels& kernels,
+void run_model(const Shape& shape, const std::string& format, const std::string& kv, const Kernels& kernels,
                std::map<std::string, uint64_t>& hashes) {
   RandomWeights random(format, shape.target.layer_scalar);
   std::vector<float> table;
   const Weights weights = target_weights(shape.target, random, table),
                 drafting = drafter_weights(shape.drafter, random);
-  const auto target = std::make_shared<Target>(shape.target, weights, kernels, 1, 2, 128, 32, format != "f32");
+  const auto target = std::make_shared<Target>(shape.target, weights, kernels, 1, 2, 128, 32, cache_format_from(kv));
   Decoder decoder(target, std::make_unique<Drafter>(shape.drafter, drafting, target));
   Hash prefill, decode, drafts;
   const SamplingParams params[] = {{1.0f, 40, 0.95, INFINITY, 7}, {0.0f, 0, 1.0, INFINITY, 0}};
@@ -248,7 +248,7 @@ void run_model(const Shape& shape, const std::string& format, const Kernels& ker
       decode.add(r.logits), decode.add(r.sampled);
       drafts.add(r.drafted), drafts.add(r.confidence);
     }
-  const std::string name = std::string(shape.name) + " " + format + " ";
+  const std::string name = std::string(shape.name) + " " + format + (kv == "q8" ? " kv-q8 " : " ");
   hashes[name + "prefill"] = prefill.value();
   hashes[name + "decode"] = decode.value();
   hashes[name + "drafts"] = drafts.value();
@@ -257,8 +257,10 @@ void run_model(const Shape& shape, const std::string& format, const Kernels& ker
 std::map<std::string, uint64_t> corpus(const Kernels& kernels) {
   std::map<std::string, uint64_t> hashes;
   for (const Shape& shape : shapes()) {
-    for (const FormatTraits& format : kFormats) run_model(shape, format.name, kernels, hashes);
-    run_model(shape, "mixed", kernels, hashes);
+    for (const FormatTraits& format : kFormats)
+      run_model(shape, format.name, format.name == std::string("f32") ? "f32" : "bf16", kernels, hashes);
+    run_model(shape, "mixed", "bf16", kernels, hashes);
+    run_model(shape, "q8_0", "q8", kernels, hashes);
   }
   return hashes;
 }

@@ -72,13 +72,14 @@ def assert_same(one: Run, other: Run) -> None:
     depth=st.integers(1, 8),
     chunk=st.integers(1, 32),
     threads=st.integers(1, 2),
+    kv=st.sampled_from(["auto", "q8"]),
 )
 def test_drafts_chunks_and_threads(
-    pairs, quant: str, shape: str, seed: int, head: str, prompt: list[int], depth: int, chunk: int, threads: int
+    pairs, quant: str, shape: str, seed: int, head: str, prompt: list[int], depth: int, chunk: int, threads: int, kv: str
 ) -> None:
     folders = pairs(shape, seed, head)
-    plain = generate(folders, quant, prompt, depth=0, chunk=32)
-    assert_same(plain, generate(folders, quant, prompt, depth=depth, chunk=chunk, threads=threads))
+    plain = generate(folders, quant, prompt, depth=0, chunk=32, kv=kv)
+    assert_same(plain, generate(folders, quant, prompt, depth=depth, chunk=chunk, threads=threads, kv=kv))
 
 
 @pytest.mark.parametrize("quant", RECIPES)
@@ -111,10 +112,13 @@ def test_any_pattern_of_acceptance(
     shape=st.sampled_from(SHAPES),
     requests=st.lists(st.tuples(prompts, st.integers(0, 8)), min_size=2, max_size=4),
     chunk=st.integers(1, 32),
+    kv=st.sampled_from(["auto", "q8"]),
 )
-def test_batch_invariance(pairs, quant: str, shape: str, requests: list[tuple[list[int], int]], chunk: int) -> None:
+def test_batch_invariance(
+    pairs, quant: str, shape: str, requests: list[tuple[list[int], int]], chunk: int, kv: str
+) -> None:
     folders = pairs(shape, 0, "dense")
-    backend = any_backend(*folders, quant, slots=4, threads=2)
+    backend = any_backend(*folders, quant, slots=4, threads=2, kv=kv)
     together = run(backend, [sequence(backend, prompt, draft_tokens=depth) for prompt, depth in requests], chunk)
     for (prompt, _), mine in zip(requests, together, strict=True):
         assert_same(run(backend, [sequence(backend, prompt)], chunk=32)[0], mine)
@@ -170,7 +174,23 @@ def test_drafter_with_damaged_weights(pairs, tmp_path: Path, head: str) -> None:
     assert_same(plain, generate((target, damaged), "f32", prompt, depth=4, chunk=32))
 
 
-@pytest.mark.parametrize("quant", ["f32", "q4"])
+@pytest.mark.parametrize("kv", ["auto", "f32", "q8"])
+def test_long_contexts(pairs, kv: str) -> None:
+    """Attention of few rows to many positions is shared by all threads, and that of a whole chunk is not."""
+    folders = pairs("e2b", 0, "centroid")
+    prompt = [int(token) for token in np.random.default_rng(1).integers(3, VOCABULARY, 4500)]
+    most = {"context": 5000, "max_rows": 256, "kv": kv}
+
+    def logits(chunk: int, threads: int, depth: int) -> Run:
+        backend = any_backend(*folders, "q4", threads=threads, **most)
+        return run(backend, [sequence(backend, prompt, draft_tokens=depth, max_tokens=6)], chunk)[0]
+
+    plain = logits(chunk=256, threads=1, depth=0)
+    assert_same(plain, logits(chunk=5, threads=2, depth=3))
+    assert_same(plain, logits(chunk=100, threads=4, depth=1))
+
+
+@pytest.mark.parametrize(("quant", "kv"), [("f32", "auto"), ("q4", "auto"), ("q4", "q8")])
 @anything
 @given(
     shape=st.sampled_from(SHAPES),
@@ -181,16 +201,16 @@ def test_drafter_with_damaged_weights(pairs, tmp_path: Path, head: str) -> None:
     chunk=st.integers(1, 32),
 )
 def test_cached_prefixes(
-    pairs, quant: str, shape: str, first: list[int], common: int, own: list[int], depth: int, chunk: int
+    pairs, quant: str, kv: str, shape: str, first: list[int], common: int, own: list[int], depth: int, chunk: int
 ) -> None:
     folders = pairs(shape, 0, "centroid")
-    backend = any_backend(*folders, quant, slots=2)
+    backend = any_backend(*folders, quant, slots=2, kv=kv)
     scheduler = Scheduler(backend, proposers_of(backend), chunk, prefix_cache=PrefixCache(backend, 1 << 30))
     before = queued(scheduler, first * 3, depth)
     prompt = [*before.tokens[:common], *own]  # a branch anywhere: in the prompt, in its text, or right behind it
     for _ in range(3):  # the second and third time, more and more is kept
         other = queued(scheduler, prompt, depth)
-        expected = generate(folders, quant, prompt, depth=0, chunk=chunk)
+        expected = generate(folders, quant, prompt, depth=0, chunk=chunk, kv=kv)
         assert_same(Run(other.generated, np.array(other.rows), other.statistics), expected)
     assert len(prompt) < 20 or other.statistics.cached_tokens > 0
 

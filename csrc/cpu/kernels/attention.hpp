@@ -1,60 +1,194 @@
-// Attention of one batch row over the cache, for up to four query heads that share a K/V head.
+// Attention of a tile of queries over the cache: rows of one slot, and the query heads that share a K/V head.
 //
-// Scores are computed for blocks of sixteen keys at absolute positions, values are summed in ascending positions: the
-// order depends on the row's position alone. Included by kernels.cpp.
+// Each block of keys and values is read and widened once for all queries of a tile, which meet it kQueries at a time: the
+// sums of so many stay in registers.
+// A row's own sums have one order, whatever the tile: a score has a chain of fused multiply-adds over the even columns and
+// one over the odd ones; the softmax goes over the row's own blocks of sixteen positions; values have one chain in
+// ascending positions. Positions that a row does not see take no part, not even as zeros. Included by kernels.cpp.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
+
 #include "formats/cache_view.hpp"
+#include "kernels/operands.hpp"
 #include "kernels/vec.hpp"
 
 namespace PACELINE_NAMESPACE {
 
+using paceline::CacheFormat;
 using paceline::CacheView;
+using paceline::kBlockRows;
+using paceline::kCacheGroup;
+using paceline::kGroupBytes;
+using paceline::kScaleBytes;
+using paceline::kStretchRows;
+using paceline::kTileQueries;
+using paceline::QueryTile;
+
+constexpr int kQueries = kLanes == 16 ? 8 : 6;  // whose sums of sixteen lanes fit into registers
+
+// f<count>(first) for queries first .. first + count of [0, n), in groups of equal size.
+template <class F>
+PACELINE_INLINE inline void each_group(int64_t n, F f) {
+  const int64_t groups = (n + kQueries - 1) / kQueries;
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t first = n * g / groups;
+    with_count<kQueries>(int(n * (g + 1) / groups - first), [&]<int N>() { f.template operator()<N>(first); });
+  }
+}
+
+// sums[j] += a[j][i] * row i of `rows`, for i = 0, Step, 2 Step ... below n.
+template <int Step, int N>
+PACELINE_INLINE inline void accumulate(f32x16 (&sums)[N], const float* const (&a)[N], const float* rows, int64_t n) {
+  for (int64_t i = 0; i < n; i += Step) {
+    const f32x16 row = load<f32x16>(rows + i * 16);
+    unrolled<N>([&]<int J>() PACELINE_INLINE { sums[J] = fma(row, splat(a[J][i]), sums[J]); });
+  }
+}
+
+// -- the cache's formats ------------------------------------------------------------------------------------------------
 
 template <class T>
-inline void append_as(const CacheView& cache, int64_t head, int64_t position, const float* key, const float* value) {
-  const int64_t at = position % cache.ring, dim = cache.head_dim;
-  T* keys = reinterpret_cast<T*>(cache.key_head(head)) + at / 16 * 16 * dim + at % 16;
-  T* values = reinterpret_cast<T*>(cache.value_head(head)) + at * dim;
+inline void append_plain(uint8_t* key_block, uint8_t* value_block, int64_t dim, int64_t lane, const float* key,
+                         const float* value) {
+  T *keys = reinterpret_cast<T*>(key_block), *values = reinterpret_cast<T*>(value_block);
   for (int64_t d = 0; d < dim; d += 16) {
     T rounded[16];
     narrow(rounded, load<f32x16>(key + d));
-    for (int i = 0; i < 16; ++i) keys[(d + i) * 16] = rounded[i];
-    narrow(values + d, load<f32x16>(value + d));
+    for (int i = 0; i < 16; ++i) keys[(d + i) * 16 + lane] = rounded[i];
+    narrow(values + d * 16 + lane * 16, load<f32x16>(value + d));
+  }
+}
+
+inline float scale_value(const uint8_t* scales, int64_t lane) {
+  uint16_t half;
+  std::memcpy(&half, scales + 2 * lane, 2);
+  const uint32_t word = uint32_t(half) << 16;
+  float scale;
+  std::memcpy(&scale, &word, 4);
+  return scale;
+}
+
+// Numbers of up to 32 columns, by a scale that is the first bfloat16 not below the largest magnitude / 127. Returns it.
+inline uint16_t quantise_group(const float* x, int64_t n, int8_t* numbers) {
+  float top = 0;
+  for (int64_t i = 0; i < n; ++i) top = std::max(top, std::fabs(x[i]));  // a NaN is passed over
+  top = std::min(top, 3e38f) / 127;
+  uint32_t word;
+  std::memcpy(&word, &top, 4);
+  word = (word + 0xffff) & 0xffff0000;
+  float scale;
+  std::memcpy(&scale, &word, 4);
+  const f32x16 inverse = splat(scale > 1e-30f ? 1 / scale : 0.0f);
+  for (int64_t i = 0; i < n; i += 16) {
+    const f32x16 v = max(load<f32x16>(x + i) * inverse, splat(-127.0f));  // a NaN becomes -127
+    store_bytes(numbers + i, convert<i32x16>(round_even(where_greater(v, splat(127.0f), splat(127.0f), v))));
+  }
+  return uint16_t(word >> 16);
+}
+
+inline void append_q8(uint8_t* keys, uint8_t* values, int64_t dim, int64_t lane, const float* key, const float* value) {
+  for (int64_t d = 0; d < dim; d += kCacheGroup, keys += kGroupBytes, values += kGroupBytes) {
+    const int64_t n = std::min(kCacheGroup, dim - d);
+    int8_t numbers[kCacheGroup];
+    uint16_t scale = quantise_group(key + d, n, numbers);
+    std::memcpy(keys + 2 * lane, &scale, 2);
+    for (int64_t i = 0; i < n; ++i) keys[kScaleBytes + i * 16 + lane] = uint8_t(numbers[i]);
+    scale = quantise_group(value + d, n, numbers);
+    std::memcpy(values + 2 * lane, &scale, 2);
+    for (int64_t i = 0; i < n; i += 16) std::memcpy(values + kScaleBytes + i * 16 + lane * 16, numbers + i, 16);
   }
 }
 
 void append(const CacheView& cache, int64_t head, int64_t position, const float* key, const float* value) {
-  if (cache.bf16) append_as<uint16_t>(cache, head, position, key, value);
-  else append_as<float>(cache, head, position, key, value);
-}
-
-// scores [heads][blocks * 16]: query . key for all keys of the blocks that hold first..last; the others at -3e38.
-template <class T, int Heads>
-inline void score(const CacheView& cache, int64_t head, const float* q, int64_t first, int64_t last, float* scores) {
-  const int64_t dim = cache.head_dim, width = (last / 16 - first / 16 + 1) * 16;
-  const T* keys = reinterpret_cast<const T*>(cache.key_head(head));
-  for (int64_t block = first / 16; block <= last / 16; ++block) {
-    const T* k = keys + block * 16 % cache.ring * dim;
-    f32x16 even[Heads], odd[Heads];
-    for (int h = 0; h < Heads; ++h) even[h] = odd[h] = splat(0.0f);
-    for (int64_t d = 0; d < dim; d += 2, k += 32) {
-      const f32x16 k0 = widen(k), k1 = widen(k + 16);
-      for (int h = 0; h < Heads; ++h) {
-        even[h] = fma(k0, splat(q[h * dim + d]), even[h]);
-        odd[h] = fma(k1, splat(q[h * dim + d + 1]), odd[h]);
-      }
-    }
-    for (int h = 0; h < Heads; ++h) store(scores + h * width + (block - first / 16) * 16, even[h] + odd[h]);
-  }
-  for (int h = 0; h < Heads; ++h) {
-    for (int64_t i = 0; i < first % 16; ++i) scores[h * width + i] = -3e38f;
-    for (int64_t i = width - 15 + last % 16; i < width; ++i) scores[h * width + i] = -3e38f;
+  uint8_t *keys = cache.key_block(head, position), *values = cache.value_block(head, position);
+  const int64_t lane = position % kBlockRows;
+  switch (cache.format) {
+    case CacheFormat::f32: return append_plain<float>(keys, values, cache.head_dim, lane, key, value);
+    case CacheFormat::bf16: return append_plain<uint16_t>(keys, values, cache.head_dim, lane, key, value);
+    case CacheFormat::q8: return append_q8(keys, values, cache.head_dim, lane, key, value);
   }
 }
 
-// Turn scores into weights that sum to one; excluded keys get exactly zero.
-inline void softmax(float* scores, int64_t width) {
+inline f32x16 widen_numbers(const uint8_t* p) {
+  return convert<f32x16>(widen_bytes(reinterpret_cast<const int8_t*>(p)));
+}
+
+// The keys of a block as floats [dim][16], in `out` unless they are floats. A q8 number times its scale is exact.
+inline const float* widen_keys(const CacheView& cache, const uint8_t* block, float* out) {
+  const int64_t dim = cache.head_dim;
+  if (cache.format == CacheFormat::f32) return reinterpret_cast<const float*>(block);
+  if (cache.format == CacheFormat::bf16) {
+    const uint16_t* halves = reinterpret_cast<const uint16_t*>(block);
+    for (int64_t i = 0; i < dim * 16; i += 16) store(out + i, widen(halves + i));
+    return out;
+  }
+  for (int64_t d = 0; d < dim; d += kCacheGroup, block += kGroupBytes) {
+    const f32x16 scales = widen(reinterpret_cast<const uint16_t*>(block));
+    const int64_t n = std::min(kCacheGroup, dim - d);
+    for (int64_t i = 0; i < n; ++i) store(out + (d + i) * 16, widen_numbers(block + kScaleBytes + i * 16) * scales);
+  }
+  return out;
+}
+
+// Panels [begin, end) of a block's values as floats [panel - begin][16][16], likewise.
+inline const float* widen_values(const CacheView& cache, const uint8_t* block, int64_t begin, int64_t end, float* out) {
+  if (cache.format == CacheFormat::f32) return reinterpret_cast<const float*>(block) + begin * 256;
+  if (cache.format == CacheFormat::bf16) {
+    const uint16_t* halves = reinterpret_cast<const uint16_t*>(block) + begin * 256;
+    for (int64_t i = 0; i < (end - begin) * 256; i += 16) store(out + i, widen(halves + i));
+    return out;
+  }
+  for (int64_t panel = begin; panel < end; ++panel) {
+    const uint8_t* scales = block + panel / 2 * kGroupBytes;
+    const uint8_t* numbers = scales + kScaleBytes + panel % 2 * 256;
+    float* to = out + (panel - begin) * 256;
+    for (int64_t i = 0; i < 16; ++i) store(to + i * 16, widen_numbers(numbers + i * 16) * splat(scale_value(scales, i)));
+  }
+  return out;
+}
+
+// -- scores -------------------------------------------------------------------------------------------------------------
+
+constexpr int64_t kScoreColumns = 128;  // of a block's keys, which stay in the first cache while all queries meet them
+
+// sums [queries][2][16], of even and of odd columns: goes on with the chains over columns [low, high).
+template <int N>
+inline void score_columns(const float* const* queries, const float* keys, int64_t low, int64_t high, float* sums) {
+  for (int64_t parity = 0; parity < 2; ++parity) {
+    f32x16 sum[N];
+    const float* at[N];
+    unrolled<N>([&]<int J>() PACELINE_INLINE {
+      sum[J] = load<f32x16>(sums + (2 * J + parity) * 16), at[J] = queries[J] + low + parity;
+    });
+    accumulate<2>(sum, at, keys + (low + parity) * 16, high - low);
+    unrolled<N>([&]<int J>() PACELINE_INLINE { store(sums + (2 * J + parity) * 16, sum[J]); });
+  }
+}
+
+void score(const CacheView& cache, int64_t head, const QueryTile& tile, int64_t begin, int64_t end, float* scratch) {
+  const int64_t n = tile.queries(), dim = cache.head_dim;
+  const float* queries[kTileQueries];
+  alignas(64) float sums[kTileQueries * 32];
+  for (int64_t j = 0; j < n; ++j) queries[j] = tile.query(j, dim);
+  for (int64_t block = begin; block < end; ++block) {
+    const float* keys = widen_keys(cache, cache.key_block(head, tile.begin + block * kBlockRows), scratch);
+    std::fill(sums, sums + n * 32, 0.0f);
+    for (int64_t d = 0; d < dim; d += kScoreColumns)
+      each_group(n, [&]<int N>(int64_t j) {
+        score_columns<N>(queries + j, keys, d, std::min(d + kScoreColumns, dim), sums + j * 32);
+      });
+    for (int64_t j = 0; j < n; ++j)
+      store(tile.scores + j * tile.width() + block * kBlockRows,
+            load<f32x16>(sums + j * 32) + load<f32x16>(sums + j * 32 + 16));
+  }
+}
+
+// -- softmax ------------------------------------------------------------------------------------------------------------
+
+// Scores of whole blocks become weights that sum to one; at -3e38 exactly zero.
+inline void softmax_row(float* scores, int64_t width) {
   f32x16 top = splat(-3e38f), total = splat(0.0f);
   for (int64_t i = 0; i < width; i += 16) top = max(load<f32x16>(scores + i), top);
   const f32x16 best = splat(max_lane(top));
@@ -68,56 +202,84 @@ inline void softmax(float* scores, int64_t width) {
   for (int64_t i = 0; i < width; i += 16) store(scores + i, load<f32x16>(scores + i) * inverse);
 }
 
-// out [Heads][dim], columns d .. d + 16 Columns: the weighted sum of value rows first..last.
-template <class T, int Heads, int Columns>
-inline void mix(const CacheView& cache, const T* values, const float* weights, int64_t width, int64_t first,
-                int64_t last, int64_t d, float* out) {
-  f32x16 acc[Heads][Columns];
-  for (int h = 0; h < Heads; ++h)
-    for (int c = 0; c < Columns; ++c) acc[h][c] = splat(0.0f);
-  for (int64_t position = first; position <= last;) {
-    const int64_t at = position % cache.ring;
-    const int64_t run = cache.ring - at < last - position + 1 ? cache.ring - at : last - position + 1;
-    const T* v = values + at * cache.head_dim + d;
-    const float* w = weights + position - first / 16 * 16;
-    for (int64_t i = 0; i < run; ++i, v += cache.head_dim)
-      for (int c = 0; c < Columns; ++c) {
-        const f32x16 value = widen(v + 16 * c);
-        for (int h = 0; h < Heads; ++h) acc[h][c] = fma(value, splat(w[h * width + i]), acc[h][c]);
-      }
-    position += run;
-  }
-  for (int h = 0; h < Heads; ++h)
-    for (int c = 0; c < Columns; ++c) store(out + h * cache.head_dim + d + 16 * c, acc[h][c]);
-}
-
-template <class T, int Heads>
-inline void attend_heads(const CacheView& cache, int64_t head, const float* q, int64_t first, int64_t last,
-                         float* scores, float* out) {
-  const int64_t width = (last / 16 - first / 16 + 1) * 16;
-  score<T, Heads>(cache, head, q, first, last, scores);
-  for (int h = 0; h < Heads; ++h) softmax(scores + h * width, width);
-  const T* values = reinterpret_cast<const T*>(cache.value_head(head));
-  int64_t d = 0;
-  for (; d + 64 <= cache.head_dim; d += 64) mix<T, Heads, 4>(cache, values, scores, width, first, last, d, out);
-  for (; d < cache.head_dim; d += 16) mix<T, Heads, 1>(cache, values, scores, width, first, last, d, out);
-}
-
-template <class T>
-inline void attend_as(const CacheView& cache, int64_t head, const float* q, int heads, int64_t first, int64_t last,
-                      float* scratch, float* out) {
-  switch (heads) {
-    case 1: return attend_heads<T, 1>(cache, head, q, first, last, scratch, out);
-    case 2: return attend_heads<T, 2>(cache, head, q, first, last, scratch, out);
-    case 3: return attend_heads<T, 3>(cache, head, q, first, last, scratch, out);
-    case 4: return attend_heads<T, 4>(cache, head, q, first, last, scratch, out);
+void softmax(const QueryTile& tile, int64_t begin, int64_t end) {
+  for (int64_t j = begin; j < end; ++j) {
+    const auto [first, last] = tile.spans[j / tile.heads];
+    const int64_t low = first / kBlockRows * kBlockRows, high = (last / kBlockRows + 1) * kBlockRows;
+    float* scores = tile.scores + j * tile.width() - tile.begin;
+    for (int64_t p = low; p < first; ++p) scores[p] = -3e38f;
+    for (int64_t p = last + 1; p < high; ++p) scores[p] = -3e38f;
+    softmax_row(scores + low, high - low);
   }
 }
 
-void attend(const CacheView& cache, int64_t head, const float* q, int heads, int64_t first, int64_t last,
-            float* scratch, float* out) {
-  if (cache.bf16) attend_as<uint16_t>(cache, head, q, heads, first, last, scratch, out);
-  else attend_as<float>(cache, head, q, heads, first, last, scratch, out);
+// -- values -------------------------------------------------------------------------------------------------------------
+
+// Panels of the values of up to kStretchRows positions, from a multiple of 16 on.
+struct ValueStretch {
+  const float* blocks[kStretchRows / kBlockRows];  // panel `begin` of each block
+  int64_t first, stop, begin, end;                 // positions; panels
+};
+
+// out[j] += weights[j] times the values of positions low .. high - 1 of the stretch, for queries j.
+template <int N>
+inline void mix_panel(const ValueStretch& values, int64_t panel, int64_t low, int64_t high, const float* const* weights,
+                      float* const* out) {
+  f32x16 sums[N];
+  unrolled<N>([&]<int J>() PACELINE_INLINE { sums[J] = load<f32x16>(out[J] + panel * 16); });
+  for (int64_t p = low; p < high;) {
+    const int64_t block = (p - values.first) / kBlockRows, lane = p % kBlockRows;
+    const int64_t n = std::min(high - p, kBlockRows - lane);
+    const float* w[N];
+    unrolled<N>([&]<int J>() PACELINE_INLINE { w[J] = weights[J] + p; });
+    accumulate<1>(sums, w, values.blocks[block] + (panel - values.begin) * 256 + lane * 16, n);
+    p += n;
+  }
+  unrolled<N>([&]<int J>() PACELINE_INLINE { store(out[J] + panel * 16, sums[J]); });
+}
+
+inline void mix_queries(const ValueStretch& values, int64_t low, int64_t high, const float* const* weights,
+                        float* const* out, int64_t n) {
+  if (low >= high) return;
+  for (int64_t panel = values.begin; panel < values.end; ++panel)
+    each_group(n, [&]<int N>(int64_t j) { mix_panel<N>(values, panel, low, high, weights + j, out + j); });
+}
+
+// Positions that all rows see go to all queries at once, those at the ends of a row's span to its own queries.
+inline void mix_stretch(const ValueStretch& values, const QueryTile& tile, const float* const* weights,
+                        float* const* out) {
+  int64_t low = values.first, high = values.stop;
+  for (int r = 0; r < tile.rows; ++r) {
+    low = std::max(low, tile.spans[r].first);
+    high = std::min(high, tile.spans[r].last + 1);
+  }
+  if (low >= high) low = high = values.stop;
+  const auto own = [&](int64_t from, int64_t to) {
+    for (int r = 0; r < tile.rows; ++r)
+      mix_queries(values, std::max(from, tile.spans[r].first), std::min(to, tile.spans[r].last + 1),
+                  weights + r * tile.heads, out + r * tile.heads, tile.heads);
+  };
+  own(values.first, low);
+  mix_queries(values, low, high, weights, out, tile.queries());
+  own(high, values.stop);
+}
+
+void mix(const CacheView& cache, int64_t head, const QueryTile& tile, int64_t begin, int64_t end, float* scratch) {
+  const int64_t n = tile.queries();
+  const float* weights[kTileQueries];
+  float* out[kTileQueries];
+  for (int64_t j = 0; j < n; ++j) {
+    weights[j] = tile.scores + j * tile.width() - tile.begin;
+    out[j] = tile.out_row(j, cache.head_dim);
+    std::fill(out[j] + begin * 16, out[j] + end * 16, 0.0f);
+  }
+  for (int64_t first = tile.begin; first < tile.end; first += kStretchRows) {
+    ValueStretch values{{}, first, std::min(first + kStretchRows, tile.end), begin, end};
+    for (int64_t i = 0; first + i * kBlockRows < values.stop; ++i)
+      values.blocks[i] = widen_values(cache, cache.value_block(head, first + i * kBlockRows), begin, end,
+                                      scratch + i * (end - begin) * 256);
+    mix_stretch(values, tile, weights, out);
+  }
 }
 
 }  // namespace PACELINE_NAMESPACE

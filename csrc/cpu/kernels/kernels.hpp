@@ -21,6 +21,30 @@ struct GateFactor {
   int64_t ld = 0;
 };
 
+constexpr int64_t kTileQueries = 48;  // most queries of a tile
+constexpr int64_t kStretchRows = 64;  // positions whose values are read for all queries of a tile before the next ones
+
+// Positions that a row of the batch sees.
+struct Span {
+  int64_t first, last;
+};
+
+// Rows of one slot, times query heads that share a K/V head: what attends to a head of a cache together.
+struct QueryTile {
+  int rows = 0, heads = 0;
+  const Span* spans = nullptr;    // [rows]
+  int64_t begin = 0, end = 0;     // positions of all spans, rounded to whole blocks
+  const float* q = nullptr;       // [rows][heads][head_dim], a row every q_ld floats
+  float* out = nullptr;           // likewise
+  int64_t q_ld = 0, out_ld = 0;
+  float* scores = nullptr;        // [queries][width]: scores, then weights of positions from `begin` on
+
+  int64_t queries() const { return int64_t(rows) * heads; }
+  int64_t width() const { return end - begin; }
+  const float* query(int64_t j, int64_t dim) const { return q + j / heads * q_ld + j % heads * dim; }
+  float* out_row(int64_t j, int64_t dim) const { return out + j / heads * out_ld + j % heads * dim; }
+};
+
 struct Kernels {
   const char* name;
 
@@ -52,10 +76,13 @@ struct Kernels {
   // Write one key and one value row of a head at `position`.
   void (*append)(const CacheView& cache, int64_t head, int64_t position, const float* key, const float* value);
 
-  // out [heads][head_dim]: softmax over rows first..last of the cache for `heads` (1 to 4) queries that share a K/V
-  // head. `scratch` holds heads * round_up(last - first + 32, 16) floats.
-  void (*attend)(const CacheView& cache, int64_t head, const float* queries, int heads, int64_t first, int64_t last,
-                 float* scratch, float* out);
+  // Attention of a tile of queries to a head, in three steps that may each be divided among threads: scores of blocks
+  // [begin, end) of its positions, the softmax of queries [begin, end), and panels [begin, end) of sixteen columns of the
+  // weighted sums of values. `scratch` holds kStretchRows * head_dim floats.
+  void (*score)(const CacheView& cache, int64_t head, const QueryTile& tile, int64_t begin, int64_t end,
+                float* scratch);
+  void (*softmax)(const QueryTile& tile, int64_t begin, int64_t end);
+  void (*mix)(const CacheView& cache, int64_t head, const QueryTile& tile, int64_t begin, int64_t end, float* scratch);
 
   // x = cap * tanh(x / cap); n is a multiple of 16.
   void (*softcap)(float* x, int64_t n, float cap);
@@ -80,7 +107,5 @@ const Kernels& select_kernels(const std::string& isa);
 
 // Names of the instruction sets that work here, best first.
 std::vector<std::string> usable_isas();
-
-constexpr int kQueryHeads = 4;  // most heads of one attend call
 
 }  // namespace paceline

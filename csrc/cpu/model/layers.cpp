@@ -135,14 +135,13 @@ ActView PackedRows::view(const Matrix& matrix, int lanes, int64_t copy) const {
 void LayerRunner::reserve(const std::vector<Layer>& layers, int64_t rows, int64_t context, int threads,
                           bool all_selected, size_t formats) {
   const int64_t whole = round_up(rows, kTile), hidden = round_up(config_.hidden, kMaxBlock);
-  int64_t widest = hidden, inner = 0, picks = 0, expert_ld = 0, experts = 0, head_dim = 0;
+  int64_t widest = hidden, inner = 0, picks = 0, expert_ld = 0, experts = 0;
   y_ld_ = hidden;
   replicated_ = all_selected && rows * hidden <= kReplicated;
   for (const Layer& layer : layers) {
     qkv_ld_ = std::max(qkv_ld_, padded(layer.q) + padded(layer.k) + padded(layer.v));
     qkv_ld_ = std::max(qkv_ld_, padded(layer.ple_gate));  // it gathers per-layer inputs too
     attended_ld_ = std::max(attended_ld_, round_up(config_.heads * layer.head_dim, 16));
-    head_dim = std::max(head_dim, layer.head_dim);
     inner = std::max(inner, layer.down->view().padded_cols);
     formats = std::max(formats, act_formats({layer.q.get(), layer.k.get(), layer.v.get()}));
     formats = std::max(formats, act_formats({layer.gate.get(), layer.up.get()}));
@@ -167,8 +166,7 @@ void LayerRunner::reserve(const std::vector<Layer>& layers, int64_t rows, int64_
   y_.reserve(product({rows, hidden, 4}));
   qkv_.reserve(product({rows, qkv_ld_, 4}));
   attended_.reserve(product({rows, attended_ld_, 4}));
-  score_floats_ = std::max(kQueryHeads * round_up(context + 32, 16), 2 * head_dim);
-  scores_.reserve(product({threads, score_floats_, 4}));
+  attention_.reserve(layers, rows, context, threads);
   router_in_.reserve(picks ? product({rows, hidden, 4}) : 0);
   routed_.reserve(picks ? product({rows, hidden, 4}) : 0);
   router_.reserve(picks ? product({rows, router_ld_, 4}) : 0);
@@ -242,7 +240,7 @@ void LayerRunner::project_qkv(const Worker& w, const Layer& layer, int64_t rows)
 void LayerRunner::append_kv(const Worker& w, const Call& call, const std::vector<Row>& rows) const {
   const Layer& layer = call.layer;
   const int64_t dim = layer.head_dim, heads = layer.kv_heads;
-  float *key = scores_.floats() + w.id * score_floats_, *value = key + dim;
+  float *key = attention_.scratch(w), *value = key + dim;
   w.for_share(int64_t(rows.size()) * heads, [&](int64_t i) {
     const Row& row = rows[size_t(i / heads)];
     const float* k = qkv_.floats() + i / heads * qkv_ld_ + padded(layer.q) + i % heads * dim;
@@ -271,27 +269,9 @@ void LayerRunner::drop_rows(const Worker& w, const Call& call, std::vector<Row>&
   w.barrier();
 }
 
-// attended = attention of the queries, which are normed and rotated first.
+// attended = attention of the queries.
 void LayerRunner::attend(const Worker& w, const Call& call, const std::vector<Row>& rows) const {
-  const Layer& layer = call.layer;
-  const int64_t dim = layer.head_dim, shared = config_.heads / layer.kv_heads;  // query heads of a K/V head
-  const int64_t calls = (shared + kQueryHeads - 1) / kQueryHeads;
-  float* scratch = scores_.floats() + w.id * score_floats_;
-  w.parallel_for(int64_t(rows.size()) * layer.kv_heads * calls, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t r = i / (layer.kv_heads * calls), h = i / calls % layer.kv_heads, part = i % calls;
-      const int64_t first = h * shared + shared * part / calls, stop = h * shared + shared * (part + 1) / calls;
-      const Row& row = rows[size_t(r)];
-      float* q = qkv_.floats() + r * qkv_ld_ + first * dim;
-      for (int64_t j = 0; j < stop - first; ++j) {
-        kernels_.rms_norm(q + j * dim, layer.q_norm.data(), dim, config_.eps, q + j * dim);
-        kernels_.rope(q + j * dim, dim, call.rope.cos(row.position), call.rope.sin(row.position), call.rope.pairs());
-      }
-      kernels_.attend(call.views[size_t(row.slot)], h, q, int(stop - first), layer.sliding ? row.first_sliding : 0,
-                      row.last, scratch, attended_.floats() + r * attended_ld_ + first * dim);
-    }
-  });
-  w.barrier();
+  attention_.run(w, {call.layer, call.views, call.rope, rows, qkv_.floats(), qkv_ld_, attended_.floats(), attended_ld_});
 }
 
 // y = output projection of attended.

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "kernels/kernels.hpp"
+#include "model/attention.hpp"
 #include "model/observer.hpp"
 #include "model/simulated_routing.hpp"
 #include "model/weights.hpp"
@@ -50,14 +51,6 @@ struct Layer {
 
 std::vector<Layer> find_layers(const ModelConfig& config, const Weights& weights);
 
-// The place of one batch row.
-struct Row {
-  int64_t slot, position;
-  int64_t last;           // last visible cache row
-  int64_t first_sliding;  // first visible cache row of sliding layers; full layers see all from 0
-  int64_t origin;         // index of the row in the batch
-};
-
 // Memory for rows of activations packed for a matrix. Reserve first, on one thread; views are free.
 class PackedRows {
  public:
@@ -80,7 +73,8 @@ size_t act_formats(std::initializer_list<const Matrix*> matrices);
 // each worker owns a share of them, and all workers pack a range of columns of every row.
 class LayerRunner {
  public:
-  LayerRunner(const Kernels& kernels, const ModelConfig& config) : kernels_(kernels), config_(config) {}
+  LayerRunner(const Kernels& kernels, const ModelConfig& config)
+      : kernels_(kernels), config_(config), attention_(kernels, config.heads, config.eps) {}
 
   // Make room for that many rows through these layers, over caches of that many positions; call before `run`.
   // `all_selected`: no rows are dropped on the way. `formats`: activation formats that rows are packed in at once,
@@ -184,11 +178,12 @@ class LayerRunner {
 
   const Kernels& kernels_;
   const ModelConfig& config_;
+  Attention attention_;
   Observer* observer_ = nullptr;
   bool replicated_ = false;
   int64_t rows_ = 0;
-  Buffer x_, t_, y_, qkv_, attended_, scores_;
-  int64_t y_ld_ = 0, qkv_ld_ = 0, attended_ld_ = 0, score_floats_ = 0;
+  Buffer x_, t_, y_, qkv_, attended_;
+  int64_t y_ld_ = 0, qkv_ld_ = 0, attended_ld_ = 0;
   PackedRows packed_[3];  // for the next matrices, in up to three activation formats
   PackedRows inner_;      // between gate and down
 

@@ -45,9 +45,9 @@ TargetWeights::TargetWeights(const ModelConfig& c, const Weights& weights)
 }
 
 Target::Target(const ModelConfig& config, const Weights& weights, const Kernels& kernels, int threads, int64_t slots,
-               int64_t context, int64_t max_rows, bool bf16_cache)
+               int64_t context, int64_t max_rows, CacheFormat cache)
     : weights_(config, weights), kernels_(kernels), pool_(std::make_unique<ThreadPool>(threads)),
-      cache_(cache_layers(weights_), slots, context, config.window, max_rows, bf16_cache),
+      cache_(cache_layers(weights_), slots, context, config.window, max_rows, cache),
       rope_sliding_(rope_table(config, true)), rope_full_(rope_table(config, false)),
       runner_(kernels, weights_.config) {
   for (size_t i = 0; i < weights_.layers.size(); ++i) {

@@ -28,7 +28,7 @@ class Target {
  public:
   // Throws std::invalid_argument for settings or sizes that no model has, and for tensors that do not fit the settings.
   Target(const ModelConfig& config, const Weights& weights, const Kernels& kernels, int threads, int64_t slots,
-         int64_t context, int64_t max_rows, bool bf16_cache);
+         int64_t context, int64_t max_rows, CacheFormat cache);
 
   // Rows of a slot are adjacent, with positions that continue its cache: Decoder checks it. Returns how many are selected; their logits
   // [selected, logits_ld()] and hidden states [selected, hidden] stay valid until the next call.

@@ -9,16 +9,24 @@
 
 namespace paceline {
 
+CacheFormat cache_format_from(const std::string& name) {
+  if (name == "f32") return CacheFormat::f32;
+  if (name == "bf16") return CacheFormat::bf16;
+  if (name == "q8") return CacheFormat::q8;
+  throw std::invalid_argument("no KV cache format " + name + "; there are f32, bf16 and q8");
+}
+
 KvCache::KvCache(const std::vector<LayerShape>& layers, int64_t slots, int64_t context, int64_t window,
-                 int64_t max_rows, bool bf16)
+                 int64_t max_rows, CacheFormat format)
     : context_(check_range("context", context, 1, kMostPositions)), window_(window),
-      max_rows_(check_range("max_rows", max_rows, 1, kMostPositions)), bf16_(bf16),
+      max_rows_(check_range("max_rows", max_rows, 1, kMostPositions)), format_(format),
       length_(size_t(check_range("slots", slots, 1, kMostSlots)), 0), high_(size_t(slots), 0) {
   const int64_t whole = round_up(context, 16);
   ring_ = std::min(whole, round_up(window + max_rows, 16));
   for (const LayerShape& layer : layers) {
     const int64_t ring = layer.sliding ? ring_ : whole;
-    const size_t both = layer.own ? product({2, layer.kv_heads, ring, layer.head_dim, bf16 ? 2 : 4}) : 0;
+    const int64_t block = CacheView::block_bytes(format, layer.head_dim);
+    const size_t both = layer.own ? product({2, layer.kv_heads, ring / kBlockRows, block}) : 0;
     places_.push_back({ring, layer.head_dim, int64_t(both / 2), slot_bytes_});
     slot_bytes_ += both;
   }
@@ -33,7 +41,7 @@ void KvCache::check_slot(int64_t slot) const {
 CacheView KvCache::view(int64_t layer, int64_t slot) const {
   const Place& place = places_[size_t(layer)];
   uint8_t* p = memory_.data() + size_t(slot) * slot_bytes_ + place.offset;
-  return {bf16_, place.ring, place.head_dim, p, p + place.key_bytes};
+  return {format_, place.ring, place.head_dim, p, p + place.key_bytes};
 }
 
 void KvCache::touch(int64_t slot, int64_t end) {
@@ -67,15 +75,16 @@ template <class F>
 void KvCache::each_stretch(int64_t high, F f) const {
   if (!high) return;
   for (const Place& place : places_) {
-    // Keys and values of a head are each one stretch: blocks of sixteen positions, or rows, in ascending order.
-    const int64_t head = place.ring * place.head_dim * (bf16_ ? 2 : 4);
-    const int64_t filled = std::min(place.ring, round_up(high, 16)) * place.head_dim * (bf16_ ? 2 : 4);
+    // Keys and values of a head are each one stretch: blocks of sixteen positions in ascending order.
+    const int64_t block = CacheView::block_bytes(format_, place.head_dim);
+    const int64_t head = place.ring / kBlockRows * block;
+    const int64_t filled = std::min(place.ring, round_up(high, kBlockRows)) / kBlockRows * block;
     for (int64_t at = 0; at < 2 * place.key_bytes; at += head) f(place.offset + size_t(at), size_t(filled));
   }
 }
 
 KvCache::Snapshot KvCache::save(int64_t slot) const {
-  Snapshot snapshot{places_, context_, window_, bf16_, {}, length(slot), high_[size_t(slot)]};
+  Snapshot snapshot{places_, context_, window_, format_, {}, length(slot), high_[size_t(slot)]};
   if (ring_ < context_ && snapshot.high > ring_)
     snapshot.shortest = std::min(snapshot.length, snapshot.high - ring_ + window_);
   size_t bytes = 0;
@@ -93,7 +102,7 @@ KvCache::Snapshot KvCache::save(int64_t slot) const {
 void KvCache::restore(int64_t slot, const Snapshot& snapshot) {
   if (length(slot) != 0) throw std::invalid_argument("slot " + std::to_string(slot) + " is not empty");
   if (snapshot.places != places_ || snapshot.context != context_ || snapshot.window != window_ ||
-      snapshot.bf16 != bf16_)
+      snapshot.format != format_)
     throw std::invalid_argument("the snapshot is of a cache of another layout");
   const uint8_t* from = snapshot.rows.data();
   uint8_t* to = memory_.data() + size_t(slot) * slot_bytes_;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -12,6 +13,9 @@ namespace paceline {
 
 constexpr int64_t kMostPositions = int64_t(1) << 30;  // of a context, a window, a pass
 constexpr int64_t kMostSlots = int64_t(1) << 20;
+
+// Throws std::invalid_argument for a name that no format has.
+CacheFormat cache_format_from(const std::string& name);
 
 // Keys and values of every layer that has its own, for a fixed number of slots.
 //
@@ -25,7 +29,7 @@ class KvCache {
   };
   // Throws std::invalid_argument for sizes out of range, or whose product is more than memory can hold.
   KvCache(const std::vector<LayerShape>& layers, int64_t slots, int64_t context, int64_t window, int64_t max_rows,
-          bool bf16);
+          CacheFormat format);
 
   CacheView view(int64_t layer, int64_t slot) const;
   int64_t slots() const { return int64_t(length_.size()); }
@@ -52,7 +56,7 @@ class KvCache {
   struct Snapshot {
     std::vector<Place> places;  // of the cache it was taken from, as are the next two
     int64_t context = 0, window = 0;
-    bool bf16 = false;
+    CacheFormat format = CacheFormat::f32;
     Buffer rows;
     int64_t length = 0, high = 0;
     int64_t shortest = 0;  // the shortest length that it can be cut back to once it is restored
@@ -67,7 +71,7 @@ class KvCache {
   void each_stretch(int64_t high, F f) const;
 
   int64_t context_, window_, max_rows_, ring_;
-  bool bf16_;
+  CacheFormat format_;
   size_t slot_bytes_ = 0;
   std::vector<Place> places_;           // [layer]
   std::vector<int64_t> length_, high_;  // [slot]; high: one past the highest position ever written

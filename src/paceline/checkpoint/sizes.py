@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from paceline.checkpoint.names import PLE_TABLE, TOKEN_ORDERING, expected_tensors
 from paceline.config import DrafterConfig, TargetConfig
+from paceline.quant.cache_formats import row_bytes
 from paceline.quant.formats import FORMATS
 from paceline.quant.recipes import RECIPES, Stored, mean_bits
 
-CACHE_BYTES = 2  # bf16
 BF16: Mapping[str, str] = {}
 
 
@@ -63,11 +63,11 @@ def _matrices(config: TargetConfig | DrafterConfig, elements: Mapping[str, str])
     return {name: Stored(shape, elements.get(name, "BF16")) for name, shape in shapes.items()}
 
 
-def cache_bytes(config: TargetConfig, positions: int) -> int:
-    """Memory of one sequence's keys and values in bf16; sliding layers keep their window, full layers everything."""
+def cache_bytes(config: TargetConfig, positions: int, kv: str = "bf16") -> int:
+    """Memory of one sequence's keys and values; sliding layers keep their window, full layers everything."""
     total = 0
     for index, layer in enumerate(config.layers):
         if layer.kv_source == index:
             kept = min(positions, config.sliding_window) if layer.sliding else positions
-            total += 2 * layer.kv_heads * layer.head_dim * CACHE_BYTES * kept
+            total += 2 * layer.kv_heads * row_bytes(kv, layer.head_dim) * kept
     return total

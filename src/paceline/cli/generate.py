@@ -30,6 +30,7 @@ def generate(
     draft_tokens: opt.DraftTokensOption = "auto",
     device: opt.DeviceOption = "cpu",
     quant: opt.QuantOption = "auto",
+    kv: opt.KvOption = "auto",
     threads: opt.ThreadsOption = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt without the model's chat template.")] = False,
     stop: StopOption = None,
@@ -55,7 +56,9 @@ def generate(
     text = _read_stdin() if prompt == "-" else prompt
     if logprobs is not None and not as_json:
         raise SettingsError("--logprobs needs --json; add it")
-    engine = opt.load(model, drafter=drafter, quant=quant, threads=threads, draft_tokens=draft_tokens, device=device)
+    engine = opt.load(
+        model, drafter=drafter, quant=quant, kv=kv, threads=threads, draft_tokens=draft_tokens, device=device
+    )
     stream = engine.stream(
         text,
         sampling=replace(engine.sampling, **sampling),
@@ -118,6 +121,7 @@ def _report(model: str, engine: Engine, stream: Stream, events: list[Event]) -> 
         "acceptance_by_depth": list(statistics.acceptance_by_depth),
         "model": model,
         "quant": engine.backend.info.quant,
+        "kv": engine.backend.info.kv,
         "draft_tokens": engine.draft_tokens if engine.drafter_config else 0,
         "sampling": asdict(stream.sampling),
         **({"logprobs": [_logprobs(report) for report in reports]} if reports else {}),

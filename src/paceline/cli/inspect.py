@@ -124,6 +124,7 @@ def _cache(config: TargetConfig) -> dict[str, int]:
         "bytes_per_token_beyond_window": cache_bytes(config, window + 1) - cache_bytes(config, window),
         "positions": CONTEXT,
         "bytes": cache_bytes(config, CONTEXT),
+        "bytes_q8": cache_bytes(config, CONTEXT, "q8"),
     }
 
 
@@ -243,7 +244,7 @@ def _memory_lines(found: dict[str, Any]) -> list[tuple[str, str]]:
 def _cache_line(cache: dict[str, int]) -> str:
     return (
         f"{_size(cache['bytes_per_token'])} per token, {_size(cache['bytes_per_token_beyond_window'])} beyond the "
-        f"window; {_size(cache['bytes'])} at {cache['positions']} positions"
+        f"window; {_size(cache['bytes'])} at {cache['positions']} positions, {_size(cache['bytes_q8'])} with --kv q8"
     )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from paceline.errors import PromptError, SettingsError
+from paceline.quant.cache_formats import CACHE_FORMATS
 from paceline.quant.recipes import DEFAULT, METAVAR, RECIPES
 
 if TYPE_CHECKING:
@@ -43,6 +44,14 @@ QuantOption = Annotated[
         help=f"Weight format in memory: {', '.join(f'{f.name} {f.summary}' for f in RECIPES.values())}; "
         f"auto keeps what a GGUF or a small model holds, and takes {DEFAULT} for others.",
         metavar=f"auto|{METAVAR}",
+    ),
+]
+KvOption = Annotated[
+    str,
+    typer.Option(
+        help=f"KV cache format: {', '.join(f'{name} {summary}' for name, summary in CACHE_FORMATS.items())}; auto is f32 "
+        "with f32 weights, else bf16.",
+        metavar=f"auto|{'|'.join(CACHE_FORMATS)}",
     ),
 ]
 DeviceOption = Annotated[

@@ -50,6 +50,7 @@ def serve(
     draft_tokens: opt.DraftTokensOption = "auto",
     device: opt.DeviceOption = "cpu",
     quant: opt.QuantOption = "auto",
+    kv: opt.KvOption = "auto",
     threads: opt.ThreadsOption = None,
     timeout: Annotated[float, typer.Option(help="Time limit of a request in seconds.", min=1)] = 3600,
     grace: Annotated[
@@ -86,6 +87,7 @@ def serve(
         drafter=drafter,
         device=device,
         quant=quant,
+        kv=kv,
         threads=threads,
         context=context,
         slots=slots,

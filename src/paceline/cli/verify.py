@@ -24,6 +24,7 @@ def verify(
     model: Annotated[str, typer.Argument(help=opt.MODEL_HELP, metavar="MODEL")],
     drafter: opt.DrafterOption = "auto",
     quant: opt.QuantOption = "auto",
+    kv: opt.KvOption = "auto",
     threads: opt.ThreadsOption = None,
     device: opt.DeviceOption = "cpu",
     prompts: Annotated[
@@ -46,7 +47,7 @@ def verify(
       paceline verify ./my-model --drafter ./my-drafter --prompts mine.txt --json
     """
     own = _read_prompts(prompts) if prompts else None
-    engine = opt.load(model, drafter=drafter, quant=quant, threads=threads, device=device)
+    engine = opt.load(model, drafter=drafter, quant=quant, kv=kv, threads=threads, device=device)
     from paceline.bench.audit import PROMPTS, audit, measure_speeds
 
     texts = own or PROMPTS
@@ -56,6 +57,7 @@ def verify(
     about = {
         "model": model,
         "quant": engine.backend.info.quant,
+        "kv": engine.backend.info.kv,
         "threads": engine.backend.threads,
         "isa": engine.backend.info.device,
         "version": __version__,

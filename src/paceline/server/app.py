@@ -107,7 +107,7 @@ class Service:
         self.runner = Runner(self.engine, self.metrics, self.settings.max_seconds)
         self.bodies = Bodies(self.settings.max_bytes)
         draft = "mtp" if self.engine.backend.info.has_drafter else "plain"
-        self.fingerprint = f"paceline-{__version__}-{self.engine.backend.info.quant}-{draft}"
+        self.fingerprint = f"paceline-{__version__}-{self.engine.backend.info.quant}-{self.engine.backend.info.kv}-{draft}"
 
     @property
     def model(self) -> str:
@@ -297,6 +297,7 @@ def _model(service: Service, name: str) -> dict[str, Any]:
         "paceline": {
             "version": __version__,
             "quant": engine.backend.info.quant,
+            "kv": engine.backend.info.kv,
             "threads": engine.backend.threads,
             "drafter": engine.backend.info.has_drafter,
             "slots": engine.backend.info.slots,

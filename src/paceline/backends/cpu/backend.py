@@ -1,6 +1,7 @@
 """A model pair on the CPU: slots over the native code, which runs a step in one call (`csrc/cpu/model/round.cpp`).
 
-The KV cache is bf16, or f32 with f32 weights, which makes that the format to compare with a reference.
+The KV cache is bf16 unless another format is asked for, or f32 with f32 weights, which makes that the format to compare
+with a reference.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class CpuBackend:
         slots: int = 1,
         max_rows: int = 256,
         isa: str = "",
+        kv: str = "auto",
     ) -> None:
         """Load the weights.
 
@@ -43,6 +45,7 @@ class CpuBackend:
             slots: sequences held at once.
             max_rows: most rows of one slot in one pass; sliding rings are that much longer than the window.
             isa: instruction set, empty for the best one.
+            kv: format of the KV cache, or auto: f32 with f32 weights, else bf16.
 
         Raises:
             BackendError: an instruction set or a width that cannot be used here, or tensors that do not fit the config.
@@ -57,6 +60,8 @@ class CpuBackend:
             check_pair(config, drafter[0])
         if isa not in ("", *_cpu.usable_isas()):
             raise BackendError(f"no {isa} kernels on this processor; usable here: {', '.join(_cpu.usable_isas())}")
+        if kv == "auto":
+            kv = "f32" if weights.is_f32 else "bf16"
         try:
             self._decoder = _cpu.Decoder(
                 config,
@@ -68,15 +73,15 @@ class CpuBackend:
                 slots=slots,
                 context=context,
                 max_rows=max_rows,
-                bf16_cache=not weights.is_f32,
+                kv=kv,
             )
         except ValueError as error:
             raise BackendError(str(error)) from error
         except MemoryError as error:
-            gigabytes = slots * cache_bytes(config, context + max_rows) / 1e9
+            gigabytes = slots * cache_bytes(config, context + max_rows, kv) / 1e9
             raise BackendError(
                 f"not enough memory for {slots} x {context} positions of KV cache ({gigabytes:.1f} GB) beside the "
-                "weights; use a shorter context or fewer slots"
+                "weights; use a shorter context, fewer slots, or --kv q8"
             ) from error
         except RuntimeError as error:  # std::system_error
             raise BackendError(f"cannot start {threads} threads ({error}); use fewer") from error
@@ -90,6 +95,7 @@ class CpuBackend:
             has_drafter=drafter is not None,
             stops_early=True,
             quant=weights.quant,
+            kv=kv,
             weight_bytes=weights.nbytes,
             device=self._decoder.isa,
         )

@@ -75,6 +75,7 @@ class TorchBackend:
             has_drafter=drafter is not None,
             stops_early=False,  # every stop would wait for the device
             quant=quant,
+            kv="f32" if self._dtype == torch.float32 else "bf16",
             # Of these two, single rows are read; a tied embedding counts as the head.
             weight_bytes=nbytes(self._target) - nbytes(self._target.embedding) - nbytes(self._target.ple_table),
             device=device_name(self.device),
