@@ -10,7 +10,7 @@
 #include <sys/auxv.h>
 #endif
 
-#if __x86_64__
+#if __x86_64__ && !PACELINE_EMULATED
 namespace {
 
 // Features that not all compilers have a name for. Whether the system saves the registers, the features asked for beside
@@ -27,7 +27,7 @@ bool has_avxvnni() {
 }  // namespace
 #endif
 
-// The sets compiled in, best first: set(name, whether this processor can run it).
+// The sets compiled in, best first: set(name, whether this processor can run it). AVX-VNNI in EVEX encoding is for tests.
 // clang-format off
 #if PACELINE_EMULATED
 #define PACELINE_SETS(set) set(avx512bf16, true) set(avx512, true) set(avxvnni, true)

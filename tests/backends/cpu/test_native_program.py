@@ -1,4 +1,4 @@
-"""The native test programs, which `.ci/arm` runs on an emulated Arm, run on this processor too."""
+"""The native test programs, which `.ci/arm` and `.ci/emulated` run in emulation, run on this processor too."""
 
 import shutil
 import subprocess
@@ -37,8 +37,11 @@ def test_every_instruction_set_gives_the_bits_of_the_corpus(programs: Path) -> N
     corpus = ROOT / "tests" / "native" / "corpus.txt"
     done = subprocess.run([programs / "corpus", corpus], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    count = len(corpus.read_text().splitlines())
-    assert done.stdout.splitlines() == [f"{isa}: {count} hashes equal" for isa in _cpu.usable_isas()]
+    lines = corpus.read_text().splitlines()
+    without_bf16 = [line for line in lines if " bf16 " not in line]  # weights in bf16, which AVX512-BF16 rounds otherwise
+    assert 0 < len(without_bf16) < len(lines)
+    counts = {isa: len(without_bf16 if isa == "avx512bf16" else lines) for isa in _cpu.usable_isas()}
+    assert done.stdout.splitlines() == [f"{isa}: {count} hashes equal" for isa, count in counts.items()]
 
 
 def test_a_hash_that_differs_is_an_error(programs: Path, tmp_path: Path) -> None:

@@ -4,8 +4,4 @@
 #include "kernels/isa/avx512_lanes.hpp"
 #include "kernels/isa/portable.hpp"
 
-namespace PACELINE_NAMESPACE {
-
-using portable::dot2;
-
-}  // namespace PACELINE_NAMESPACE
+namespace PACELINE_NAMESPACE { using portable::dot2; }  // namespace PACELINE_NAMESPACE
