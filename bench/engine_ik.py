@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import ik_llama_cpp._ctypes_api as api
@@ -15,6 +16,7 @@ _remove.argtypes, _remove.restype = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_i
 _get_logits = api._lib.llama_get_logits
 _get_logits.argtypes, _get_logits.restype = [ctypes.c_void_p], ctypes.POINTER(ctypes.c_float)
 _set_log = api._lib.llama_log_set
+CPUINFO = Path("/proc/cpuinfo")
 LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 
 
@@ -34,7 +36,11 @@ class IkLlama(LlamaEngine):
         model = api.llama_model_load_from_file(path.encode(), settings)
         if not model:
             raise SystemExit(f"{path}: ik_llama.cpp cannot load this file")
-        super().__init__(api, model, api.llama_context_default_params(), threads, room)
+        context = api.llama_context_default_params()
+        context.flash_attn = (
+            "avx_vnni" in CPUINFO.read_text()
+        )  # as the package has it: without, it ends in an assertion
+        super().__init__(api, model, context, threads, room)
         how = ", weights repacked at load" if repacked else ""
         self.version = f"ik_llama.cpp of ik-llama-cpp-python {version('ik-llama-cpp-python')}{how}"
 

@@ -1,6 +1,6 @@
 """A random GGUF file of a Gemma 4 target in an official shape, its tensors of the types that llama.cpp would choose.
 
-    python bench/random_gguf.py e2b|e4b|12b|26b|31b OUT.gguf [--mix Q4_K_M] [--drafter DRAFTER.gguf]
+    python bench/random_gguf.py e2b|e4b|12b|26b|31b OUT.gguf [--mix Q4_K_M] [--drafter DRAFTER.gguf] [--shared-kv]
 
 Blocks are random bytes with scales that keep the variance of what passes through, drawn once for each type and
 repeated, so 3 GB take seconds. The vocabulary has Gemma 4's size, and all that else is in an official file is there,
@@ -154,7 +154,9 @@ class RandomData:
             blocks[:, at + 2 : at + 4] = (scales * np.float16(minimum)).view(np.uint8)
 
 
-def write_target(out: Path, config: Mapping[str, Any], mix: str, vocabulary: RandomVocabulary) -> None:
+def write_target(
+    out: Path, config: Mapping[str, Any], mix: str, vocabulary: RandomVocabulary, shared_kv: bool = False
+) -> None:
     """Write a target.
 
     Args:
@@ -162,9 +164,18 @@ def write_target(out: Path, config: Mapping[str, Any], mix: str, vocabulary: Ran
         config: as in `config.json`; its `vocab_size` is that of the vocabulary.
         mix: one of `MIXES`.
         vocabulary: goes into the file.
+        shared_kv: whether layers that share keys and values have matrices for them, too, as in older exports: nobody
+            multiplies with them, but ik_llama.cpp wants them.
     """
     settings = ALWAYS | config
-    parts = _parts(expected_tensors(target_config(settings)), MIXES[mix], settings)
+    target = target_config(settings)
+    shapes = expected_tensors(target)
+    for index, layer in enumerate(target.layers if shared_kv else ()):
+        for name in ("k_proj.weight", "v_proj.weight", "k_norm.weight"):
+            source = f"layers.{layer.kv_source}.self_attn.{name}"
+            if source in shapes:
+                shapes[f"layers.{index}.self_attn.{name}"] = shapes[source]
+    parts = _parts(shapes, MIXES[mix], settings)
 
     def add_settings(writer: gguf.GGUFWriter) -> None:
         add_text_settings(writer, settings)
@@ -234,9 +245,10 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--mix", choices=MIXES, default="Q4_K_M", help="types of tensors (Q4_K_M)")
     parser.add_argument("--drafter", type=Path, help="write the shape's drafter to this file, too")
+    parser.add_argument("--shared-kv", action="store_true", help="unused matrices, too, which ik_llama.cpp wants")
     given = parser.parse_args()
     vocabulary = random_vocabulary()
-    write_target(given.out, TARGETS[given.shape], given.mix, vocabulary)
+    write_target(given.out, TARGETS[given.shape], given.mix, vocabulary, given.shared_kv)
     if given.drafter:
         write_drafter(given.drafter, drafter_settings(given.shape), vocabulary)
 

@@ -48,7 +48,8 @@ def test_transformers_runs_the_same_weights(work: Path) -> None:
     pytest.importorskip("transformers")
     found = report(work, "--formats", "bf16", "--engines", "transformers")
     assert found["engines"].keys() == {"paceline bf16", "transformers bf16"}
-    assert found["missing"] == ["llama.cpp"]
+    assert found["missing"] == ["llama.cpp", "ik_llama.cpp", "ik_llama.cpp-rtr"]
+    assert found["best_other"]["bf16"] == found["times_paceline"]["transformers bf16"]
     assert found["read_bandwidth_gb_s"] > 0
     theirs = found["engines"]["transformers bf16"]
     assert list(theirs["forward_ms"]) == ["1", "2", "4", "8", "16"]
@@ -66,7 +67,7 @@ def test_transformers_runs_the_same_weights(work: Path) -> None:
 @pytest.mark.skipif(not has_llama(), reason="needs llama-cpp-python and gguf, here or where LLAMA_PYTHON points")
 def test_llama_runs_the_same_weights(work: Path) -> None:
     found = report(work, "--engines", "llama.cpp", "--llama-python", LLAMA_PYTHON)
-    assert found["missing"] == ["transformers"]
+    assert found["missing"] == ["transformers", "ik_llama.cpp", "ik_llama.cpp-rtr"]
     least = {"bf16": 0.9, "q8": 0.9, "q4": 0.8}  # the same grids, but other rounding of activations and of the cache
     for fmt, share in least.items():
         agreement = found["engines"][f"llama.cpp {fmt}"]["against_paceline"]
@@ -117,6 +118,18 @@ def test_a_large_table_is_a_hole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert not refs["model.embed_tokens_per_layer.weight"].read().any()
     assert refs["model.embed_tokens.weight"].read().any()
     assert refs["model.layers.9.mlp.down_proj.weight"].read().any()
+
+
+def test_weights_are_of_a_shape_or_of_files(tmp_path: Path) -> None:
+    for arguments, cause in (
+        ((), "either --shape or --gguf"),
+        (("--shape", "tiny", "--gguf", "a.gguf"), "either --shape or --gguf"),
+        (("--gguf", "nowhere.gguf"), "nowhere.gguf: no such file"),
+    ):
+        done = compare(tmp_path, *arguments)
+        assert done.returncode == 2
+        assert cause in done.stderr
+        assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

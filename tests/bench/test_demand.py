@@ -78,7 +78,7 @@ def test_the_larger_demand_binds() -> None:
 
 def test_demands_are_those_of_the_matrices() -> None:
     weights = random_weights(TARGET_CONFIG, "q8")
-    demand = TargetDemand(TARGET_CONFIG, weights, cache_element=2)
+    demand = TargetDemand(TARGET_CONFIG, weights, kv="bf16")
     one, four = demand.decode(1, 0), demand.decode(4, 0)
     assert one.nbytes == four.nbytes == weights.pass_bytes(TARGET_CONFIG)
     assert 4 * one.multiply_adds == four.multiply_adds
@@ -94,7 +94,7 @@ def test_demands_are_those_of_the_matrices() -> None:
 
 
 def test_sliding_layers_see_their_window() -> None:
-    demand = TargetDemand(TARGET_CONFIG, shared(TARGET_CONFIG, "q8"), cache_element=2)
+    demand = TargetDemand(TARGET_CONFIG, shared(TARGET_CONFIG, "q8"), kv="bf16")
     window = TARGET_CONFIG.sliding_window
     more = demand.decode(1, window + 7).nbytes - demand.decode(1, window).nbytes
     full = [layer for layer in TARGET_CONFIG.layers if not layer.sliding]

@@ -172,6 +172,18 @@ def test_two_files_are_compared(files: list[Path]) -> None:
     assert found["models"][0]["forward_of_one_row"]["1"] == 1
 
 
+def test_files_are_compared_by_engines(files: list[Path]) -> None:
+    given = ("--gguf", f"{files[2]},{files[1]}", "--engines", "paceline", "--context", "40", "--repeats", "1")
+    found = run("compare.py", *given, "--tokens", "2", "--threads", "1")
+    names = [files[2].stem, files[1].stem]
+    assert found["files"] == [str(files[2]), str(files[1])]
+    assert list(found["engines"]) == [f"paceline {name}" for name in names]
+    assert found["best_other"] == {}
+    for figures in found["engines"].values():
+        assert list(figures["forward_ms"]) == ["1", "2", "4", "8", "16"]
+        assert figures["against_paceline_f32"] is None
+
+
 def run(script: str, *arguments: Any) -> dict[str, Any]:
     command = [sys.executable, str(BENCH / script), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)

@@ -52,7 +52,12 @@ CHANGES = (
         "sums[m].even + sums[m].odd",
         "sums[m].even + sums[m].odd * splat(1.0000001f)",
     ),
-    Change("matmul, pairs of bfloat16", "isa/portable.hpp", "acc = fma(bits<f32x16>(w << 16)", "acc = fma(bits<f32x16>(w & 0xffff0000u)"),
+    Change(
+        "matmul, pairs of bfloat16",
+        "isa/portable.hpp",
+        "acc = fma(bits<f32x16>(w << 16)",
+        "acc = fma(bits<f32x16>(w & 0xffff0000u)",
+    ),
 )
 
 

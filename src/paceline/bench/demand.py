@@ -15,6 +15,7 @@ from paceline import _cpu
 from paceline.backends.cpu.weights import EMBEDDING, Weights
 from paceline.bench.shapes import in_prompt
 from paceline.config import Experts, Layer, TargetConfig
+from paceline.quant.cache_formats import row_bytes
 
 ATTENTION = "f32"  # the format whose dot product attention takes
 
@@ -38,13 +39,13 @@ class TargetDemand:
     Args:
         config: the target's.
         weights: its matrices.
-        cache_element: bytes of a number in the KV cache.
+        kv: format of the KV cache.
         overlap: share of their experts that neighbouring rows have in common; 0: as many as by chance.
     """
 
     config: TargetConfig
     weights: Weights
-    cache_element: float
+    kv: str
     overlap: float = 0
 
     def decode(self, rows: int, context: int) -> Demand:
@@ -82,8 +83,8 @@ class TargetDemand:
                 demand.products[tensor.format] += _products(tensor) * rows
         return demand
 
-    def _cache_bytes(self, layer: Layer, visible: int) -> float:
-        return 2 * visible * layer.kv_heads * layer.head_dim * self.cache_element
+    def _cache_bytes(self, layer: Layer, visible: int) -> int:
+        return 2 * visible * layer.kv_heads * row_bytes(self.kv, layer.head_dim)
 
     def _attention(self, layer: Layer, visible: int) -> int:
         """Multiply-adds for so many keys and values, of all rows together."""

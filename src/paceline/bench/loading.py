@@ -21,6 +21,7 @@ from paceline.bench.shapes import official_drafter, official_target, prompt_mult
 from paceline.checkpoint.sizes import count_parameters
 from paceline.config import TargetConfig
 from paceline.errors import SettingsError
+from paceline.quant.cache_formats import check_cache_format
 from paceline.quant.recipes import DEFAULT, RECIPES
 
 CHUNK = 256  # prompt rows in one pass
@@ -100,6 +101,7 @@ def open_pair(
     context: int,
     room: int,
     overlap: float | None = None,
+    kv: str = "auto",
 ) -> Pair:
     """Load a model, or make a shape's weights.
 
@@ -113,11 +115,12 @@ def open_pair(
         room: positions that measurements need.
         overlap: share of their experts that neighbouring rows have in common; None: as a model's router has it, and
             for a shape `OVERLAP`.
+        kv: format of the KV cache.
 
     Raises:
         SettingsError: an unknown format, or too much room for the model.
     """
-    return open_pairs(model, shape, quant, threads, device, context, room, overlap, ("",))[0]
+    return open_pairs(model, shape, quant, threads, device, context, room, overlap, kv, ("",))[0]
 
 
 def open_pairs(
@@ -129,28 +132,32 @@ def open_pairs(
     context: int,
     room: int,
     overlap: float | None,
+    kv: str,
     isas: Sequence[str],
 ) -> list[Pair]:
     """The same for several instruction sets, all over the same packed weights; an empty name is the one in use."""
     check_quant(quant)
+    check_cache_format(kv)
     if shape is not None:
         quant = DEFAULT if quant == "auto" else quant
         config = official_target(shape)
-        backend = _random_pair(shape, quant, threads, device, room)
+        backend = _random_pair(shape, quant, threads, device, room, kv)
     else:
         assert model is not None
         engine = build.load(
-            model, device=device, quant=quant, threads=threads, context=room, prompt_chunk=CHUNK, draft_tokens=0
+            model, device=device, quant=quant, kv=kv, threads=threads, context=room, prompt_chunk=CHUNK, draft_tokens=0
         )
         config, backend = engine.target_config, engine.backend
     info = backend.info
     if room > info.context:
         raise SettingsError(f"this takes {room} positions and the model has {info.context}; measure fewer")
-    if overlap is None and shape is not None and config.experts:
+    simulated = config.experts is not None and isinstance(backend, CpuBackend)
+    if overlap is None and shape is not None and simulated:
         overlap = OVERLAP
-    if overlap is not None and not (config.experts and isinstance(backend, CpuBackend)):
+    if overlap is not None and not simulated:
         raise SettingsError("--expert-overlap is for mixtures of experts on the CPU; leave it out")
-    about = {"model": model or shape, "random_weights": model is None, "quant": info.quant, "expert_overlap": overlap}
+    about: dict[str, Any] = {"model": model or shape, "random_weights": model is None}
+    about |= {"quant": info.quant, "kv": info.kv, "expert_overlap": overlap}
     machine = machine_of(backend)
     return [_pair(one, config, machine, about, context) for one in _with_isas(backend, isas)]
 
@@ -172,16 +179,18 @@ def _pair(backend: Backend, config: TargetConfig, machine: Machine, about: Mappi
         overlap = about["expert_overlap"]
         if overlap is not None:
             backend.simulate_routing(overlap)
-        demand = TargetDemand(config, backend.weights, 4 if backend.weights.is_f32 else 2, overlap or 0)
+        demand = TargetDemand(config, backend.weights, backend.info.kv, overlap or 0)
         formats = {matrix.format for _, matrix in backend.weights.matrices} | {ATTENTION}
         peaks = DotPeaks(sorted(formats), backend.info.device, backend.threads)
     bench = Bench(backend, context, CHUNK, bandwidth, peaks)
     return Pair(bench, config, about, peak_memory, demand)
 
 
-def _random_pair(shape: str, quant: str, threads: int | None, device: str, room: int) -> Backend:
+def _random_pair(shape: str, quant: str, threads: int | None, device: str, room: int, kv: str) -> Backend:
     target, drafter = official_target(shape), official_drafter(shape)
     if device != "cpu":
+        if kv != "auto":
+            raise SettingsError(f"--kv {kv} is for --device cpu; leave it out")
         name = device.removeprefix("torch:")
         made: Backend = build.torch_backends(device).random_backend(
             target, drafter, device=name, quant=quant, context=room, max_rows=CHUNK
@@ -194,6 +203,7 @@ def _random_pair(shape: str, quant: str, threads: int | None, device: str, room:
         context=room,
         max_rows=CHUNK,
         isa=os.environ.get("PACELINE_ISA", ""),
+        kv=kv,
     )
 
 

@@ -14,7 +14,7 @@ from paceline.errors import SettingsError
 LEAST_KL = 1e-7  # nats: what plots show of the same distributions
 
 
-LIMIT_COLUMNS = ("GB/s", "of memory", "GMAC/s", "of peak", "bound", "of it")
+LIMIT_COLUMNS = ("GB/s", "memory", "GMAC/s", "peak", "bound", "of it")
 
 
 def limit_cells(found: Mapping[str, Any]) -> tuple[str, ...]:

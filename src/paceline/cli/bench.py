@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from paceline.cli.options import DeviceOption, ThreadsOption
+from paceline.cli.options import DeviceOption, KvOption, ThreadsOption
 from paceline.errors import SettingsError
 from paceline.quant.formats import FORMATS
 from paceline.quant.recipes import DEFAULT, METAVAR
@@ -107,6 +107,7 @@ def decode(
     model: ModelOption = None,
     shape: ShapeOption = None,
     quant: QuantOption = "auto",
+    kv: KvOption = "auto",
     threads: ThreadsOption = None,
     device: DeviceOption = "cpu",
     context: ContextOption = 512,
@@ -149,7 +150,7 @@ def decode(
     shares = None if passes_only else _shares(acceptance, draft_tokens, shape)
     first, longest = (lengths[0], lengths[-1]) if lengths else (context, context)
     room = max(longest + 2 * tokens, PROMPT) + 64
-    pairs = open_pairs(model, shape, quant, threads, device, first, room, expert_overlap, names)
+    pairs = open_pairs(model, shape, quant, threads, device, first, room, expert_overlap, kv, names)
     if lengths:
         report = by_context(pairs[0], repeats, SOME_ROWS, lengths)
         print_contexts(console(), report)
@@ -169,6 +170,7 @@ def prompt(
     model: ModelOption = None,
     shape: ShapeOption = None,
     quant: QuantOption = "auto",
+    kv: KvOption = "auto",
     threads: ThreadsOption = None,
     device: DeviceOption = "cpu",
     length: Annotated[int, typer.Option(help="Tokens of the prompt.", min=16)] = PROMPT,
@@ -179,7 +181,7 @@ def prompt(
     from paceline.bench.report import console, print_prompt
 
     _check_choice(model, shape)
-    loaded = open_pair(model, shape, quant, threads, device, context=16, room=length + 64)
+    loaded = open_pair(model, shape, quant, threads, device, context=16, room=length + 64, kv=kv)
     loaded.bench.probe()
     figures = loaded.prompt(repeats, length)
     report = loaded.report("prompt") | figures

@@ -218,7 +218,7 @@ def test_rows_of_the_last_draft() -> None:
     [
         {"context": 128},
         {"max_rows": 32, "context": 256},
-        {"bf16_cache": False},
+        {"kv": "f32"},
         {"target": replace(TARGET_CONFIG, sliding_window=16)},
         {"target": MOE, "context": 80},
         {"target": replace(TARGET_CONFIG, heads=4, layers=tuple(replace(x, kv_heads=2) for x in TARGET_CONFIG.layers))},
