@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 ROOT = Path("/")
-FAST = 0.8  # of the fastest core's speed: less is an efficiency core; equal cores differ by less (favoured cores)
+FAST = 0.8  # of the fastest core's capacity: less is an efficiency core; equal cores differ by less (favoured cores)
 
 
 def processors(root: Path = ROOT, allowed: frozenset[int] | None = None) -> int:
@@ -52,15 +52,16 @@ def _fast_cores(root: Path, allowed: frozenset[int]) -> int:
 
 
 def _fast(root: Path, allowed: frozenset[int]) -> frozenset[int]:
-    """Those of the processors that are not of an efficiency core: all, if nothing tells them apart."""
+    """Those of the processors that are not of an efficiency core: all, if nothing tells them apart.
+
+    Clock rates tell nothing: AMD's compact cores have a lower one, and are worth using.
+    """
     intel = frozenset(cpu for line in _lines(root / "sys/devices/cpu_core/cpus") for cpu in _cpu_list(line))
     if intel & allowed:
         return intel & allowed
-    for name in ("cpu_capacity", "cpufreq/cpuinfo_max_freq"):
-        speeds = {cpu: _number(root / f"sys/devices/system/cpu/cpu{cpu}" / name) for cpu in allowed}
-        fast = frozenset(cpu for cpu, speed in speeds.items() if speed >= FAST * max(speeds.values()))
-        if min(speeds.values()) > 0 and fast != allowed:
-            return fast
+    capacity = {cpu: _number(root / f"sys/devices/system/cpu/cpu{cpu}/cpu_capacity") for cpu in allowed}
+    if min(capacity.values()) > 0:
+        return frozenset(cpu for cpu, value in capacity.items() if value >= FAST * max(capacity.values()))
     return allowed
 
 
