@@ -54,7 +54,7 @@ class CpuBackend:
         config, weights = target
         self.weights = weights
         self._with_isa = partial(
-            CpuBackend, target, drafter, threads=threads, context=context, slots=slots, max_rows=max_rows
+            CpuBackend, target, drafter, threads=threads, context=context, slots=slots, max_rows=max_rows, kv=kv
         )
         if drafter:
             check_pair(config, drafter[0])
