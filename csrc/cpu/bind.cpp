@@ -275,12 +275,13 @@ void bind_decoder(nb::module_& module) {
       .def_ro("shortest", &Snapshot::shortest, "The shortest length it can be cut back to.");
 
   nb::class_<Decoder>(module, "Decoder", "A loaded pair and its KV cache.")
-      .def("__init__", &make_decoder, "target_config"_a, "target"_a, "drafter_config"_a.none(), "drafter"_a,
-           nb::kw_only(), "isa"_a, "threads"_a, "slots"_a, "context"_a, "max_rows"_a, "kv"_a,
-           "Configs are paceline.config's, weights are tensors by name: see paceline.backends.cpu.weights. `kv` is the\n"
-           "format of the KV cache: f32, bf16 or q8.\n\n"
-           "ValueError: settings or sizes that no model has, or tensors that do not fit the settings or that they do\n"
-           "not call for. MemoryError: not enough memory. RuntimeError: the system has no more threads.")
+      .def(
+          "__init__", &make_decoder, "target_config"_a, "target"_a, "drafter_config"_a.none(), "drafter"_a,
+          nb::kw_only(), "isa"_a, "threads"_a, "slots"_a, "context"_a, "max_rows"_a, "kv"_a,
+          "Configs are paceline.config's, weights are tensors by name: see paceline.backends.cpu.weights. `kv` is the\n"
+          "format of the KV cache: f32, bf16 or q8.\n\n"
+          "ValueError: settings or sizes that no model has, or tensors that do not fit the settings or that they do\n"
+          "not call for. MemoryError: not enough memory. RuntimeError: the system has no more threads.")
       .def("run", &run, "works"_a,
            "One step: see paceline.backends.base.Backend.run.\n\n"
            "ValueError: a work that does not continue its slot or does not fit it. RuntimeError: the process was "

@@ -355,7 +355,8 @@ Floats attend(const Kernels& kernels, const CacheView& view, const Floats& q, co
   const auto each_part = [parts](int64_t n, const auto& step) {
     for (int64_t i = parts; i-- > 0;) step(n * i / parts, n * (i + 1) / parts);
   };
-  each_part(tile.width() / kBlockRows, [&](int64_t b, int64_t e) { kernels.score(view, 1, tile, b, e, scratch.data()); });
+  each_part(tile.width() / kBlockRows,
+            [&](int64_t b, int64_t e) { kernels.score(view, 1, tile, b, e, scratch.data()); });
   each_part(tile.queries(), [&](int64_t b, int64_t e) { kernels.softmax(tile, b, e); });
   each_part(dim / 16, [&](int64_t b, int64_t e) { kernels.mix(view, 1, tile, b, e, scratch.data()); });
   return out;
@@ -378,8 +379,7 @@ void test_attention(const Kernels& kernels, CacheFormat format, int64_t dim, int
   const Floats held_k = as_stored(format, k, dim), held_v = as_stored(format, v, dim);
   bool ok = true;
   for (size_t j = 0; j < rows * size_t(heads); ++j) {
-    const std::vector<double> want =
-        attended(held_k, held_v, &q[j * size_t(dim)], 1, dim, spans[j / size_t(heads)]);
+    const std::vector<double> want = attended(held_k, held_v, &q[j * size_t(dim)], 1, dim, spans[j / size_t(heads)]);
     for (size_t d = 0; d < size_t(dim); ++d) ok = ok && near(all[j * size_t(dim) + d], want[d], 4e-6);
   }
   check(ok, kernels.name, what);
@@ -398,7 +398,8 @@ void test_attention(const Kernels& kernels, CacheFormat format, int64_t dim, int
     check(ok, kernels.name, what + ": " + std::to_string(step) + " rows");
   }
   Floats first_heads;  // each row's first query alone
-  for (size_t r = 0; r < rows; ++r) first_heads.insert(first_heads.end(), &q[r * row_size], &q[r * row_size + size_t(dim)]);
+  for (size_t r = 0; r < rows; ++r)
+    first_heads.insert(first_heads.end(), &q[r * row_size], &q[r * row_size + size_t(dim)]);
   const Floats single = attend(kernels, whole.view, first_heads, spans, 0, rows, 1, 1);
   ok = true;
   for (size_t r = 0; r < rows; ++r) ok = ok && same(&single[r * size_t(dim)], &all[r * row_size], size_t(dim));

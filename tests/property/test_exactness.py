@@ -75,7 +75,16 @@ def assert_same(one: Run, other: Run) -> None:
     kv=st.sampled_from(["auto", "q8"]),
 )
 def test_drafts_chunks_and_threads(
-    pairs, quant: str, shape: str, seed: int, head: str, prompt: list[int], depth: int, chunk: int, threads: int, kv: str
+    pairs,
+    quant: str,
+    shape: str,
+    seed: int,
+    head: str,
+    prompt: list[int],
+    depth: int,
+    chunk: int,
+    threads: int,
+    kv: str,
 ) -> None:
     folders = pairs(shape, seed, head)
     plain = generate(folders, quant, prompt, depth=0, chunk=32, kv=kv)

@@ -8,9 +8,9 @@ namespace paceline {
 // What keys and values are held as. q8: groups of 32 along the head's dimension, int8 numbers and a bfloat16 scale each.
 enum class CacheFormat : uint8_t { f32, bf16, q8 };
 
-constexpr int64_t kBlockRows = 16;    // positions that lie together
-constexpr int64_t kCacheGroup = 32;   // columns of a q8 scale; the last group of a row may be half as wide
-constexpr int64_t kScaleBytes = 32;   // sixteen bfloat16, in front of a q8 group
+constexpr int64_t kBlockRows = 16;   // positions that lie together
+constexpr int64_t kCacheGroup = 32;  // columns of a q8 scale; the last group of a row may be half as wide
+constexpr int64_t kScaleBytes = 32;  // sixteen bfloat16, in front of a q8 group
 constexpr int64_t kGroupBytes = kScaleBytes + kCacheGroup * kBlockRows;
 
 // Where the keys and values of one layer and slot lie. Rows live at position % ring (ring is a multiple of 16), in blocks

@@ -144,9 +144,16 @@ inline const float* widen_values(const CacheView& cache, const uint8_t* block, i
     const uint8_t* scales = block + panel / 2 * kGroupBytes;
     const uint8_t* numbers = scales + kScaleBytes + panel % 2 * 256;
     float* to = out + (panel - begin) * 256;
-    for (int64_t i = 0; i < 16; ++i) store(to + i * 16, widen_numbers(numbers + i * 16) * splat(scale_value(scales, i)));
+    for (int64_t i = 0; i < 16; ++i)
+      store(to + i * 16, widen_numbers(numbers + i * 16) * splat(scale_value(scales, i)));
   }
   return out;
+}
+
+// Parts [begin, begin + count) of `all` of a block: brought into the cache while another block is computed with.
+inline void prefetch_part(const CacheView& cache, const uint8_t* block, int64_t begin, int64_t count, int64_t all) {
+  const int64_t bytes = CacheView::block_bytes(cache.format, cache.head_dim);
+  for (int64_t i = bytes * begin / all; i < bytes * (begin + count) / all; i += 64) prefetch(block + i);
 }
 
 // -- scores -------------------------------------------------------------------------------------------------------------
@@ -174,11 +181,15 @@ void score(const CacheView& cache, int64_t head, const QueryTile& tile, int64_t 
   for (int64_t j = 0; j < n; ++j) queries[j] = tile.query(j, dim);
   for (int64_t block = begin; block < end; ++block) {
     const float* keys = widen_keys(cache, cache.key_block(head, tile.begin + block * kBlockRows), scratch);
+    const uint8_t* next = cache.key_block(head, tile.begin + std::min(block + 1, end - 1) * kBlockRows);
     std::fill(sums, sums + n * 32, 0.0f);
-    for (int64_t d = 0; d < dim; d += kScoreColumns)
+    for (int64_t d = 0; d < dim; d += kScoreColumns) {
+      const int64_t stop = std::min(d + kScoreColumns, dim);
       each_group(n, [&]<int N>(int64_t j) {
-        score_columns<N>(queries + j, keys, d, std::min(d + kScoreColumns, dim), sums + j * 32);
+        prefetch_part(cache, next, d * n + j * (stop - d), (stop - d) * N, dim * n);
+        score_columns<N>(queries + j, keys, d, stop, sums + j * 32);
       });
+    }
     for (int64_t j = 0; j < n; ++j)
       store(tile.scores + j * tile.width() + block * kBlockRows,
             load<f32x16>(sums + j * 32) + load<f32x16>(sums + j * 32 + 16));
@@ -217,8 +228,10 @@ void softmax(const QueryTile& tile, int64_t begin, int64_t end) {
 
 // Panels of the values of up to kStretchRows positions, from a multiple of 16 on.
 struct ValueStretch {
+  const CacheView& cache;
   const float* blocks[kStretchRows / kBlockRows];  // panel `begin` of each block
   int64_t first, stop, begin, end;                 // positions; panels
+  const uint8_t* next[kStretchRows / kBlockRows];  // blocks of the next stretch
 };
 
 // out[j] += weights[j] times the values of positions low .. high - 1 of the stretch, for queries j.
@@ -241,8 +254,10 @@ inline void mix_panel(const ValueStretch& values, int64_t panel, int64_t low, in
 inline void mix_queries(const ValueStretch& values, int64_t low, int64_t high, const float* const* weights,
                         float* const* out, int64_t n) {
   if (low >= high) return;
-  for (int64_t panel = values.begin; panel < values.end; ++panel)
+  for (int64_t panel = values.begin; panel < values.end; ++panel) {
+    for (const uint8_t* block : values.next) prefetch_part(values.cache, block, panel, 1, values.cache.head_dim / 16);
     each_group(n, [&]<int N>(int64_t j) { mix_panel<N>(values, panel, low, high, weights + j, out + j); });
+  }
 }
 
 // Positions that all rows see go to all queries at once, those at the ends of a row's span to its own queries.
@@ -274,7 +289,9 @@ void mix(const CacheView& cache, int64_t head, const QueryTile& tile, int64_t be
     std::fill(out[j] + begin * 16, out[j] + end * 16, 0.0f);
   }
   for (int64_t first = tile.begin; first < tile.end; first += kStretchRows) {
-    ValueStretch values{{}, first, std::min(first + kStretchRows, tile.end), begin, end};
+    ValueStretch values{cache, {}, first, std::min(first + kStretchRows, tile.end), begin, end, {}};
+    for (int64_t i = 0; i < kStretchRows / kBlockRows; ++i)
+      values.next[i] = cache.value_block(head, std::min(values.stop + i * kBlockRows, tile.end - 1));
     for (int64_t i = 0; first + i * kBlockRows < values.stop; ++i)
       values.blocks[i] = widen_values(cache, cache.value_block(head, first + i * kBlockRows), begin, end,
                                       scratch + i * (end - begin) * 256);

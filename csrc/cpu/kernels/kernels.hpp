@@ -32,12 +32,12 @@ struct Span {
 // Rows of one slot, times query heads that share a K/V head: what attends to a head of a cache together.
 struct QueryTile {
   int rows = 0, heads = 0;
-  const Span* spans = nullptr;    // [rows]
-  int64_t begin = 0, end = 0;     // positions of all spans, rounded to whole blocks
-  const float* q = nullptr;       // [rows][heads][head_dim], a row every q_ld floats
-  float* out = nullptr;           // likewise
+  const Span* spans = nullptr;  // [rows]
+  int64_t begin = 0, end = 0;   // positions of all spans, rounded to whole blocks
+  const float* q = nullptr;     // [rows][heads][head_dim], a row every q_ld floats
+  float* out = nullptr;         // likewise
   int64_t q_ld = 0, out_ld = 0;
-  float* scores = nullptr;        // [queries][width]: scores, then weights of positions from `begin` on
+  float* scores = nullptr;  // [queries][width]: scores, then weights of positions from `begin` on
 
   int64_t queries() const { return int64_t(rows) * heads; }
   int64_t width() const { return end - begin; }

@@ -60,7 +60,8 @@ void Attention::reserve(const std::vector<Layer>& layers, int64_t rows, int64_t 
 
 std::vector<Attention::Item> Attention::divide(const Call& call) const {
   const int64_t kv_heads = call.layer.kv_heads, sharing = heads_ / kv_heads;  // query heads of a K/V head
-  const int64_t parts = (sharing + kTileQueries - 1) / kTileQueries, most = std::max<int64_t>(1, kTileQueries / sharing);
+  const int64_t parts = (sharing + kTileQueries - 1) / kTileQueries,
+                most = std::max<int64_t>(1, kTileQueries / sharing);
   std::vector<Item> items;
   for (int64_t r = 0, count = 0; r < int64_t(call.rows.size()); r += count) {
     Span span = span_of(call.layer, call.rows[size_t(r)]);

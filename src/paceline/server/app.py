@@ -107,7 +107,9 @@ class Service:
         self.runner = Runner(self.engine, self.metrics, self.settings.max_seconds)
         self.bodies = Bodies(self.settings.max_bytes)
         draft = "mtp" if self.engine.backend.info.has_drafter else "plain"
-        self.fingerprint = f"paceline-{__version__}-{self.engine.backend.info.quant}-{self.engine.backend.info.kv}-{draft}"
+        self.fingerprint = (
+            f"paceline-{__version__}-{self.engine.backend.info.quant}-{self.engine.backend.info.kv}-{draft}"
+        )
 
     @property
     def model(self) -> str:
