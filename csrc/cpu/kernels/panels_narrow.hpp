@@ -30,12 +30,12 @@ struct Stretch {
   }
 };
 
-// Whole blocks, or super-blocks, of four kilobytes or a little more.
+// Whole blocks, or super-blocks, of eight kilobytes or a little more.
 template <Format F>
 constexpr int64_t kStretchColumns = [] {
   constexpr FormatTraits format = traits(F);
   constexpr int64_t least = format.super_bytes() ? kSuper : format.block_cols();
-  return paceline::round_up(4096, format.panel_bytes(least)) / format.panel_bytes(least) * least;
+  return paceline::round_up(8192, format.panel_bytes(least)) / format.panel_bytes(least) * least;
 }();
 template <Format F>
 constexpr int64_t kStretchBytes = traits(F).panel_bytes(kStretchColumns<F>);
