@@ -187,16 +187,17 @@ bool is_product(const MatrixView& matrix, const float* x, int64_t rows, const Fl
   return ok;
 }
 
-// Every number of rows from 1 to 17: against the reference, and each row the same, bit for bit, whatever the batch.
+// Rows below, at and above what a kernel takes: against the reference, and each row the same, bit for bit, whatever the
+// batch.
 void test_products(const Kernels& kernels, Format format, int64_t rows, int64_t cols) {
   const std::string what = std::string(traits(format).name) + " " + std::to_string(rows) + " x " + std::to_string(cols);
-  constexpr int64_t most = 17;
+  constexpr int64_t most = 75;
   Random random(unsigned(rows * 1000 + cols));
   const Packed matrix = random_matrix(random, format, rows, cols);
   const Floats x = columns_of_all_sizes(random, most, cols);
   const Floats all = times(kernels, matrix.view, x.data(), most);
   check(is_product(matrix.view, x.data(), most, all, 2e-6), kernels.name, what + ": product");
-  for (int64_t m = 1; m < most; ++m) {
+  for (int64_t m : {1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 16, 17, 64, 65, 74}) {
     const int64_t first = most - m;  // other lanes of other tiles
     const Floats begin = times(kernels, matrix.view, x.data(), m);
     const Floats end = times(kernels, matrix.view, &x[size_t(first * cols)], m);
@@ -253,7 +254,7 @@ bool same_row(const Activations& a, const Activations& b, int64_t r) {
 
 void test_gated(const Kernels& kernels, Format format, int64_t inner, int64_t cols) {
   const std::string what = std::string(traits(format).name) + " gelu times up";
-  constexpr int64_t rows = 11;
+  constexpr int64_t rows = 70;
   Random random(unsigned(inner + cols));
   const Packed gate = random_matrix(random, Format::f32, inner, cols);
   const Packed up = random_matrix(random, Format::bf16, inner, cols);

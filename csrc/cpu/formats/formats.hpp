@@ -181,10 +181,11 @@ struct ActView {
 
   int64_t groups() const { return padded_cols / kGroup; }
   int64_t tile_bytes() const { return padded_cols * act_bytes(format) * lanes; }
+  int64_t tile_words() const { return groups() * kGroupWords * lanes; }
   ActView tile(int64_t i) const {
     ActView t = *this;
     t.data += i * tile_bytes();
-    if (words) t.words += i * groups() * kGroupWords * lanes;
+    if (words) t.words += i * tile_words();
     return t;
   }
   // A word of a group and lane of the first tile.

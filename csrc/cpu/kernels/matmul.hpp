@@ -1,4 +1,4 @@
-// Matrix kernels: panels of 16 outputs by tiles of up to 8 batch rows, for each weight format. Included by kernels.cpp.
+// Matrix kernels: panels of 16 outputs by up to 64 batch rows, for each weight format. Included by kernels.cpp.
 #pragma once
 
 #include <algorithm>
@@ -19,22 +19,32 @@ constexpr int kUnitPanels = paceline::kUnit / kPanel;
 using PanelKernel = void (*)(const uint8_t* panel, const ActView& act, int rows, f32x16* out);
 
 constexpr auto kPanelKernels = []<int... F>(std::integer_sequence<int, F...>) {
-  return std::array<PanelKernel, sizeof...(F)>{panel_tile<Format(F)>...};
+  return std::array<PanelKernel, sizeof...(F)>{panel_rows<Format(F)>...};
 }(std::make_integer_sequence<int, paceline::kFormatCount>());
 
-inline int tile_rows(int64_t rows, int64_t tile) { return int(std::min<int64_t>(rows - tile * kTile, kTile)); }
+// f(unit, first row, rows) for units [begin, end) and at most kRows rows at once: as many units as stay in the second
+// cache are taken together with the same rows, whose activations stay there, too.
+template <class F>
+inline void for_row_chunks(const MatrixView& w, int64_t rows, int64_t begin, int64_t end, F f) {
+  constexpr int64_t cached = 128 << 10;
+  const int64_t step = std::max<int64_t>(cached / (w.stride * kUnitPanels), 1);
+  for (; begin < end; begin += step)
+    for (int64_t row = 0; row < rows; row += kRows)
+      for (int64_t unit = begin; unit < std::min(begin + step, end); ++unit)
+        f(unit, row, int(std::min<int64_t>(rows - row, kRows)));
+}
 
 void matmul(const MatrixView& w, const ActView& act, int64_t rows, int64_t begin, int64_t end, float* out, int64_t ld) {
   paceline::check_fits(w, act);
   const PanelKernel kernel = kPanelKernels[size_t(w.format)];
-  const int64_t last = std::min(end * kUnitPanels, w.panels());
-  for (int64_t panel = begin * kUnitPanels; panel < last; ++panel)
-    for (int64_t tile = 0; tile * kTile < rows; ++tile) {
-      const int count = tile_rows(rows, tile);
-      f32x16 y[kTile];
-      kernel(w.panel(panel), act.tile(tile), count, y);
-      for (int m = 0; m < count; ++m) store(out + (tile * kTile + m) * ld + panel * kPanel, y[m]);
+  for_row_chunks(w, rows, begin, end, [&](int64_t unit, int64_t row, int count) {
+    const int64_t last = std::min((unit + 1) * kUnitPanels, w.panels());
+    for (int64_t panel = unit * kUnitPanels; panel < last; ++panel) {
+      f32x16 y[kRows];
+      kernel(w.panel(panel), act.tile(row / kTile), count, y);
+      for (int m = 0; m < count; ++m) store(out + (row + m) * ld + panel * kPanel, y[m]);
     }
+  });
 }
 
 // Store one group of columns, four bytes (`Columns` of them) in each lane of a row.
@@ -110,27 +120,24 @@ void gated(const MatrixView& gate, const ActView& act, const GateFactor& factor,
   if (factor.up) paceline::check_fits(*factor.up, factor.up_act);
   const PanelKernel gate_kernel = kPanelKernels[size_t(gate.format)];
   const PanelKernel up_kernel = factor.up ? kPanelKernels[size_t(factor.up->format)] : nullptr;
-  for (int64_t unit = begin; unit < end; ++unit)
-    for (int64_t tile = 0; tile * kTile < rows; ++tile) {
-      const int count = tile_rows(rows, tile);
-      f32x16 y[kUnitPanels][kTile], z[kUnitPanels][kTile];
-      for (int half = 0; half < kUnitPanels; ++half) {
-        const int64_t panel = unit * kUnitPanels + half;
-        for (int m = 0; m < count; ++m) y[half][m] = z[half][m] = splat(0.0f);
-        if (panel >= gate.panels()) continue;  // an odd panel at the end: the padding of the next matrix is zero
-        gate_kernel(gate.panel(panel), act.tile(tile), count, y[half]);
-        if (up_kernel) up_kernel(factor.up->panel(panel), factor.up_act.tile(tile), count, z[half]);
-        else
-          for (int m = 0; m < count; ++m)
-            z[half][m] = load<f32x16>(factor.given + (tile * kTile + m) * factor.ld + panel * kPanel);
-      }
-      for (int m = 0; m < count; ++m)
-        pack_group(out, tile * kTile + m, unit, gelu(y[0][m]) * z[0][m], gelu(y[1][m]) * z[1][m]);
-      if (unit + 1 < gate.units()) continue;
-      for (int m = 0; m < count; ++m)  // zeros for the columns that pad the rows to whole blocks
-        for (int64_t group = unit + 1; group < out.groups(); ++group)
-          pack_group(out, tile * kTile + m, group, splat(0.0f), splat(0.0f));
+  for_row_chunks(gate, rows, begin, end, [&](int64_t unit, int64_t row, int count) {
+    f32x16 y[kUnitPanels][kRows], z[kUnitPanels][kRows];
+    for (int half = 0; half < kUnitPanels; ++half) {
+      const int64_t panel = unit * kUnitPanels + half;
+      for (int m = 0; m < count; ++m) y[half][m] = z[half][m] = splat(0.0f);
+      if (panel >= gate.panels()) continue;  // an odd panel at the end: the padding of the next matrix is zero
+      gate_kernel(gate.panel(panel), act.tile(row / kTile), count, y[half]);
+      if (up_kernel) up_kernel(factor.up->panel(panel), factor.up_act.tile(row / kTile), count, z[half]);
+      else
+        for (int m = 0; m < count; ++m)
+          z[half][m] = load<f32x16>(factor.given + (row + m) * factor.ld + panel * kPanel);
     }
+    for (int m = 0; m < count; ++m) pack_group(out, row + m, unit, gelu(y[0][m]) * z[0][m], gelu(y[1][m]) * z[1][m]);
+    if (unit + 1 < gate.units()) return;
+    for (int m = 0; m < count; ++m)  // zeros for the columns that pad the rows to whole blocks
+      for (int64_t group = unit + 1; group < out.groups(); ++group)
+        pack_group(out, row + m, group, splat(0.0f), splat(0.0f));
+  });
 }
 
 }  // namespace PACELINE_NAMESPACE

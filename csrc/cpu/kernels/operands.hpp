@@ -19,6 +19,9 @@ using paceline::kSuper;
 using paceline::kTile;
 using paceline::traits;
 
+constexpr int kRows =
+    64;  // batch rows that a kernel takes at most, so that it goes through a panel once for all of them
+
 template <Format F> constexpr bool kIntegers = traits(F).act() == ActFormat::int8;
 
 // f<0>(), f<1>(), ... f<N - 1>().

@@ -1,8 +1,9 @@
 // Panel kernels for registers that hold less than a panel's sixteen outputs.
 //
-// The registers hold the sums of few batch rows (kFloatRows, kIntegerRows), so a tile's rows are taken that many at a
-// time, over stretches of weights that stay in the nearest cache: each is fetched from memory once, whatever
-// the number of rows. Each row has its own sums, in the same order for every number of rows. Included by matmul.hpp.
+// The registers hold the sums of few batch rows (kFloatRows, kIntegerRows), so rows are taken that many at a time, over
+// stretches of weights that stay in the nearest cache: each is fetched from memory once, whatever the number of rows. For
+// more rows than a tile's a stretch is unpacked once, too. Each row has its own sums, in the same order for every number
+// of rows. Included by matmul.hpp.
 #pragma once
 
 #include "kernels/operands.hpp"
@@ -19,15 +20,22 @@ struct Stretch {
   int64_t columns;
   int64_t ahead;  // bytes to the next stretch, which is prefetched; then 0: once is enough, but a branch costs more
 
-  void next_rows(int count) { a += 4 * count, words += count, ahead = 0; }
+  // The rows of a tile from `first` on.
+  Stretch rows_from(const ActView& act, int tile, int first) const {
+    Stretch s = *this;
+    s.a += tile * act.tile_bytes() + 4 * first;
+    if (words) s.words += tile * act.tile_words() + first;
+    if (tile || first) s.ahead = 0;
+    return s;
+  }
 };
 
-// Whole blocks, or super-blocks, of four kilobytes or a little more.
+// Whole blocks, or super-blocks, of eight kilobytes or a little more.
 template <Format F>
 constexpr int64_t kStretchColumns = [] {
   constexpr FormatTraits format = traits(F);
   constexpr int64_t least = format.super_bytes() ? kSuper : format.block_cols();
-  return paceline::round_up(4096, format.panel_bytes(least)) / format.panel_bytes(least) * least;
+  return paceline::round_up(8192, format.panel_bytes(least)) / format.panel_bytes(least) * least;
 }();
 template <Format F>
 constexpr int64_t kStretchBytes = traits(F).panel_bytes(kStretchColumns<F>);
@@ -53,22 +61,59 @@ inline void stretch_floats(const Stretch& s, RowSums* sums) {
   for (int m = 0; m < M; ++m) sums[m] = {even[m], odd[m]};
 }
 
+// A group's numbers and scales as they are packed.
+template <Format F>
+struct PackedGroup {
+  const uint8_t* w;
+  const Scales<F>& scales;
+  int second;  // of its block
+
+  template <int I>
+  PACELINE_INLINE u8x64 numbers() const {
+    return operand<F, I>(w);
+  }
+  PACELINE_INLINE f32x16 scale(int part) const { return scales.scale(second, part); }
+  PACELINE_INLINE f32x16 minimum(int part) const { return scales.minimum(second, part); }
+};
+
+// The same for tiles of so many rows that a stretch is unpacked first.
+template <Format F>
+struct UnpackedGroup {
+  static constexpr int kParts = Scales<F>::kParts;
+  alignas(64) uint8_t operands[kOperands][64];
+  float scales[kParts][kPanel], minima[Scales<F>::kMinima ? kParts : 0][kPanel];
+
+  void set(const PackedGroup<F>& packed) {
+    unrolled<kOperands>([&]<int I>() PACELINE_INLINE { store(operands[I], packed.template numbers<I>()); });
+    for (int part = 0; part < kParts; ++part) {
+      store(scales[part], packed.scale(part));
+      if constexpr (Scales<F>::kMinima) store(minima[part], packed.minimum(part));
+    }
+  }
+  template <int I>
+  PACELINE_INLINE u8x64 numbers() const {
+    return in_register(load<u8x64>(operands[I]));
+  }
+  PACELINE_INLINE f32x16 scale(int part) const { return load<f32x16>(scales[part]); }
+  PACELINE_INLINE f32x16 minimum(int part) const { return load<f32x16>(minima[part]); }
+};
+
 // One group of columns: exact sums of products of integers, then scaled and added to the rows' sums. `PartSum` takes
-// kRun<largest number> operands before `total` has to widen it.
-template <Format F, int M>
-PACELINE_INLINE inline void add_group(const Stretch& s, const uint8_t* w, const Scales<F>& scales, int second,
-                                      const uint8_t* a, const uint32_t* words, f32x16* sums) {
+// kRun<largest number> operands before `total` has to widen it. `fetch(i)` is called before operand i is used.
+template <Format F, int M, class Group, class Fetch>
+PACELINE_INLINE inline void add_group(const Stretch& s, const Group& group, const uint8_t* a, const uint32_t* words,
+                                      f32x16* sums, Fetch fetch) {
   const auto row = [=, stride = s.stride](int m) PACELINE_INLINE { return GroupWords{words + m, stride}; };
   constexpr int parts = Scales<F>::kParts, of_part = kOperands / parts;
-  constexpr int run = std::min(of_part, kRun<kLargest<F>>), lines = int(traits(F).group_bytes()) / 64;
+  constexpr int run = std::min(of_part, kRun<kLargest<F>>);
   unrolled<parts>([&]<int Part>() PACELINE_INLINE {
     i32x16 dots[M];
     unrolled<of_part / run>([&]<int Run>() PACELINE_INLINE {
       PartSum<kLargest<F>> part[M] = {};
       unrolled<run>([&]<int J>() PACELINE_INLINE {
-        constexpr int i = Part * of_part + Run * run + J, line = i * lines / kOperands;
-        if constexpr (i == 0 || line != (i - 1) * lines / kOperands) prefetch(w + s.ahead + line * 64);
-        const u8x64 numbers = operand<F, i>(w);
+        constexpr int i = Part * of_part + Run * run + J;
+        fetch.template operator()<i>();
+        const u8x64 numbers = group.template numbers<i>();
         unrolled<M>([&]<int m>() PACELINE_INLINE {  // GCC would keep all the products and add them at the end
           part[m] = in_register(dot4<kLargest<F>>(part[m], numbers, broadcast<u8x64>(a + 4 * m)));
         });
@@ -76,26 +121,24 @@ PACELINE_INLINE inline void add_group(const Stretch& s, const uint8_t* w, const 
       });
       unrolled<M>([&]<int m>() PACELINE_INLINE { dots[m] = Run ? dots[m] + total(part[m]) : total(part[m]); });
     });
-    const f32x16 scale = scales.scale(second, Part);
+    const f32x16 scale = group.scale(Part);
     unrolled<M>([&]<int m>() PACELINE_INLINE {
       if constexpr (kOffset<F> != 0) dots[m] = dots[m] + start<F, Part>(row(m));
       sums[m] = add_scaled_dots(sums[m], dots[m], scale, row(m).number(paceline::kScale));
     });
     if constexpr (Scales<F>::kMinima) {
-      const f32x16 minimum = scales.minimum(second, Part);
+      const f32x16 minimum = group.minimum(Part);
       unrolled<M>([&]<int m>() PACELINE_INLINE { sums[m] = fma(minimum, scaled_sum<F, Part>(row(m)), sums[m]); });
     }
   });
 }
 
-template <Format F, int M>
-inline void stretch_integers(const Stretch& s, RowSums* sums) {
+// f(group) for the groups of a stretch.
+template <Format F, class G>
+PACELINE_INLINE inline void for_groups(const Stretch& s, G f) {
   constexpr FormatTraits format = traits(F);
-  const uint8_t *w = s.weights, *a = s.a;
-  const uint32_t* words = s.words;
+  const uint8_t* w = s.weights;
   Scales<F> scales;
-  f32x16 sum[M];
-  for (int m = 0; m < M; ++m) sum[m] = sums[m].even;
   for (int64_t k = 0; k < s.columns; k += 2 * kGroup) {
     if constexpr (format.super_bytes() != 0)
       if (k % kSuper == 0) {
@@ -107,34 +150,85 @@ inline void stretch_integers(const Stretch& s, RowSums* sums) {
     scales.set_block(w);
     w += format.header_bytes();
 #pragma GCC unroll 1
-    for (int second = 0; second < 2; ++second) {
-      add_group<F, M>(s, w, scales, second, a, words, sum);
-      w += format.group_bytes();
-      a += kGroup * s.lanes;
-      words += s.lanes;
-    }
+    for (int second = 0; second < 2; ++second, w += format.group_bytes()) f(PackedGroup<F>{w, scales, second});
   }
+}
+
+template <Format F, int M>
+inline void stretch_integers(const Stretch& s, RowSums* sums) {
+  constexpr int lines = int(traits(F).group_bytes()) / 64;
+  const uint8_t* a = s.a;
+  const uint32_t* words = s.words;
+  f32x16 sum[M];
+  for (int m = 0; m < M; ++m) sum[m] = load<f32x16>(&sums[m].even);
+  for_groups<F>(s, [&](const PackedGroup<F>& group) PACELINE_INLINE {
+    add_group<F, M>(s, group, a, words, sum, [&]<int I>() PACELINE_INLINE {
+      constexpr int line = I * lines / kOperands;
+      if constexpr (I == 0 || line != (I - 1) * lines / kOperands) prefetch(group.w + s.ahead + line * 64);
+    });
+    a += kGroup * s.lanes;
+    words += s.lanes;
+  });
   for (int m = 0; m < M; ++m) sums[m].even = sum[m];
 }
 
-// out [rows of the tile], rows in 1..kTile.
+template <Format F, int M>
+inline void unpacked_integers(const Stretch& s, const UnpackedGroup<F>* groups, RowSums* sums) {
+  const uint8_t* a = s.a;
+  const uint32_t* words = s.words;
+  f32x16 sum[M];
+  for (int m = 0; m < M; ++m) sum[m] = load<f32x16>(&sums[m].even);
+#pragma GCC unroll 1
+  for (int64_t i = 0; i < s.columns / kGroup; ++i, a += kGroup * s.lanes, words += s.lanes)
+    add_group<F, M>(s, groups[i], a, words, sum, []<int>() PACELINE_INLINE {});
+  for (int m = 0; m < M; ++m) sums[m].even = sum[m];
+}
+
+// f<count>(tile, first) for blocks of at most `Most` rows of a tile, as equal as they can be.
+template <int Most, class G>
+inline void for_row_blocks(int rows, G f) {
+  for (int tile = 0; tile * kTile < rows; ++tile) {
+    int left = std::min(rows - tile * kTile, kTile);
+    for (int first = 0, blocks = (left + Most - 1) / Most; left; --blocks) {
+      const int count = (left + blocks - 1) / blocks;
+      with_count<Most>(count, [&]<int M>() { f.template operator()<M>(tile, first); });
+      first += count, left -= count;
+    }
+  }
+}
+
 template <Format F>
-void panel_tile(const uint8_t* panel, const ActView& act, int rows, f32x16* out) {
-  constexpr int most = kIntegers<F> ? kIntegerRows : kFloatRows;
-  RowSums sums[kTile];
+inline void stretch_rows(const Stretch& all, const ActView& act, int rows, RowSums* sums) {
+  if constexpr (!kIntegers<F>) {
+    for_row_blocks<kFloatRows>(rows, [&]<int M>(int tile, int first) {
+      stretch_floats<F, M>(all.rows_from(act, tile, first), sums + tile * kTile + first);
+    });
+  } else if (rows <= kTile) {
+    for_row_blocks<kIntegerRows>(rows, [&]<int M>(int tile, int first) {
+      stretch_integers<F, M>(all.rows_from(act, tile, first), sums + first);
+    });
+  } else {
+    UnpackedGroup<F> groups[kStretchColumns<F> / kGroup], *next = groups;
+    for_groups<F>(all, [&](const PackedGroup<F>& group) PACELINE_INLINE { next++->set(group); });
+    for_row_blocks<kIntegerRows>(rows, [&]<int M>(int tile, int first) {
+      unpacked_integers<F, M>(all.rows_from(act, tile, first), groups, sums + tile * kTile + first);
+    });
+  }
+}
+
+// out [rows], rows in 1..kRows; more than kTile lie in tiles of kTile lanes.
+template <Format F>
+void panel_rows(const uint8_t* panel, const ActView& act, int rows, f32x16* out) {
+  RowSums sums[kRows];
   for (int m = 0; m < rows; ++m) sums[m] = {splat(0.0f), splat(0.0f)};
   for (int64_t k = 0; k < act.padded_cols; k += kStretchColumns<F>, panel += kStretchBytes<F>) {
     const uint32_t* words = kIntegers<F> ? &act.word(k / kGroup, 0, 0) : nullptr;
     const int64_t columns = std::min(act.padded_cols - k, kStretchColumns<F>);
-    Stretch s{panel,           act.data + k * act_bytes(act.format) * act.lanes,
-              words,           act.groups() * act.lanes,
-              act.lanes,       columns,
-              kStretchBytes<F>};
-    for (int first = 0; first < rows; first += most, s.next_rows(most))
-      with_count<most>(std::min(rows - first, most), [&]<int M>() {
-        if constexpr (kIntegers<F>) stretch_integers<F, M>(s, sums + first);
-        else stretch_floats<F, M>(s, sums + first);
-      });
+    const Stretch stretch{panel,           act.data + k * act_bytes(act.format) * act.lanes,
+                          words,           act.groups() * act.lanes,
+                          act.lanes,       columns,
+                          kStretchBytes<F>};
+    stretch_rows<F>(stretch, act, rows, sums);
   }
   for (int m = 0; m < rows; ++m) out[m] = kIntegers<F> ? sums[m].even : sums[m].even + sums[m].odd;
 }

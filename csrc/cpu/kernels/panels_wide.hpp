@@ -84,13 +84,15 @@ inline void panel_integers(const uint8_t* w, const ActView& act, f32x16* out) {
   for (int m = 0; m < M; ++m) out[m] = sum[m];
 }
 
-// out [rows of the tile], rows in 1..kTile.
+// out [rows], rows in 1..kRows; more than kTile lie in tiles of kTile lanes.
 template <Format F>
-void panel_tile(const uint8_t* panel, const ActView& act, int rows, f32x16* out) {
-  with_count<kTile>(rows, [&]<int M>() {
-    if constexpr (kIntegers<F>) panel_integers<F, M>(panel, act, out);
-    else panel_floats<F, M>(panel, act, out);
-  });
+void panel_rows(const uint8_t* panel, const ActView& act, int rows, f32x16* out) {
+  for (int first = 0; first < rows; first += kTile)
+    with_count<kTile>(std::min(rows - first, kTile), [&]<int M>() {
+      const ActView tile = act.tile(first / kTile);
+      if constexpr (kIntegers<F>) panel_integers<F, M>(panel, tile, out + first);
+      else panel_floats<F, M>(panel, tile, out + first);
+    });
 }
 
 }  // namespace PACELINE_NAMESPACE
