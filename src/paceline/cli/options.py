@@ -49,8 +49,8 @@ QuantOption = Annotated[
 KvOption = Annotated[
     str,
     typer.Option(
-        help=f"KV cache format: {', '.join(f'{name} {what}' for name, what in CACHE_FORMATS.items())}; auto is f32 with "
-        "f32 weights, else bf16.",
+        help=f"KV cache format: {', '.join(f'{name} {what}' for name, what in CACHE_FORMATS.items())}; auto is f32 "
+        "with f32 weights, else bf16.",
         metavar=f"auto|{'|'.join(CACHE_FORMATS)}",
     ),
 ]

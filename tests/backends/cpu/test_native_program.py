@@ -38,7 +38,7 @@ def test_every_instruction_set_gives_the_bits_of_the_corpus(programs: Path) -> N
     done = subprocess.run([programs / "corpus", corpus], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = corpus.read_text().splitlines()
-    without_bf16 = [line for line in lines if " bf16 " not in line]  # weights in bf16, which AVX512-BF16 rounds otherwise
+    without_bf16 = [line for line in lines if " bf16 " not in line]  # which AVX512-BF16 rounds otherwise
     assert 0 < len(without_bf16) < len(lines)
     counts = {isa: len(without_bf16 if isa == "avx512bf16" else lines) for isa in _cpu.usable_isas()}
     assert done.stdout.splitlines() == [f"{isa}: {count} hashes equal" for isa, count in counts.items()]
@@ -48,4 +48,5 @@ def test_a_hash_that_differs_is_an_error(programs: Path, tmp_path: Path) -> None
     lines = (ROOT / "tests" / "native" / "corpus.txt").read_text().splitlines()
     (tmp_path / "corpus.txt").write_text("\n".join([lines[0][:-1] + ("1" if lines[0][-1] == "0" else "0"), *lines[1:]]))
     done = subprocess.run([programs / "corpus", tmp_path / "corpus.txt"], capture_output=True, text=True)
-    assert done.returncode == 1 and lines[0].rpartition(" ")[0] in done.stderr
+    assert done.returncode == 1
+    assert lines[0].rpartition(" ")[0] in done.stderr
