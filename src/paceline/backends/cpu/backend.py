@@ -81,7 +81,7 @@ class CpuBackend:
             gigabytes = slots * cache_bytes(config, context + max_rows, kv) / 1e9
             raise BackendError(
                 f"not enough memory for {slots} x {context} positions of KV cache ({gigabytes:.1f} GB) beside the "
-                "weights; use a shorter context, fewer slots, or --kv q8"
+                f"weights; use a shorter context or fewer slots{'' if kv == 'q8' else ', or --kv q8'}"
             ) from error
         except RuntimeError as error:  # std::system_error
             raise BackendError(f"cannot start {threads} threads ({error}); use fewer") from error
