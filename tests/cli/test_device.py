@@ -71,3 +71,26 @@ def test_without_pytorch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     monkeypatch.setitem(sys.modules, "torch", None)
     assert run([*ARGUMENTS, "--device", "cuda"]) == 2
     assert "pip install 'paceline[cuda]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("drafts", ["0", "3"])
+def test_cache_formats(drafts: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """With f32 weights `auto` is f32, and the others give nearly its logits."""
+    texts = []
+    for kv in ("auto", "f32", "bf16", "q8"):
+        assert run([*ARGUMENTS, "--kv", kv, "--draft-tokens", drafts]) == 0
+        texts.append(json.loads(capsys.readouterr().out)["text"])
+    assert texts[0] == texts[1]
+    assert all(text[:12] == texts[0][:12] for text in texts)
+
+
+def test_unknown_cache_format(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*ARGUMENTS, "--kv", "q4"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == "paceline: error: unknown KV cache format 'q4'; use one of f32, bf16, q8 or auto"
+
+
+def test_other_devices_choose_their_cache_format(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*ARGUMENTS, "--device", "torch:cpu", "--kv", "q8"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.endswith("--device torch:cpu chooses the format of its KV cache; --kv q8 is for --device cpu")
