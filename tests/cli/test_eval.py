@@ -212,3 +212,13 @@ def test_bad_settings_get_one_line(arguments: list[str], cause: str, capsys: pyt
     assert out == ""
     assert cause in err
     assert len(err.splitlines()) == 1
+
+
+def test_what_a_cache_format_costs(model: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = (model, text, "--positions", 90, "--reference", "bf16", "--quant", "bf16", "--kv")
+    same = measured(capsys, *arguments, "auto")["formats"][0]
+    assert (same["kv"], same["kl_mean"], same["same_top_token"]) == ("bf16", 0, 1)
+    found = measured(capsys, *arguments, "q8")
+    assert (found["reference"]["kv"], found["formats"][0]["kv"]) == ("bf16", "q8")
+    assert 0 < found["formats"][0]["kl_mean"] < 0.01
+    assert found["table"][-1].startswith("bf16, q8 cache")

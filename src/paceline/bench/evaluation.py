@@ -42,10 +42,11 @@ Progress = Callable[[str, int, int], None]  # what is done, positions done, of h
 
 @dataclass(frozen=True)
 class Choice:
-    """A model in a weight format."""
+    """A model in a weight format, with a KV cache in a format."""
 
     model: str
     quant: str
+    kv: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class Measured:
 
     model: str
     quant: str
+    kv: str
     weight_bytes: int
     bits_per_weight: float
     tokens_per_s: float  # passes of one row, as in plain decoding
@@ -84,13 +86,14 @@ class Measured:
 # -- what is compared --------------------------------------------------------------------------------------------------
 
 
-def choose(model: str, quants: Sequence[str], reference: str | None) -> tuple[Choice, list[Choice]]:
+def choose(model: str, quants: Sequence[str], reference: str | None, kv: str = "auto") -> tuple[Choice, list[Choice]]:
     """The reference, and what is compared with it.
 
     Args:
         model: a model's name.
         quants: recipes, or auto; by default a quantised file as it is, or all recipes smaller than the reference.
         reference: a recipe, another model, or None for the model in the precision of its files.
+        kv: format of the KV cache of what is compared; the reference's is always auto.
 
     Raises:
         CheckpointError: a model cannot be opened.
@@ -115,7 +118,7 @@ def choose(model: str, quants: Sequence[str], reference: str | None) -> tuple[Ch
         chosen = recipes[recipes.index(widest) + (against.model == model) :]
     if not chosen:
         raise SettingsError(f"there is no format smaller than {against.quant}; name what to compare with it by --quant")
-    return against, [Choice(model, quant) for quant in chosen]
+    return against, [Choice(model, quant, kv) for quant in chosen]
 
 
 def _stored(model: str) -> tuple[str, bool]:
@@ -367,6 +370,7 @@ class Evaluation:
         return Measured(
             model=choice.model,
             quant=info.quant,
+            kv=info.kv,
             weight_bytes=info.weight_bytes,
             bits_per_weight=bits_per_weight(engine.target_config, info.weight_bytes),
             tokens_per_s=decode_tokens_per_s(engine.backend, self.windows[0].tokens[:-1]),
@@ -379,6 +383,7 @@ class Evaluation:
         return {
             "model": measured.model,
             "quant": measured.quant,
+            "kv": measured.kv,
             "weight_bytes": measured.weight_bytes,
             "bits_per_weight": measured.bits_per_weight,
             "tokens_per_s": measured.tokens_per_s,

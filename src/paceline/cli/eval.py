@@ -59,6 +59,7 @@ def evaluate(
     context: Annotated[
         int, typer.Option(help="Tokens that the model sees at most before texts are cut.", min=2, max=1 << 20)
     ] = 1024,
+    kv: opt.KvOption = "auto",
     threads: opt.ThreadsOption = None,
     device: opt.DeviceOption = "cpu",
     plot: Annotated[
@@ -79,17 +80,20 @@ def evaluate(
       paceline eval google/gemma-4-E2B-it
       paceline eval google/gemma-4-E2B-it book.txt --quant q4 --quant q8 --plot loss.png
       paceline eval ./gemma-4-E2B-it-Q4_K_M.gguf --reference google/gemma-4-E2B-it
+      paceline eval ./gemma-4-E2B-it-Q4_K_M.gguf --reference auto --kv q8
     """
     from paceline.backends.formats import check_quant
     from paceline.bench import report
     from paceline.bench.evaluation import Evaluation, choose
+    from paceline.quant.cache_formats import check_cache_format
 
     for name in quant or ():
         check_quant(name)
+    check_cache_format(kv)
     if plot:
         report.check_plot(plot)
     texts = read_texts({str(path): path for path in text} if text else bundled("eval"))
-    against, choices = choose(model, quant or (), reference)
+    against, choices = choose(model, quant or (), reference, kv)
     out = report.console()
     with progress_bar("positions", out) as progress:
 
@@ -104,7 +108,7 @@ def evaluate(
                 continue
             if len(rows) == 1:
                 _print_head(out, model, found)
-            _print_row(out, rows[-1], rows[0])
+            _print_row(out, rows[-1], rows[0], kv)
     whole = {"benchmark": "eval", "version": __version__, "model": model, **found.about}
     whole |= {"reference": rows[0], "formats": rows[1:]}
     print(json.dumps(whole, ensure_ascii=False))
@@ -120,6 +124,7 @@ def _load(choice: Choice, out: Console, *, threads: int | None, device: str, con
         choice.model,
         drafter="none",
         quant=choice.quant,
+        kv=choice.kv,
         threads=threads,
         device=device,
         context=context,
@@ -139,9 +144,10 @@ def _print_head(out: Console, model: str, found: Evaluation) -> None:
     out.print(" " * 18 + "".join(f"  {column}" for column in COLUMNS), soft_wrap=True)
 
 
-def _print_row(out: Console, row: Mapping[str, Any], reference: Mapping[str, Any]) -> None:
+def _print_row(out: Console, row: Mapping[str, Any], reference: Mapping[str, Any], kv: str) -> None:
     """One line, under the columns; a console may be narrower, so it is printed as it is."""
-    name = row["quant"] + (" (reference)" if row is reference else "")
+    cache = "" if kv == "auto" else f", {row['kv']} cache"
+    name = row["quant"] + (" (reference)" if row is reference else cache)
 
     def shown(key: str, form: str) -> str:
         return "-" if row[key] is None else format(row[key], form)
