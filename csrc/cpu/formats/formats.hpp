@@ -156,7 +156,8 @@ struct MatrixView {
 
 // What rows of int8 carry for each group of columns, in words of four bytes. A kernel reads two or three of them: those of
 // a kind lie together, and the others do not pass through the nearest cache. `sum` is the sum of the group's numbers. Start
-// values of sums of products cancel what makes the weights' numbers unsigned.
+// values of sums of products cancel what makes the weights' numbers unsigned; instruction sets that add products in 16 bits
+// have them as pairs: of the first two of each four columns, and of the others.
 enum GroupWord : int {
   kStart8,      // int32: -8 sum
   kScale,       // float

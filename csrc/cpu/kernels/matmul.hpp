@@ -63,6 +63,8 @@ inline i32x16 to_int8(f32x16 x) {
   return convert<i32x16>(round_even(where_greater(high, x, x, high)));
 }
 
+alignas(64) constexpr int32_t kSecondPairs[16] = {0, 0, -1, -1, 0, 0, -1, -1, 0, 0, -1, -1, 0, 0, -1, -1};
+
 // Pack one group of columns of a row into its lane of a tile. Always inline: its vectors would be passed in memory.
 PACELINE_INLINE inline void pack_group(const ActView& act, int64_t row, int64_t group, f32x16 x0, f32x16 x1) {
   static_assert(kGroup == 32);  // x0 and x1
@@ -87,16 +89,23 @@ PACELINE_INLINE inline void pack_group(const ActView& act, int64_t row, int64_t 
     store_bytes(packed, q0);
     store_bytes(packed + 16, q1);
     store_lanes<4>(tile, group, lane, packed);
+    // Of each half of the group, and of it the columns that are the second pair of four.
+    const i32x16 second = load<i32x16>(kSecondPairs);
     const int32_t low = sum(q0), high = sum(q1), all = low + high;
+    const int32_t low_second = kPairSums ? sum(q0 & second) : 0, high_second = kPairSums ? sum(q1 & second) : 0;
+    const auto start = [](int factor, int32_t total, int32_t second_pair) {
+      if constexpr (!kPairSums) return factor * total;
+      return int32_t(uint32_t(factor * second_pair) << 16 | (uint32_t(factor * (total - second_pair)) & 0xffff));
+    };
     const auto set = [&](int word, auto value) { tile.word(group, word, lane) = std::bit_cast<uint32_t>(value); };
-    set(paceline::kStart8, -8 * all);
+    set(paceline::kStart8, start(-8, all, low_second + high_second));
     set(paceline::kScale, scale);
     set(paceline::kScaledSum, scale * float(all));
     set(paceline::kScaledHalf, scale * float(low));
-    set(paceline::kStart16, -16 * all);
+    set(paceline::kStart16, start(-16, all, low_second + high_second));
     set(paceline::kStart128, -128 * all);
-    set(paceline::kStart32, -32 * low);
-    set(paceline::kStart32 + 1, -32 * high);
+    set(paceline::kStart32, start(-32, low, low_second));
+    set(paceline::kStart32 + 1, start(-32, high, high_second));
   }
 }
 

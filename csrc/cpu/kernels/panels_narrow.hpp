@@ -10,6 +10,19 @@
 
 namespace PACELINE_NAMESPACE {
 
+// Sums of products may be pairs of 16-bit numbers, whose total is the sum.
+constexpr bool kPairSums = !std::is_same_v<PartSum<15>, i32x16>;
+
+// How many of a part's operands are added before `total` has to widen the sums. Those of a format with an offset may pass
+// the range of 16 bits on the way: with their start value they end within it.
+template <Format F>
+constexpr int kOperandsAtOnce = [] {
+  constexpr int all = kOperands / Scales<F>::kParts;
+  if (!kPairSums || kOffset<F> == 0) return std::min(all, kRun<kLargest<F>>);
+  static_assert(kOffset<F> * 127 * 2 * all <= 32767 || !kPairSums);
+  return all;
+}();
+
 // A stretch of a panel's columns, and the activations of a tile's rows for it.
 struct Stretch {
   const uint8_t* weights;
@@ -18,15 +31,25 @@ struct Stretch {
   int64_t stride;  // of words
   int lanes;
   int64_t columns;
-  int64_t ahead;  // bytes to the next stretch, which is prefetched; then 0: once is enough, but a branch costs more
 
   // The rows of a tile from `first` on.
   Stretch rows_from(const ActView& act, int tile, int first) const {
     Stretch s = *this;
     s.a += tile * act.tile_bytes() + 4 * first;
     if (words) s.words += tile * act.tile_words() + first;
-    if (tile || first) s.ahead = 0;
     return s;
+  }
+};
+
+// Fetches the stretch after this one, a step with each line of weights that a block of rows uses. Blocks share the work, so
+// that the memory has something to do all the time.
+struct Ahead {
+  const uint8_t* p;
+  int64_t step;
+
+  PACELINE_INLINE void fetch() {
+    prefetch(p);
+    p += step;
   }
 };
 
@@ -45,20 +68,23 @@ struct RowSums {
 };
 
 template <Format F, int M>
-inline void stretch_floats(const Stretch& s, RowSums* sums) {
+inline void stretch_floats(const Stretch& s, Ahead& shared, RowSums* sums) {
   constexpr int bytes = kPlainBytes<F>;
+  Ahead ahead = shared;
   const int step = s.lanes * 4;
   const uint8_t *w = s.weights, *a = s.a;
   f32x16 even[M], odd[M];
   for (int m = 0; m < M; ++m) even[m] = sums[m].even, odd[m] = sums[m].odd;
   for (int64_t i = 0; i < s.columns / lane_columns(traits(F).act()); i += 2, w += 2 * bytes, a += 2 * step) {
-    prefetch(w + s.ahead), prefetch(w + s.ahead + bytes);
+    ahead.fetch();
+    if constexpr (bytes == 64) ahead.fetch();
     const auto w0 = in_register(plain_weights<F>(w));
     for (int m = 0; m < M; ++m) even[m] = dot_lane(even[m], w0, a + 4 * m);
     const auto w1 = in_register(plain_weights<F>(w + bytes));
     for (int m = 0; m < M; ++m) odd[m] = dot_lane(odd[m], w1, a + step + 4 * m);
   }
   for (int m = 0; m < M; ++m) sums[m] = {even[m], odd[m]};
+  shared = ahead;
 }
 
 // A group's numbers and scales as they are packed.
@@ -99,17 +125,19 @@ struct UnpackedGroup {
 };
 
 // One group of columns: exact sums of products of integers, then scaled and added to the rows' sums. `PartSum` takes
-// kRun<largest number> operands before `total` has to widen it. `fetch(i)` is called before operand i is used.
+// kRun<largest number> operands before `total` has to widen it. fetch<I>() is called before operand I is used.
 template <Format F, int M, class Group, class Fetch>
 PACELINE_INLINE inline void add_group(const Stretch& s, const Group& group, const uint8_t* a, const uint32_t* words,
                                       f32x16* sums, Fetch fetch) {
   const auto row = [=, stride = s.stride](int m) PACELINE_INLINE { return GroupWords{words + m, stride}; };
   constexpr int parts = Scales<F>::kParts, of_part = kOperands / parts;
-  constexpr int run = std::min(of_part, kRun<kLargest<F>>);
+  constexpr int run = kOperandsAtOnce<F>;
   unrolled<parts>([&]<int Part>() PACELINE_INLINE {
     i32x16 dots[M];
     unrolled<of_part / run>([&]<int Run>() PACELINE_INLINE {
       PartSum<kLargest<F>> part[M] = {};
+      if constexpr (kOffset<F> != 0)
+        unrolled<M>([&]<int m>() PACELINE_INLINE { part[m] = bits<PartSum<kLargest<F>>>(start<F, Part>(row(m))); });
       unrolled<run>([&]<int J>() PACELINE_INLINE {
         constexpr int i = Part * of_part + Run * run + J;
         fetch.template operator()<i>();
@@ -123,7 +151,6 @@ PACELINE_INLINE inline void add_group(const Stretch& s, const Group& group, cons
     });
     const f32x16 scale = group.scale(Part);
     unrolled<M>([&]<int m>() PACELINE_INLINE {
-      if constexpr (kOffset<F> != 0) dots[m] = dots[m] + start<F, Part>(row(m));
       sums[m] = add_scaled_dots(sums[m], dots[m], scale, row(m).number(paceline::kScale));
     });
     if constexpr (Scales<F>::kMinima) {
@@ -133,20 +160,20 @@ PACELINE_INLINE inline void add_group(const Stretch& s, const Group& group, cons
   });
 }
 
-// f(group) for the groups of a stretch.
-template <Format F, class G>
-PACELINE_INLINE inline void for_groups(const Stretch& s, G f) {
+// f(group) for the groups of a stretch. fetch() is called for each line of their headers.
+template <Format F, class G, class Fetch>
+PACELINE_INLINE inline void for_groups(const Stretch& s, G f, Fetch fetch) {
   constexpr FormatTraits format = traits(F);
   const uint8_t* w = s.weights;
   Scales<F> scales;
   for (int64_t k = 0; k < s.columns; k += 2 * kGroup) {
     if constexpr (format.super_bytes() != 0)
       if (k % kSuper == 0) {
-        prefetch(w + s.ahead);
+        fetch();
         scales.set_super(w);
         w += format.super_bytes();
       }
-    for (int64_t line = 0; line < format.header_bytes(); line += 64) prefetch(w + s.ahead + line);
+    for (int64_t line = 0; line < format.header_bytes(); line += 64) fetch();
     scales.set_block(w);
     w += format.header_bytes();
 #pragma GCC unroll 1
@@ -154,42 +181,59 @@ PACELINE_INLINE inline void for_groups(const Stretch& s, G f) {
   }
 }
 
-template <Format F, int M>
-inline void stretch_integers(const Stretch& s, RowSums* sums) {
+// Whether operand I of a group is the first in its line of weights.
+template <Format F, int I>
+constexpr bool kNewLine = [] {
   constexpr int lines = int(traits(F).group_bytes()) / 64;
+  return I == 0 || I * lines / kOperands != (I - 1) * lines / kOperands;
+}();
+
+template <Format F, int M>
+inline void stretch_integers(const Stretch& s, Ahead& shared, RowSums* sums) {
+  Ahead ahead = shared;
   const uint8_t* a = s.a;
   const uint32_t* words = s.words;
   f32x16 sum[M];
   for (int m = 0; m < M; ++m) sum[m] = load<f32x16>(&sums[m].even);
-  for_groups<F>(s, [&](const PackedGroup<F>& group) PACELINE_INLINE {
+  const auto add = [&](const PackedGroup<F>& group) PACELINE_INLINE {
     add_group<F, M>(s, group, a, words, sum, [&]<int I>() PACELINE_INLINE {
-      constexpr int line = I * lines / kOperands;
-      if constexpr (I == 0 || line != (I - 1) * lines / kOperands) prefetch(group.w + s.ahead + line * 64);
+      if constexpr (kNewLine<F, I>) ahead.fetch();
     });
     a += kGroup * s.lanes;
     words += s.lanes;
-  });
+  };
+  for_groups<F>(s, add, [&]() PACELINE_INLINE { ahead.fetch(); });
   for (int m = 0; m < M; ++m) sums[m].even = sum[m];
+  shared = ahead;
 }
 
 template <Format F, int M>
-inline void unpacked_integers(const Stretch& s, const UnpackedGroup<F>* groups, RowSums* sums) {
+inline void unpacked_integers(const Stretch& s, const UnpackedGroup<F>* groups, Ahead& shared, RowSums* sums) {
+  Ahead ahead = shared;
   const uint8_t* a = s.a;
   const uint32_t* words = s.words;
   f32x16 sum[M];
   for (int m = 0; m < M; ++m) sum[m] = load<f32x16>(&sums[m].even);
 #pragma GCC unroll 1
-  for (int64_t i = 0; i < s.columns / kGroup; ++i, a += kGroup * s.lanes, words += s.lanes)
-    add_group<F, M>(s, groups[i], a, words, sum, []<int>() PACELINE_INLINE {});
+  for (int64_t i = 0; i < s.columns / kGroup; ++i, a += kGroup * s.lanes, words += s.lanes) {
+    ahead.fetch();  // of its header
+    add_group<F, M>(s, groups[i], a, words, sum, [&]<int I>() PACELINE_INLINE {
+      if constexpr (kNewLine<F, I>) ahead.fetch();
+    });
+  }
   for (int m = 0; m < M; ++m) sums[m].even = sum[m];
+  shared = ahead;
 }
+
+// Blocks of at most `most` rows of a tile.
+constexpr int row_blocks(int rows, int most) { return (rows + most - 1) / most; }
 
 // f<count>(tile, first) for blocks of at most `Most` rows of a tile, as equal as they can be.
 template <int Most, class G>
 inline void for_row_blocks(int rows, G f) {
   for (int tile = 0; tile * kTile < rows; ++tile) {
     int left = std::min(rows - tile * kTile, kTile);
-    for (int first = 0, blocks = (left + Most - 1) / Most; left; --blocks) {
+    for (int first = 0, blocks = row_blocks(left, Most); left; --blocks) {
       const int count = (left + blocks - 1) / blocks;
       with_count<Most>(count, [&]<int M>() { f.template operator()<M>(tile, first); });
       first += count, left -= count;
@@ -199,19 +243,21 @@ inline void for_row_blocks(int rows, G f) {
 
 template <Format F>
 inline void stretch_rows(const Stretch& all, const ActView& act, int rows, RowSums* sums) {
+  constexpr int most = kIntegers<F> ? kIntegerRows : kFloatRows;
+  Ahead ahead{all.weights + kStretchBytes<F>, row_blocks(64, row_blocks(rows, most))};
   if constexpr (!kIntegers<F>) {
-    for_row_blocks<kFloatRows>(rows, [&]<int M>(int tile, int first) {
-      stretch_floats<F, M>(all.rows_from(act, tile, first), sums + tile * kTile + first);
+    for_row_blocks<most>(rows, [&]<int M>(int tile, int first) {
+      stretch_floats<F, M>(all.rows_from(act, tile, first), ahead, sums + tile * kTile + first);
     });
   } else if (rows <= kTile) {
-    for_row_blocks<kIntegerRows>(rows, [&]<int M>(int tile, int first) {
-      stretch_integers<F, M>(all.rows_from(act, tile, first), sums + first);
+    for_row_blocks<most>(rows, [&]<int M>(int tile, int first) {
+      stretch_integers<F, M>(all.rows_from(act, tile, first), ahead, sums + first);
     });
   } else {
     UnpackedGroup<F> groups[kStretchColumns<F> / kGroup], *next = groups;
-    for_groups<F>(all, [&](const PackedGroup<F>& group) PACELINE_INLINE { next++->set(group); });
-    for_row_blocks<kIntegerRows>(rows, [&]<int M>(int tile, int first) {
-      unpacked_integers<F, M>(all.rows_from(act, tile, first), groups, sums + tile * kTile + first);
+    for_groups<F>(all, [&](const PackedGroup<F>& group) PACELINE_INLINE { next++->set(group); }, [] {});
+    for_row_blocks<most>(rows, [&]<int M>(int tile, int first) {
+      unpacked_integers<F, M>(all.rows_from(act, tile, first), groups, ahead, sums + tile * kTile + first);
     });
   }
 }
@@ -224,10 +270,8 @@ void panel_rows(const uint8_t* panel, const ActView& act, int rows, f32x16* out)
   for (int64_t k = 0; k < act.padded_cols; k += kStretchColumns<F>, panel += kStretchBytes<F>) {
     const uint32_t* words = kIntegers<F> ? &act.word(k / kGroup, 0, 0) : nullptr;
     const int64_t columns = std::min(act.padded_cols - k, kStretchColumns<F>);
-    const Stretch stretch{panel,           act.data + k * act_bytes(act.format) * act.lanes,
-                          words,           act.groups() * act.lanes,
-                          act.lanes,       columns,
-                          kStretchBytes<F>};
+    const Stretch stretch{
+        panel, act.data + k * act_bytes(act.format) * act.lanes, words, act.groups() * act.lanes, act.lanes, columns};
     stretch_rows<F>(stretch, act, rows, sums);
   }
   for (int m = 0; m < rows; ++m) out[m] = kIntegers<F> ? sums[m].even : sums[m].even + sums[m].odd;

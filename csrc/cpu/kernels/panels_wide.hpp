@@ -8,7 +8,8 @@
 
 namespace PACELINE_NAMESPACE {
 
-constexpr int kAhead = 4096;  // bytes to prefetch ahead of a weight load
+constexpr bool kPairSums = false;  // sums of products are integers of 32 bits
+constexpr int kAhead = 4096;       // bytes to prefetch ahead of a weight load
 
 template <Format F, int M>
 inline void panel_floats(const uint8_t* w, const ActView& act, f32x16* out) {

@@ -30,7 +30,8 @@ PACELINE_INLINE inline PartSum<Largest> dot4(PartSum<Largest> sum, u8x64 w, u8x6
         else return (i16)_mm256_maddubs_epi16(_mm256_abs_epi8(u), _mm256_sign_epi8(v, u));
       },
       w, a);
-  if constexpr (portable::fits_16_bits<Largest>) return sum + pairs;
+  if constexpr (portable::fits_16_bits<Largest>)
+    return map([](i16 s, i16 p) { return (i16)_mm256_add_epi16((__m256i)s, (__m256i)p); }, sum, pairs);
   else return sum + total(pairs);
 }
 

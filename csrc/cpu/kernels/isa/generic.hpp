@@ -58,7 +58,9 @@ PACELINE_INLINE inline PartSum<Largest> dot4(PartSum<Largest> sum, u8x64 w, u8x6
         return ((x << 8) >> 8) * ((y << 8) >> 8) + (x >> 8) * (y >> 8);
       },
       w, a);
-  if constexpr (portable::fits_16_bits<Largest>) return sum + pairs;
+  typedef uint16_t whole __attribute__((vector_size(4 * kLanes)));  // of signed numbers no sum may overflow
+  if constexpr (portable::fits_16_bits<Largest>)
+    return map([](i16 s, i16 p) { return (i16)((whole)s + (whole)p); }, sum, pairs);
   else return sum + total(pairs);
 }
 
