@@ -36,6 +36,9 @@ bool has_avxvnni() {
 #define PACELINE_AVX2 (has("avx2") && has("fma") && has_f16c())
 #define PACELINE_AVX512 (PACELINE_AVX2 && has("avx512f") && has("avx512bw") && has("avx512vl") && has("avx512dq") && \
                          has("avx512vnni"))
+#if PACELINE_SANITIZED  // these alone are compiled: CMakeLists.txt
+#define PACELINE_SETS(set) set(avx512, PACELINE_AVX512) set(avx2, PACELINE_AVX2) set(generic, true)
+#else
 #define PACELINE_SETS(set)                              \
   set(avx512bf16, PACELINE_AVX512 && has("avx512bf16")) \
   set(avx512, PACELINE_AVX512)                          \
@@ -43,6 +46,7 @@ bool has_avxvnni() {
   set(avxvnni_evex, PACELINE_AVX512)                    \
   set(avx2, PACELINE_AVX2)                              \
   set(generic, true)
+#endif
 #elif __aarch64__ && __linux__
 #define PACELINE_SETS(set) set(neon, (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0) set(generic, true)
 #elif __aarch64__ && __APPLE__  // all their processors have had the dot product since 2019
