@@ -392,9 +392,8 @@ def test_inspect_for_people(cli: Cli, model: Path) -> None:
     assert code == 0
     for part in (str(model), "2 sliding + 3 full; the last 1 share K/V", "memory in q4", "vision: 1 tensors", "fits"):
         assert part in out
-    assert [
-        line for line in out.splitlines() if line.startswith("KV cache") and line.endswith("positions")
-    ]  # unwrapped
+    [cache] = [line for line in out.splitlines() if line.startswith("KV cache")]
+    assert cache.endswith("with --kv q8"), "wrapped"
     assert "none found" not in out
     assert "none found" in cli("inspect", model, "--drafter", "none")[1]
 
