@@ -271,7 +271,8 @@ void LayerRunner::drop_rows(const Worker& w, const Call& call, std::vector<Row>&
 
 // attended = attention of the queries.
 void LayerRunner::attend(const Worker& w, const Call& call, const std::vector<Row>& rows) const {
-  attention_.run(w, {call.layer, call.views, call.rope, rows, qkv_.floats(), qkv_ld_, attended_.floats(), attended_ld_});
+  attention_.run(w,
+                 {call.layer, call.views, call.rope, rows, qkv_.floats(), qkv_ld_, attended_.floats(), attended_ld_});
 }
 
 // y = output projection of attended.
