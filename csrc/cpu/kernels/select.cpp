@@ -15,11 +15,11 @@ namespace {
 
 // Features that not all compilers have a name for. Whether the system saves the registers, the features asked for beside
 // them say.
-bool has_f16c() {
+[[maybe_unused]] bool has_f16c() {
   unsigned a, b, c, d;
   return __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
 }
-bool has_avxvnni() {
+[[maybe_unused]] bool has_avxvnni() {
   unsigned a, b, c, d;
   return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
 }
