@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <limits>
 
 namespace paceline::elementary {
 namespace {
@@ -32,6 +33,7 @@ double series(double r) {
 double cosine(double x, int64_t quarters) {
   // pi / 2 in parts of 23 bits, whose products with up to 30 bits are exact, and the rest
   constexpr double parts[] = {0x1.921fb4p+0, 0x1.4442dp-24, 0x1.846988p-48, 0x1.8cc51701b839ap-72};
+  if (!(x > -0x1p40 && x < 0x1p40)) return std::numeric_limits<double>::quiet_NaN();
   const double turns = std::floor(x * 0x1.45f306dc9c883p-1 + 0.5);
   double r = x;
   for (double part : parts) r -= turns * part;
@@ -46,6 +48,7 @@ double cosine(double x, int64_t quarters) {
 }  // namespace
 
 double exp(double x) {
+  x = x > -700 ? (x < 700 ? x : 700) : -700;
   const double n = std::floor(x / (kLn2High + kLn2Low) + 0.5), r = (x - n * kLn2High) - n * kLn2Low;
   double sum = 1;
   for (int i = 16; i > 0; --i) sum = 1 + sum * r / i;
