@@ -85,8 +85,14 @@ def test_a_file_that_shrinks_later(tmp_path: Path) -> None:
     last = max(refs.values(), key=lambda ref: ref.offset + ref.bytes)
     with (tmp_path / "w").open("r+b") as file:
         file.truncate(last.offset)
-    with pytest.raises(CheckpointError, match="download it again"):
-        TensorRef(last.name, "F32", (1,), last.path, last.offset, 4).read()
+    ref = TensorRef(last.name, "F32", (1,), last.path, last.offset, 4)
+    for access in (ref.read, ref.map):
+        with pytest.raises(CheckpointError, match="download it again"):
+            access()
+    ref.path.unlink()
+    for access in (ref.read, ref.map):
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            access()
 
 
 GOOD = {"a": entry(0, 8, [2]), "b": entry(8, 12, [1])}

@@ -82,19 +82,31 @@ class TensorRef:
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot be read ({error.strerror})") from error
         if values.size != (stop - start) * row:
-            raise CheckpointError(f"{self.path}: ended inside the tensor {self.name}; download it again")
+            raise self._ended()
         return values.reshape((stop - start, *shape[1:]) if shape else ())
 
     def map(self) -> np.memmap[Any, Any]:
-        """Map the whole tensor read-only, in the form of `read`; pages are loaded on access and can be evicted."""
+        """Map the whole tensor read-only, in the form of `read`; pages are loaded on access and can be evicted.
+
+        Raises:
+            CheckpointError: as `read`.
+        """
         kind, shape = self._stored()
-        return np.memmap(self.path, kind, "r", self.offset, shape)
+        try:
+            return np.memmap(self.path, kind, "r", self.offset, shape)
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be read ({error.strerror})") from error
+        except ValueError as error:  # the file is shorter
+            raise self._ended() from error
 
     def slice(self, start: int, stop: int) -> TensorRef:
         """Rows `start` to `stop` of the first dimension as a tensor of their own."""
         row = self.bytes // self.rows
         shape = (stop - start, *self.shape[1:])
         return TensorRef(self.name, self.dtype, shape, self.path, self.offset + start * row, (stop - start) * row)
+
+    def _ended(self) -> CheckpointError:
+        return CheckpointError(f"{self.path}: ended inside the tensor {self.name}; download it again")
 
     def _stored(self) -> tuple[np.dtype[Any], tuple[int, ...]]:
         """The type and shape in NumPy's terms."""
