@@ -16,7 +16,7 @@ from pathlib import Path
 
 from paceline.checkpoint.folders import children, home, without_case
 from paceline.checkpoint.ollama import OLLAMA, ollama_names
-from paceline.errors import CheckpointError
+from paceline.errors import MAX_REASON, CheckpointError, shorten
 from paceline.files import read_json
 
 LM_STUDIO = "lmstudio:"
@@ -39,8 +39,9 @@ def lm_studio_path(name: str) -> Path:
             path = without_case(root, tuple(parts))
             if path:
                 return path
+    given = shorten(name, MAX_REASON)
     raise CheckpointError(
-        f"{LM_STUDIO}{name}: no such model in {root}; give {LM_STUDIO}publisher/repository as its folders are named"
+        f"{LM_STUDIO}{given}: no such model in {root}; give {LM_STUDIO}publisher/repository as its folders are named"
     )
 
 
@@ -56,8 +57,9 @@ def llama_cpp_path(name: str) -> Path:
         return path
     if os.path.isfile(f"{path}.downloadInProgress"):
         raise half_download(Path(f"{path}.downloadInProgress"))
+    given = shorten(name, MAX_REASON)
     raise CheckpointError(
-        f"{LLAMA_CPP}{name}: no such file in {folder}; newer versions of llama.cpp keep files in the hub's cache, "
+        f"{LLAMA_CPP}{given}: no such file in {folder}; newer versions of llama.cpp keep files in the hub's cache, "
         "where they are found as org/repository/file.gguf"
     )
 
