@@ -6,27 +6,33 @@ NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc/cpu -type f)
 CPP := $(shell git ls-files '*.cpp' '*.hpp')
 SOURCES := src tests bench tools
 
-.PHONY: demo check test format clean
+# Side by side; a worker that is done takes tests of others, and loads models of its own.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+
+.PHONY: demo lint check test format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/paceline demo
 
-# Format, lint, types, import layers, and the fast tests.
-check: $(VENV)/.installed-test
+# Format, lint, types, import layers.
+lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -m "not slow"
+
+# And the fast tests.
+check: lint
+	$(PYTEST) -m "not slow"
 
 # All tests: on the CPU backend, in Triton's interpreter (where Triton runs), and on the torch backend.
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	$(PYTEST)
 ifeq ($(shell uname -sm),Linux x86_64)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/backends/torch/interpreted
+	TRITON_INTERPRET=1 $(PYTEST) tests/backends/torch/interpreted
 endif
-	OMP_NUM_THREADS=1 PACELINE_TEST_DEVICE=torch:cpu $(BIN)/python -m pytest tests/property tests/parity/test_transformers.py
+	OMP_NUM_THREADS=1 PACELINE_TEST_DEVICE=torch:cpu $(PYTEST) tests/property tests/parity/test_transformers.py
 
 format: $(VENV)/.installed-test
 	$(BIN)/ruff format $(SOURCES)
