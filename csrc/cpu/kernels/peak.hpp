@@ -59,10 +59,10 @@ int64_t peak_of(int64_t steps) {
       sums[m] = peak_dot<F>(sums[m], w, a);
     });
   }
-  for (auto& sum : sums) {
-    store(sink, sum);
+  unrolled<kPeakRows<F>>([&]<int m>() PACELINE_INLINE {  // a loop would keep the sums in memory
+    store(sink, sums[m]);
     asm volatile("" : : "r"(sink) : "memory");
-  }
+  });
   return steps * kPeakRows<F> * kPanel * lane_columns(traits(F).act());
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +89,8 @@ def print_prompt(out: Console, report: Mapping[str, Any]) -> None:
 
 def print_limits(out: Console, report: Mapping[str, Any]) -> None:
     """The machine's limits of the same run, and how experts were chosen."""
-    out.print(f"reading memory: {report['read_bandwidth_gb_s']:.1f} GB/s")
-    if report["dot_peaks"]:
-        peaks = ", ".join(f"{fmt} {peak / 1e9:.0f}" for fmt, peak in report["dot_peaks"].items())
-        out.print(f"peak of the dot products ({report['isa']}), GMAC/s: {peaks}")
+    _print_bandwidth(out, report)
+    _print_peaks(out, report)
     if report.get("expert_overlap") is not None:
         out.print(
             f"experts are SIMULATED: neighbouring rows share {report['expert_overlap']:.0%} of theirs, or as many as "
@@ -100,18 +98,33 @@ def print_limits(out: Console, report: Mapping[str, Any]) -> None:
         )
 
 
+def _print_bandwidth(out: Console, report: Mapping[str, Any]) -> None:
+    out.print(f"reading memory: {report['read_bandwidth_gb_s']:.1f} GB/s")
+
+
+def _print_peaks(out: Console, report: Mapping[str, Any]) -> None:
+    if report["dot_peaks"]:
+        peaks = ", ".join(f"{fmt} {peak / 1e9:.0f}" for fmt, peak in report["dot_peaks"].items())
+        out.print(f"peak of the dot products ({report['isa']}), GMAC/s: {peaks}")
+
+
 def print_isas(out: Console, reports: Mapping[str, Mapping[str, Any]]) -> None:
-    """Instruction sets side by side: milliseconds of passes and how near they are to the limit that binds."""
-    columns = [column for isa in reports for column in (isa, "of bound")]
-    table = new_table("One pass of the target, ms, by instruction set", "rows", *columns)
-    for rows in next(iter(reports.values()))["passes"]:
-        found = [report["passes"][rows] for report in reports.values()]
-        table.add_row(rows, *(cell for one in found for cell in (f"{one['ms']:.1f}", f"{one['bound_fraction']:.0%}")))
-    found = [report["prompt"] for report in reports.values()]
-    table.add_row("prompt", *(cell for one in found for cell in (f"{one['ms']:.0f}", f"{one['bound_fraction']:.0%}")))
-    out.print(table)
+    """Instruction sets one below the other."""
+    passes = {isa: report["passes"] | {"prompt": report["prompt"]} for isa, report in reports.items()}
+    out.print(_isas_table("One pass of the target", passes))
+    _print_bandwidth(out, next(iter(reports.values())))
     for report in reports.values():
-        print_limits(out, report)
+        _print_peaks(out, report)
+
+
+def _isas_table(title: str, isas: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:
+    """Times, and how near they are to the limit that binds: {instruction set: {rows: found}}."""
+    rows = list(next(iter(isas.values())))
+    names = (n if n == "prompt" else f"{n} row{'s' * (n != '1')}" for n in rows)
+    table = new_table(f"{title}: ms, of the limit that binds", "instructions", *names, left=("instructions",))
+    for isa, found in isas.items():
+        table.add_row(isa, *(f"{found[n]['ms']:.1f}\n{found[n]['bound_fraction']:.0%}" for n in rows))
+    return table
 
 
 def print_contexts(out: Console, report: Mapping[str, Any]) -> None:
@@ -140,18 +153,11 @@ def kernel_table(report: Mapping[str, Any], isa: str) -> Table:
     return table
 
 
-def kernel_isas_table(report: Mapping[str, Any]) -> Table:
-    """Instruction sets side by side."""
+def kernel_isas_tables(report: Mapping[str, Any]) -> Iterator[Table]:
+    """Of each format the instruction sets one below the other."""
     isas = report["kernels"]
-    columns = [column for isa in isas for column in (isa, "of bound")]
-    table = new_table("Matrix kernels, ms, by instruction set", "format", "rows", *columns, left=("format",))
-    for fmt, by_rows in next(iter(isas.values())).items():
-        for rows in by_rows:
-            found = [one[fmt][rows] for one in isas.values()]
-            cells = (cell for one in found for cell in (f"{one['ms']:.1f}", f"{one['bound_fraction']:.0%}"))
-            table.add_row(fmt if rows == "1" else "", rows, *cells)
-        table.add_section()
-    return table
+    for fmt in next(iter(isas.values())):
+        yield _isas_table(fmt, {isa: isas[isa][fmt] for isa in isas})
 
 
 def plot_costs(report: Mapping[str, Any], path: Path) -> None:

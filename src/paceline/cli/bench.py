@@ -77,7 +77,7 @@ def kernels(
     from paceline.backends.cpu.processors import default_threads
     from paceline.bench.kernels import KernelBench
     from paceline.bench.machine import peak_memory, processor
-    from paceline.bench.report import console, kernel_isas_table, kernel_table
+    from paceline.bench.report import console, kernel_isas_tables, kernel_table
 
     names = formats.split(",") if formats else list(FORMATS)
     if unknown := set(names) - set(FORMATS):
@@ -97,7 +97,8 @@ def kernels(
     for name in isas:
         out.print(kernel_table(report, name))
     if len(isas) > 1:
-        out.print(kernel_isas_table(report))
+        for table in kernel_isas_tables(report):
+            out.print(table)
     out.print(f"reading memory: {measured.bandwidth.median:.1f} GB/s")
     print(json.dumps(report))
 
