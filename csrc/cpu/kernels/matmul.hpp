@@ -16,7 +16,8 @@ using paceline::MatrixView;
 
 constexpr int kUnitPanels = paceline::kUnit / kPanel;
 
-using PanelKernel = void (*)(const uint8_t* panel, const ActView& act, int rows, f32x16* out);
+using PanelKernel = void (*)(const uint8_t* first, int64_t stride, int panels, const ActView& act, int rows,
+                             f32x16 (*out)[kRows]);
 
 constexpr auto kPanelKernels = []<int... F>(std::integer_sequence<int, F...>) {
   return std::array<PanelKernel, sizeof...(F)>{panel_rows<Format(F)>...};
@@ -38,12 +39,12 @@ void matmul(const MatrixView& w, const ActView& act, int64_t rows, int64_t begin
   paceline::check_fits(w, act);
   const PanelKernel kernel = kPanelKernels[size_t(w.format)];
   for_row_chunks(w, rows, begin, end, [&](int64_t unit, int64_t row, int count) {
-    const int64_t last = std::min((unit + 1) * kUnitPanels, w.panels());
-    for (int64_t panel = unit * kUnitPanels; panel < last; ++panel) {
-      f32x16 y[kRows];
-      kernel(w.panel(panel), act.tile(row / kTile), count, y);
-      for (int m = 0; m < count; ++m) store(out + (row + m) * ld + panel * kPanel, y[m]);
-    }
+    const int64_t first = unit * kUnitPanels;
+    const int panels = int(std::min<int64_t>(w.panels() - first, kUnitPanels));
+    f32x16 y[kUnitPanels][kRows];
+    kernel(w.panel(first), w.stride, panels, act.tile(row / kTile), count, y);
+    for (int p = 0; p < panels; ++p)
+      for (int m = 0; m < count; ++m) store(out + (row + m) * ld + (first + p) * kPanel, y[p][m]);
   });
 }
 
@@ -131,16 +132,17 @@ void gated(const MatrixView& gate, const ActView& act, const GateFactor& factor,
   const PanelKernel up_kernel = factor.up ? kPanelKernels[size_t(factor.up->format)] : nullptr;
   for_row_chunks(gate, rows, begin, end, [&](int64_t unit, int64_t row, int count) {
     f32x16 y[kUnitPanels][kRows], z[kUnitPanels][kRows];
-    for (int half = 0; half < kUnitPanels; ++half) {
-      const int64_t panel = unit * kUnitPanels + half;
-      for (int m = 0; m < count; ++m) y[half][m] = z[half][m] = splat(0.0f);
-      if (panel >= gate.panels()) continue;  // an odd panel at the end: the padding of the next matrix is zero
-      gate_kernel(gate.panel(panel), act.tile(row / kTile), count, y[half]);
-      if (up_kernel) up_kernel(factor.up->panel(panel), factor.up_act.tile(row / kTile), count, z[half]);
-      else
+    const int64_t first = unit * kUnitPanels;
+    const int panels = int(std::min<int64_t>(gate.panels() - first, kUnitPanels));
+    for (int m = 0; m < count; ++m)
+      y[1][m] = z[1][m] = splat(0.0f);  // a last one alone: the next matrix's padding is zero
+    gate_kernel(gate.panel(first), gate.stride, panels, act.tile(row / kTile), count, y);
+    if (up_kernel)
+      up_kernel(factor.up->panel(first), factor.up->stride, panels, factor.up_act.tile(row / kTile), count, z);
+    else
+      for (int p = 0; p < panels; ++p)
         for (int m = 0; m < count; ++m)
-          z[half][m] = load<f32x16>(factor.given + (row + m) * factor.ld + panel * kPanel);
-    }
+          z[p][m] = load<f32x16>(factor.given + (row + m) * factor.ld + (first + p) * kPanel);
     for (int m = 0; m < count; ++m) pack_group(out, row + m, unit, gelu(y[0][m]) * z[0][m], gelu(y[1][m]) * z[1][m]);
     if (unit + 1 < gate.units()) return;
     for (int m = 0; m < count; ++m)  // zeros for the columns that pad the rows to whole blocks

@@ -1,6 +1,7 @@
 // How the weights of each format become operands of dot products, and what their sums are multiplied with.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 
 #include "formats/formats.hpp"
@@ -37,6 +38,22 @@ inline void with_count(int count, F f) {
   [&]<int... I>(std::integer_sequence<int, I...>) {
     (void)((count == I + 1 && (f.template operator()<I + 1>(), true)) || ...);
   }(std::make_integer_sequence<int, Most>());
+}
+
+// Blocks of at most `most` rows of a tile.
+constexpr int row_blocks(int rows, int most) { return (rows + most - 1) / most; }
+
+// f<count>(tile, first) for blocks of at most `Most` rows of a tile, as equal as they can be.
+template <int Most, class G>
+inline void for_row_blocks(int rows, G f) {
+  for (int tile = 0; tile * kTile < rows; ++tile) {
+    int left = std::min(rows - tile * kTile, kTile);
+    for (int first = 0, blocks = row_blocks(left, Most); left; --blocks) {
+      const int count = (left + blocks - 1) / blocks;
+      with_count<Most>(count, [&]<int M>() { f.template operator()<M>(tile, first); });
+      first += count, left -= count;
+    }
+  }
 }
 
 // Plain formats: the weights of one lane of activations, one column or a pair of bfloat16, and

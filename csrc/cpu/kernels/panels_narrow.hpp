@@ -2,7 +2,7 @@
 //
 // The registers hold the sums of few batch rows (kFloatRows, kIntegerRows), so rows are taken that many at a time, over
 // stretches of weights that stay in the nearest cache: each is fetched from memory once, whatever the number of rows. For
-// more rows than a tile's a stretch is unpacked once, too. Each row has its own sums, in the same order for every number
+// more rows (kPackedRows) a stretch is unpacked once, too. Each row has its own sums, in the same order for every number
 // of rows. Included by matmul.hpp.
 #pragma once
 
@@ -225,31 +225,21 @@ inline void unpacked_integers(const Stretch& s, const UnpackedGroup<F>* groups, 
   shared = ahead;
 }
 
-// Blocks of at most `most` rows of a tile.
-constexpr int row_blocks(int rows, int most) { return (rows + most - 1) / most; }
+template <Format F> constexpr int kRowsAtOnce = kIntegers<F> ? kIntegerRows : kFloatRows;
 
-// f<count>(tile, first) for blocks of at most `Most` rows of a tile, as equal as they can be.
-template <int Most, class G>
-inline void for_row_blocks(int rows, G f) {
-  for (int tile = 0; tile * kTile < rows; ++tile) {
-    int left = std::min(rows - tile * kTile, kTile);
-    for (int first = 0, blocks = row_blocks(left, Most); left; --blocks) {
-      const int count = (left + blocks - 1) / blocks;
-      with_count<Most>(count, [&]<int M>() { f.template operator()<M>(tile, first); });
-      first += count, left -= count;
-    }
-  }
-}
+// So many rows at most take a stretch as it is packed. Super-blocks take long to unpack, and AVX2's sums of pairs leave no
+// registers for it.
+template <Format F> constexpr int kPackedRows = kPairSums && traits(F).super_bytes() ? kIntegerRows : kTile;
 
 template <Format F>
 inline void stretch_rows(const Stretch& all, const ActView& act, int rows, RowSums* sums) {
-  constexpr int most = kIntegers<F> ? kIntegerRows : kFloatRows;
+  constexpr int most = kRowsAtOnce<F>;
   Ahead ahead{all.weights + kStretchBytes<F>, row_blocks(64, row_blocks(rows, most))};
   if constexpr (!kIntegers<F>) {
     for_row_blocks<most>(rows, [&]<int M>(int tile, int first) {
       stretch_floats<F, M>(all.rows_from(act, tile, first), ahead, sums + tile * kTile + first);
     });
-  } else if (rows <= kTile) {
+  } else if (rows <= kPackedRows<F>) {
     for_row_blocks<most>(rows, [&]<int M>(int tile, int first) {
       stretch_integers<F, M>(all.rows_from(act, tile, first), ahead, sums + first);
     });
@@ -262,19 +252,26 @@ inline void stretch_rows(const Stretch& all, const ActView& act, int rows, RowSu
   }
 }
 
-// out [rows], rows in 1..kRows; more than kTile lie in tiles of kTile lanes.
 template <Format F>
-void panel_rows(const uint8_t* panel, const ActView& act, int rows, f32x16* out) {
+inline void one_panel(const uint8_t* panel, const ActView& act, int rows, f32x16* out) {
   RowSums sums[kRows];
   for (int m = 0; m < rows; ++m) sums[m] = {splat(0.0f), splat(0.0f)};
-  for (int64_t k = 0; k < act.padded_cols; k += kStretchColumns<F>, panel += kStretchBytes<F>) {
+  // rows that are taken at once take the panel as one stretch
+  const int64_t step = rows <= kRowsAtOnce<F> ? act.padded_cols : kStretchColumns<F>;
+  for (int64_t k = 0; k < act.padded_cols; k += step, panel += kStretchBytes<F>) {
     const uint32_t* words = kIntegers<F> ? &act.word(k / kGroup, 0, 0) : nullptr;
-    const int64_t columns = std::min(act.padded_cols - k, kStretchColumns<F>);
+    const int64_t columns = std::min(act.padded_cols - k, step);
     const Stretch stretch{
         panel, act.data + k * act_bytes(act.format) * act.lanes, words, act.groups() * act.lanes, act.lanes, columns};
     stretch_rows<F>(stretch, act, rows, sums);
   }
   for (int m = 0; m < rows; ++m) out[m] = kIntegers<F> ? sums[m].even : sums[m].even + sums[m].odd;
+}
+
+// out [panels][rows], panels 1 or 2, `stride` apart, rows in 1..kRows; more than kTile lie in tiles of kTile lanes.
+template <Format F>
+void panel_rows(const uint8_t* first, int64_t stride, int panels, const ActView& act, int rows, f32x16 (*out)[kRows]) {
+  for (int p = 0; p < panels; ++p) one_panel<F>(first + p * stride, act, rows, out[p]);
 }
 
 }  // namespace PACELINE_NAMESPACE

@@ -28,72 +28,106 @@ inline void panel_floats(const uint8_t* w, const ActView& act, f32x16* out) {
   for (int m = 0; m < M; ++m) out[m] = even[m] + odd[m];
 }
 
-// One group of columns: exact sums of products of integers, then scaled and added to the rows' sums.
-template <Format F, int M>
-PACELINE_INLINE inline void add_group(const uint8_t* w, const Scales<F>& scales, int second, const uint8_t* a, int step,
-                                      const uint32_t* words, int64_t stride, f32x16* sum) {
-  const auto row = [=](int m) PACELINE_INLINE { return GroupWords{words + m, stride}; };
+// Formats of which more rows than a tile's take two panels at once: each broadcast of activations then serves both. Where
+// scales take longer than sums that gains nothing, and where memory does, half of the rows at once would lose.
+template <Format F> constexpr bool kInPairs = kIntegers<F> && !traits(F).super_bytes();
+
+// Rows at once, so that 16 registers hold their sums, and 8 or 16 more those of a group.
+template <int P> constexpr int kRowsAtOnce = kTile / P;
+
+// One group of columns of P panels, `stride` apart: exact sums of products of integers, then scaled and added to the rows'
+// sums.
+template <Format F, int P, int M>
+PACELINE_INLINE inline void add_group(const uint8_t* w, int64_t stride, const Scales<F>* scales, int second,
+                                      const uint8_t* a, int step, const uint32_t* words, int64_t words_stride,
+                                      f32x16 (*sum)[M]) {
+  const auto row = [=](int m) PACELINE_INLINE { return GroupWords{words + m, words_stride}; };
   constexpr int parts = Scales<F>::kParts, of_part = kOperands / parts, lines = int(traits(F).group_bytes()) / 64;
   unrolled<parts>([&]<int Part>() PACELINE_INLINE {
-    i32x16 dots[M];
-    unrolled<M>([&]<int m>() PACELINE_INLINE { dots[m] = start<F, Part>(row(m)); });
+    i32x16 dots[P][M];
+    unrolled<M>([&]<int m>() PACELINE_INLINE {
+      const i32x16 first = start<F, Part>(row(m));
+      unrolled<P>([&]<int p>() PACELINE_INLINE { dots[p][m] = first; });
+    });
     unrolled<of_part>([&]<int J>() PACELINE_INLINE {
       constexpr int i = Part * of_part + J, line = i * lines / kOperands;
-      if constexpr (i == 0 || line != (i - 1) * lines / kOperands) prefetch(w + kAhead + line * 64);
-      const u8x64 numbers = operand<F, i>(w);
-      unrolled<M>([&]<int m>() PACELINE_INLINE { dots[m] = dot4(dots[m], numbers, a + 4 * m); });
+      u8x64 numbers[P];
+      unrolled<P>([&]<int p>() PACELINE_INLINE {
+        if constexpr (i == 0 || line != (i - 1) * lines / kOperands) prefetch(w + p * stride + kAhead + line * 64);
+        numbers[p] = operand<F, i>(w + p * stride);
+      });
+      unrolled<M>([&]<int m>() PACELINE_INLINE {
+        const u8x64 four = broadcast<u8x64>(a + 4 * m);
+        unrolled<P>([&]<int p>() PACELINE_INLINE { dots[p][m] = dot4(dots[p][m], numbers[p], four); });
+      });
       a += step;
     });
-    const f32x16 scale = scales.scale(second, Part);
-    unrolled<M>([&]<int m>() PACELINE_INLINE {
-      sum[m] = add_scaled_dots(sum[m], dots[m], scale, row(m).number(paceline::kScale));
+    unrolled<P>([&]<int p>() PACELINE_INLINE {
+      const f32x16 scale = scales[p].scale(second, Part);
+      unrolled<M>([&]<int m>() PACELINE_INLINE {
+        sum[p][m] = add_scaled_dots(sum[p][m], dots[p][m], scale, row(m).number(paceline::kScale));
+      });
+      if constexpr (Scales<F>::kMinima) {
+        const f32x16 minimum = scales[p].minimum(second, Part);
+        unrolled<M>([&]<int m>() PACELINE_INLINE { sum[p][m] = fma(minimum, scaled_sum<F, Part>(row(m)), sum[p][m]); });
+      }
     });
-    if constexpr (Scales<F>::kMinima) {
-      const f32x16 minimum = scales.minimum(second, Part);
-      unrolled<M>([&]<int m>() PACELINE_INLINE { sum[m] = fma(minimum, scaled_sum<F, Part>(row(m)), sum[m]); });
-    }
   });
 }
 
-template <Format F, int M>
-inline void panel_integers(const uint8_t* w, const ActView& act, f32x16* out) {
+// Rows `first`, first + 1, ... of a tile; out[panel][row], ...
+template <Format F, int P, int M>
+inline void panel_integers(const uint8_t* w, int64_t stride, const ActView& act, int first, f32x16 (*out)[kRows],
+                           int row) {
   constexpr FormatTraits format = traits(F);
   const int lanes = act.lanes;
-  const uint8_t* a = act.data;
-  const uint32_t* words = act.words;
-  Scales<F> scales;
-  f32x16 sum[M];
-  for (int m = 0; m < M; ++m) sum[m] = splat(0.0f);
+  const uint8_t* a = act.data + 4 * first;
+  const uint32_t* words = act.words + first;
+  Scales<F> scales[P];
+  f32x16 sum[P][M];
+  unrolled<P>([&]<int p>() PACELINE_INLINE { unrolled<M>([&]<int m>() PACELINE_INLINE { sum[p][m] = splat(0.0f); }); });
   for (int64_t k = 0; k < act.padded_cols; k += 2 * kGroup) {
     if constexpr (format.super_bytes() != 0)
       if (k % kSuper == 0) {
-        prefetch(w + kAhead);
-        scales.set_super(w);
+        unrolled<P>([&]<int p>() PACELINE_INLINE {
+          prefetch(w + p * stride + kAhead);
+          scales[p].set_super(w + p * stride);
+        });
         w += format.super_bytes();
       }
-    for (int64_t line = 0; line < format.header_bytes(); line += 64) prefetch(w + kAhead + line);
-    scales.set_block(w);
+    unrolled<P>([&]<int p>() PACELINE_INLINE {
+      for (int64_t line = 0; line < format.header_bytes(); line += 64) prefetch(w + p * stride + kAhead + line);
+      scales[p].set_block(w + p * stride);
+    });
     w += format.header_bytes();
 #pragma GCC unroll 1
     for (int second = 0; second < 2; ++second) {
-      add_group<F, M>(w, scales, second, a, 4 * lanes, words, act.groups() * lanes, sum);
+      add_group<F, P, M>(w, stride, scales, second, a, 4 * lanes, words, act.groups() * lanes, sum);
       w += format.group_bytes();
       a += kGroup * lanes;
       words += lanes;
     }
   }
-  for (int m = 0; m < M; ++m) out[m] = sum[m];
+  unrolled<P>([&]<int p>()
+                  PACELINE_INLINE { unrolled<M>([&]<int m>() PACELINE_INLINE { out[p][row + m] = sum[p][m]; }); });
 }
 
-// out [rows], rows in 1..kRows; more than kTile lie in tiles of kTile lanes.
+// out [P][rows] of P panels, `stride` apart.
+template <Format F, int P>
+inline void panels_rows(const uint8_t* panels, int64_t stride, const ActView& act, int rows, f32x16 (*out)[kRows]) {
+  for_row_blocks<kRowsAtOnce<P>>(rows, [&]<int M>(int tile, int first) {
+    if constexpr (kIntegers<F>)
+      panel_integers<F, P, M>(panels, stride, act.tile(tile), first, out, tile * kTile + first);
+    else panel_floats<F, M>(panels, act.tile(tile), out[0] + tile * kTile);
+  });
+}
+
+// out [panels][rows], panels 1 or 2, `stride` apart, rows in 1..kRows; more than kTile lie in tiles of kTile lanes.
 template <Format F>
-void panel_rows(const uint8_t* panel, const ActView& act, int rows, f32x16* out) {
-  for (int first = 0; first < rows; first += kTile)
-    with_count<kTile>(std::min(rows - first, kTile), [&]<int M>() {
-      const ActView tile = act.tile(first / kTile);
-      if constexpr (kIntegers<F>) panel_integers<F, M>(panel, tile, out + first);
-      else panel_floats<F, M>(panel, tile, out + first);
-    });
+void panel_rows(const uint8_t* first, int64_t stride, int panels, const ActView& act, int rows, f32x16 (*out)[kRows]) {
+  if constexpr (kInPairs<F>)
+    if (panels == 2 && rows > kTile) return panels_rows<F, 2>(first, stride, act, rows, out);
+  for (int p = 0; p < panels; ++p) panels_rows<F, 1>(first + p * stride, stride, act, rows, out + p);
 }
 
 }  // namespace PACELINE_NAMESPACE

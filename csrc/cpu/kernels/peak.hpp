@@ -25,14 +25,14 @@ PACELINE_INLINE inline const uint8_t* unknown(const uint8_t* p) {
 template <Format F>
 PACELINE_INLINE inline auto peak_dot(auto sum, auto w, const uint8_t* a) {
   if constexpr (!kIntegers<F>) return dot_lane(sum, w, a);
-  else if constexpr (requires { dot4(sum, w, a); }) return dot4(sum, w, a);
+  else if constexpr (requires { dot4(sum, w, w); }) return dot4(sum, w, broadcast<u8x64>(a));
   else return dot4<kLargest<F>>(sum, w, broadcast<u8x64>(a));
 }
 
 template <Format F>
-PACELINE_INLINE inline auto peak_sum(auto w, const uint8_t* a) {
+PACELINE_INLINE inline auto peak_sum(auto w) {
   if constexpr (!kIntegers<F>) return splat(0.0f);
-  else if constexpr (requires { dot4(splat(0), w, a); }) return splat(0);
+  else if constexpr (requires { dot4(splat(0), w, w); }) return splat(0);
   else return decltype(dot4<kLargest<F>>({}, w, w)){};
 }
 
@@ -50,8 +50,9 @@ int64_t peak_of(int64_t steps) {
   const uint8_t acts[4] = {60, 196, 60, 196};  // sums of integers stay 0
   auto w = peak_weights<F>(unknown(weights));
   const uint8_t* a = acts;
-  decltype(peak_sum<F>(w, a)) sums[kPeakRows<F>];
-  for (auto& sum : sums) sum = peak_sum<F>(w, a);
+  decltype(peak_sum<F>(w)) sums[kPeakRows<F>];
+  // unrolled: loops over the sums would keep them in memory
+  unrolled<kPeakRows<F>>([&]<int m>() PACELINE_INLINE { sums[m] = peak_sum<F>(w); });
   for (int64_t i = 0; i < steps; ++i) {
     w = in_register(w);
     unrolled<kPeakRows<F>>([&]<int m>() PACELINE_INLINE {
@@ -59,7 +60,7 @@ int64_t peak_of(int64_t steps) {
       sums[m] = peak_dot<F>(sums[m], w, a);
     });
   }
-  unrolled<kPeakRows<F>>([&]<int m>() PACELINE_INLINE {  // a loop would keep the sums in memory
+  unrolled<kPeakRows<F>>([&]<int m>() PACELINE_INLINE {
     store(sink, sums[m]);
     asm volatile("" : : "r"(sink) : "memory");
   });

@@ -43,11 +43,9 @@ inline u8x64 lookup(const int8_t* values, u8x64 index) {
   return (u8x64)_mm512_shuffle_epi8(table, (__m512i)index);
 }
 
-// acc[i] += w[4 i + 0..3] * a[0..3]: unsigned weight bytes by the four signed bytes at `a`. Exact.
-inline i32x16 dot4(i32x16 acc, u8x64 w, const uint8_t* a) {
-  int32_t lane;
-  std::memcpy(&lane, a, 4);
-  return (i32x16)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, _mm512_set1_epi32(lane));
+// acc[i] += w[4 i + 0..3] * a[4 i + 0..3]: unsigned weight bytes by signed ones. Exact.
+inline i32x16 dot4(i32x16 acc, u8x64 w, u8x64 a) {
+  return (i32x16)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)a);
 }
 
 inline void multiply(u32x16 a, uint32_t m, u32x16& low, u32x16& high) {
