@@ -26,24 +26,41 @@ using paceline::kStretchRows;
 using paceline::kTileQueries;
 using paceline::QueryTile;
 
-constexpr int kQueries = kLanes == 16 ? 8 : 6;  // whose sums of sixteen lanes fit into registers
+// Queries, and blocks of keys or panels of values, whose sums of sixteen lanes fit into registers.
+constexpr int kQueries = kLanes == 16 ? 8 : 6, kAtOnce = kLanes == 16 ? 2 : 1;
+
+inline int64_t fraction(int64_t n, int64_t parts) { return (n + parts - 1) / parts; }
+inline int64_t groups_of(int64_t queries) { return fraction(queries, kQueries); }
+
+// f<count>(first) for first .. first + count of [begin, end), kAtOnce or one at once.
+template <class F>
+PACELINE_INLINE inline void each_few(int64_t begin, int64_t end, F f) {
+  for (; begin + kAtOnce <= end; begin += kAtOnce) f.template operator()<kAtOnce>(begin);
+  for (; begin < end; ++begin) f.template operator()<1>(begin);
+}
 
 // f<count>(first) for queries first .. first + count of [0, n), in groups of equal size.
 template <class F>
 PACELINE_INLINE inline void each_group(int64_t n, F f) {
-  const int64_t groups = (n + kQueries - 1) / kQueries;
+  const int64_t groups = groups_of(n);
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t first = n * g / groups;
     with_count<kQueries>(int(n * (g + 1) / groups - first), [&]<int N>() { f.template operator()<N>(first); });
   }
 }
 
-// sums[j] += a[j][i] * row i of `rows`, for i = 0, Step, 2 Step ... below n.
-template <int Step, int N>
-PACELINE_INLINE inline void accumulate(f32x16 (&sums)[N], const float* const (&a)[N], const float* rows, int64_t n) {
+// sums[p][j] += a[j][i] * row i of rows[p], for i = 0, Step, 2 Step ... below n.
+template <int Step, int P, int N>
+PACELINE_INLINE inline void accumulate(f32x16 (&sums)[P][N], const float* const (&a)[N], const float* const (&rows)[P],
+                                       int64_t n, Ahead& ahead) {
   for (int64_t i = 0; i < n; i += Step) {
-    const f32x16 row = load<f32x16>(rows + i * 16);
-    unrolled<N>([&]<int J>() PACELINE_INLINE { sums[J] = fma(row, splat(a[J][i]), sums[J]); });
+    ahead.fetch();
+    f32x16 row[P];
+    unrolled<P>([&]<int p>() PACELINE_INLINE { row[p] = load<f32x16>(rows[p] + i * 16); });
+    unrolled<N>([&]<int J>() PACELINE_INLINE {
+      const f32x16 factor = splat(a[J][i]);
+      unrolled<P>([&]<int p>() PACELINE_INLINE { sums[p][J] = fma(row[p], factor, sums[p][J]); });
+    });
   }
 }
 
@@ -115,19 +132,21 @@ inline f32x16 widen_numbers(const uint8_t* p) {
   return convert<f32x16>(widen_bytes(reinterpret_cast<const int8_t*>(p)));
 }
 
-// The keys of a block as floats [dim][16], in `out` unless they are floats. A q8 number times its scale is exact.
-inline const float* widen_keys(const CacheView& cache, const uint8_t* block, float* out) {
-  const int64_t dim = cache.head_dim;
-  if (cache.format == CacheFormat::f32) return reinterpret_cast<const float*>(block);
+// Columns [begin, end) of a block's keys as floats [column - begin][16], in `out` unless they are floats; begin is the first
+// of a group. A q8 number times its scale is exact.
+inline const float* widen_keys(const CacheView& cache, const uint8_t* block, int64_t begin, int64_t end, float* out) {
+  if (cache.format == CacheFormat::f32) return reinterpret_cast<const float*>(block) + begin * 16;
   if (cache.format == CacheFormat::bf16) {
-    const uint16_t* halves = reinterpret_cast<const uint16_t*>(block);
-    for (int64_t i = 0; i < dim * 16; i += 16) store(out + i, widen(halves + i));
+    const uint16_t* halves = reinterpret_cast<const uint16_t*>(block) + begin * 16;
+    for (int64_t i = 0; i < (end - begin) * 16; i += 16) store(out + i, widen(halves + i));
     return out;
   }
-  for (int64_t d = 0; d < dim; d += kCacheGroup, block += kGroupBytes) {
+  block += begin / kCacheGroup * kGroupBytes;
+  for (int64_t d = begin; d < end; d += kCacheGroup, block += kGroupBytes) {
     const f32x16 scales = widen(reinterpret_cast<const uint16_t*>(block));
-    const int64_t n = std::min(kCacheGroup, dim - d);
-    for (int64_t i = 0; i < n; ++i) store(out + (d + i) * 16, widen_numbers(block + kScaleBytes + i * 16) * scales);
+    float* const to = out + (d - begin) * 16;
+    const int64_t n = std::min(kCacheGroup, end - d);
+    for (int64_t i = 0; i < n; ++i) store(to + i * 16, widen_numbers(block + kScaleBytes + i * 16) * scales);
   }
   return out;
 }
@@ -150,50 +169,53 @@ inline const float* widen_values(const CacheView& cache, const uint8_t* block, i
   return out;
 }
 
-// Parts [begin, begin + count) of `all` of a block: brought into the cache while another block is computed with.
-inline void prefetch_part(const CacheView& cache, const uint8_t* block, int64_t begin, int64_t count, int64_t all) {
-  const int64_t bytes = CacheView::block_bytes(cache.format, cache.head_dim);
-  for (int64_t i = bytes * begin / all; i < bytes * (begin + count) / all; i += 64) prefetch(block + i);
-}
-
 // -- scores -------------------------------------------------------------------------------------------------------------
 
 constexpr int64_t kScoreColumns = 128;  // of a block's keys, which stay in the first cache while all queries meet them
 
-// sums [queries][2][16], of even and of odd columns: goes on with the chains over columns [low, high).
-template <int N>
-inline void score_columns(const float* const* queries, const float* keys, int64_t low, int64_t high, float* sums) {
+// sums [blocks][kTileQueries][2][16], of even and of odd columns: goes on with the chains over columns [low, high), the
+// first of `keys`.
+template <int P, int N>
+inline void score_columns(const float* const* queries, const float* const (&keys)[P], int64_t low, int64_t high,
+                          float* sums, Ahead& ahead) {
   for (int64_t parity = 0; parity < 2; ++parity) {
-    f32x16 sum[N];
-    const float* at[N];
-    unrolled<N>([&]<int J>() PACELINE_INLINE {
-      sum[J] = load<f32x16>(sums + (2 * J + parity) * 16), at[J] = queries[J] + low + parity;
+    f32x16 sum[P][N];
+    const float *at[N], *rows[P];
+    const auto place = [=](int p, int j) PACELINE_INLINE { return sums + ((p * kTileQueries + j) * 2 + parity) * 16; };
+    unrolled<N>([&]<int J>() PACELINE_INLINE { at[J] = queries[J] + low + parity; });
+    unrolled<P>([&]<int p>() PACELINE_INLINE {
+      rows[p] = keys[p] + parity * 16;
+      unrolled<N>([&]<int J>() PACELINE_INLINE { sum[p][J] = load<f32x16>(place(p, J)); });
     });
-    accumulate<2>(sum, at, keys + (low + parity) * 16, high - low);
-    unrolled<N>([&]<int J>() PACELINE_INLINE { store(sums + (2 * J + parity) * 16, sum[J]); });
+    accumulate<2>(sum, at, rows, high - low, ahead);
+    unrolled<P>([&]<int p>()
+                    PACELINE_INLINE { unrolled<N>([&]<int J>() PACELINE_INLINE { store(place(p, J), sum[p][J]); }); });
   }
 }
 
 void score(const CacheView& cache, int64_t head, const QueryTile& tile, int64_t begin, int64_t end, float* scratch) {
   const int64_t n = tile.queries(), dim = cache.head_dim;
   const float* queries[kTileQueries];
-  alignas(64) float sums[kTileQueries * 32];
+  alignas(64) float sums[kAtOnce * kTileQueries * 32];
   for (int64_t j = 0; j < n; ++j) queries[j] = tile.query(j, dim);
-  for (int64_t block = begin; block < end; ++block) {
-    const float* keys = widen_keys(cache, cache.key_block(head, tile.begin + block * kBlockRows), scratch);
-    const uint8_t* next = cache.key_block(head, tile.begin + std::min(block + 1, end - 1) * kBlockRows);
-    std::fill(sums, sums + n * 32, 0.0f);
+  const auto keys_of = [&](int64_t block) { return cache.key_block(head, tile.begin + block * kBlockRows); };
+  each_few(begin, end, [&]<int P>(int64_t block) {
+    Ahead ahead{keys_of(std::min(block + P, end - 1)),
+                fraction(P * CacheView::block_bytes(cache.format, dim), dim * groups_of(n))};
+    std::fill(sums, sums + P * kTileQueries * 32, 0.0f);
     for (int64_t d = 0; d < dim; d += kScoreColumns) {
       const int64_t stop = std::min(d + kScoreColumns, dim);
-      each_group(n, [&]<int N>(int64_t j) {
-        prefetch_part(cache, next, d * n + j * (stop - d), (stop - d) * N, dim * n);
-        score_columns<N>(queries + j, keys, d, stop, sums + j * 32);
-      });
+      const float* keys[P];
+      for (int p = 0; p < P; ++p)
+        keys[p] = widen_keys(cache, keys_of(block + p), d, stop, scratch + p * (stop - d) * 16);
+      each_group(n, [&]<int N>(int64_t j) { score_columns<P, N>(queries + j, keys, d, stop, sums + j * 32, ahead); });
     }
-    for (int64_t j = 0; j < n; ++j)
-      store(tile.scores + j * tile.width() + block * kBlockRows,
-            load<f32x16>(sums + j * 32) + load<f32x16>(sums + j * 32 + 16));
-  }
+    for (int p = 0; p < P; ++p)
+      for (int64_t j = 0; j < n; ++j) {
+        const float* sum = sums + (p * kTileQueries + j) * 32;
+        store(tile.scores + j * tile.width() + (block + p) * kBlockRows, load<f32x16>(sum) + load<f32x16>(sum + 16));
+      }
+  });
 }
 
 // -- softmax ------------------------------------------------------------------------------------------------------------
@@ -234,30 +256,41 @@ struct ValueStretch {
   const uint8_t* next[kStretchRows / kBlockRows];  // blocks of the next stretch
 };
 
-// out[j] += weights[j] times the values of positions low .. high - 1 of the stretch, for queries j.
-template <int N>
-inline void mix_panel(const ValueStretch& values, int64_t panel, int64_t low, int64_t high, const float* const* weights,
-                      float* const* out) {
-  f32x16 sums[N];
-  unrolled<N>([&]<int J>() PACELINE_INLINE { sums[J] = load<f32x16>(out[J] + panel * 16); });
-  for (int64_t p = low; p < high;) {
-    const int64_t block = (p - values.first) / kBlockRows, lane = p % kBlockRows;
-    const int64_t n = std::min(high - p, kBlockRows - lane);
-    const float* w[N];
-    unrolled<N>([&]<int J>() PACELINE_INLINE { w[J] = weights[J] + p; });
-    accumulate<1>(sums, w, values.blocks[block] + (panel - values.begin) * 256 + lane * 16, n);
-    p += n;
+// out[j] += weights[j] times the values of positions low .. high - 1 of the stretch, for queries j and P panels. Fetches
+// from offset `ahead` on of the next blocks, `step` bytes a position.
+template <int P, int N>
+inline void mix_panels(const ValueStretch& values, int64_t panel, int64_t low, int64_t high,
+                       const float* const* weights, float* const* out, int64_t ahead, int64_t step) {
+  f32x16 sums[P][N];
+  unrolled<P>([&]<int p>() PACELINE_INLINE {
+    unrolled<N>([&]<int J>() PACELINE_INLINE { sums[p][J] = load<f32x16>(out[J] + (panel + p) * 16); });
+  });
+  for (int64_t at = low; at < high;) {
+    const int64_t block = (at - values.first) / kBlockRows, lane = at % kBlockRows;
+    const int64_t n = std::min(high - at, kBlockRows - lane);
+    const float *w[N], *rows[P];
+    unrolled<N>([&]<int J>() PACELINE_INLINE { w[J] = weights[J] + at; });
+    unrolled<P>([&]<int p>()
+                    PACELINE_INLINE { rows[p] = values.blocks[block] + (panel + p - values.begin) * 256 + lane * 16; });
+    Ahead next{values.next[block] + ahead + lane * step, step};
+    accumulate<1>(sums, w, rows, n, next);
+    at += n;
   }
-  unrolled<N>([&]<int J>() PACELINE_INLINE { store(out[J] + panel * 16, sums[J]); });
+  unrolled<P>([&]<int p>() PACELINE_INLINE {
+    unrolled<N>([&]<int J>() PACELINE_INLINE { store(out[J] + (panel + p) * 16, sums[p][J]); });
+  });
 }
 
 inline void mix_queries(const ValueStretch& values, int64_t low, int64_t high, const float* const* weights,
                         float* const* out, int64_t n) {
   if (low >= high) return;
-  for (int64_t panel = values.begin; panel < values.end; ++panel) {
-    for (const uint8_t* block : values.next) prefetch_part(values.cache, block, panel, 1, values.cache.head_dim / 16);
-    each_group(n, [&]<int N>(int64_t j) { mix_panel<N>(values, panel, low, high, weights + j, out + j); });
-  }
+  const int64_t dim = values.cache.head_dim, bytes = CacheView::block_bytes(values.cache.format, dim) * 16 / dim;
+  each_few(values.begin, values.end, [&]<int P>(int64_t panel) {
+    const int64_t step = fraction(P * bytes, kBlockRows * groups_of(n));  // queries share the panels of the next blocks
+    each_group(n, [&]<int N>(int64_t j) {
+      mix_panels<P, N>(values, panel, low, high, weights + j, out + j, panel * bytes + P * bytes * j / n, step);
+    });
+  });
 }
 
 // Positions that all rows see go to all queries at once, those at the ends of a row's span to its own queries.

@@ -56,6 +56,18 @@ inline void for_row_blocks(int rows, G f) {
   }
 }
 
+// Fetches what is needed later, a step at a time between other loads, so that the memory has something to do all the time:
+// many lines at once would hold up the loads behind them.
+struct Ahead {
+  const uint8_t* p;
+  int64_t step;  // bytes
+
+  PACELINE_INLINE void fetch() {
+    prefetch(p);
+    p += step;
+  }
+};
+
 // Plain formats: the weights of one lane of activations, one column or a pair of bfloat16, and
 // acc[i] += the weights of row i times the activations at `a`.
 template <Format F>

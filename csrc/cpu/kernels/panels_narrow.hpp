@@ -41,18 +41,6 @@ struct Stretch {
   }
 };
 
-// Fetches the stretch after this one, a step with each line of weights that a block of rows uses. Blocks share the work, so
-// that the memory has something to do all the time.
-struct Ahead {
-  const uint8_t* p;
-  int64_t step;
-
-  PACELINE_INLINE void fetch() {
-    prefetch(p);
-    p += step;
-  }
-};
-
 // Whole blocks, or super-blocks, of eight kilobytes or a little more.
 template <Format F>
 constexpr int64_t kStretchColumns = [] {
@@ -234,6 +222,7 @@ template <Format F> constexpr int kPackedRows = kPairSums && traits(F).super_byt
 template <Format F>
 inline void stretch_rows(const Stretch& all, const ActView& act, int rows, RowSums* sums) {
   constexpr int most = kRowsAtOnce<F>;
+  // the stretch after this one, a step with each line of weights that a block of rows uses: blocks share the work
   Ahead ahead{all.weights + kStretchBytes<F>, row_blocks(64, row_blocks(rows, most))};
   if constexpr (!kIntegers<F>) {
     for_row_blocks<most>(rows, [&]<int M>(int tile, int first) {
