@@ -4,6 +4,8 @@
 #include <cstdio>
 #include <string>
 
+#include "kernels/kernels.hpp"
+
 inline int checks = 0, failures = 0;
 
 inline void check(bool ok, const char* isa, const std::string& what) {
@@ -18,7 +20,8 @@ inline void report(const char* name, int& failed) {
   checks = failures = 0;
 }
 
-void test_elementary();  // elementary_test.cpp
+void test_attention(const paceline::Kernels& kernels);  // attention_test.cpp
+void test_elementary();                                 // elementary_test.cpp
 
 // threads_test.cpp
 void test_thread_pool();

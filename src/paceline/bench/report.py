@@ -132,7 +132,7 @@ def print_contexts(out: Console, report: Mapping[str, Any]) -> None:
     rows = list(next(iter(report["contexts"].values())))
     table = new_table(
         f"Passes after longer and longer contexts ({place(report)})",
-        *("context", "1 row, ms", *(f"{n} rows" for n in rows[1:]), "GB/s", "bound", "of it"),
+        *("tokens", "1 row, ms", *(f"{n} rows" for n in rows[1:]), "GB/s", "bound", "of it"),
     )
     for context, found in report["contexts"].items():
         one = found["1"]
