@@ -17,7 +17,7 @@ from typing import Any
 from rich.table import Table
 
 from paceline.backends.cpu.processors import default_threads
-from paceline.bench.loading import Pair, open_pair
+from paceline.bench.loading import Pair, open_pairs
 from paceline.bench.report import console
 
 ROWS = (1, 2, 4, 8, 16)
@@ -26,7 +26,7 @@ ROWS = (1, 2, 4, 8, 16)
 def measure(given: argparse.Namespace) -> dict[str, Any]:
     """Passes of both, alternating."""
     pairs = [
-        open_pair(model, None, "auto", given.threads, "cpu", given.context, room=given.context + 64)
+        open_pairs(model, None, "auto", given.threads, "cpu", given.context, room=given.context + 64)[0]
         for model in (given.first, given.second)
     ]
     seen: list[list[dict[int, float]]] = [[], []]

@@ -92,7 +92,7 @@ class Pair:
         }
 
 
-def open_pair(
+def open_pairs(
     model: str | None,
     shape: str | None,
     quant: str,
@@ -102,8 +102,9 @@ def open_pair(
     room: int,
     overlap: float | None = None,
     kv: str = "auto",
-) -> Pair:
-    """Load a model, or make a shape's weights.
+    isas: Sequence[str] = ("",),
+) -> list[Pair]:
+    """Load a model, or make a shape's weights: a pair for each instruction set, all over the same packed weights.
 
     Args:
         model: a model's name, or None.
@@ -116,26 +117,11 @@ def open_pair(
         overlap: share of their experts that neighbouring rows have in common; None: as a model's router has it, and
             for a shape `OVERLAP`.
         kv: format of the KV cache.
+        isas: instruction sets; an empty name is the one in use.
 
     Raises:
         SettingsError: an unknown format, or too much room for the model.
     """
-    return open_pairs(model, shape, quant, threads, device, context, room, overlap, kv, ("",))[0]
-
-
-def open_pairs(
-    model: str | None,
-    shape: str | None,
-    quant: str,
-    threads: int | None,
-    device: str,
-    context: int,
-    room: int,
-    overlap: float | None,
-    kv: str,
-    isas: Sequence[str],
-) -> list[Pair]:
-    """The same for several instruction sets, all over the same packed weights; an empty name is the one in use."""
     check_quant(quant)
     check_cache_format(kv)
     if shape is not None:

@@ -178,11 +178,11 @@ def prompt(
     repeats: RepeatsOption = 5,
 ) -> None:
     """Speed of prefill."""
-    from paceline.bench.loading import open_pair
+    from paceline.bench.loading import open_pairs
     from paceline.bench.report import console, print_prompt
 
     _check_choice(model, shape)
-    loaded = open_pair(model, shape, quant, threads, device, context=16, room=length + 64, kv=kv)
+    [loaded] = open_pairs(model, shape, quant, threads, device, context=16, room=length + 64, kv=kv)
     loaded.bench.probe()
     figures = loaded.prompt(repeats, length)
     report = loaded.report("prompt") | figures
