@@ -37,9 +37,8 @@ class IkLlama(LlamaEngine):
         if not model:
             raise SystemExit(f"{path}: ik_llama.cpp cannot load this file")
         context = api.llama_context_default_params()
-        context.flash_attn = (
-            "avx_vnni" in CPUINFO.read_text()
-        )  # as the package has it: without, it ends in an assertion
+        # As the package has it; but it ends in an assertion without AVX-VNNI, and where repacked weights give NaN.
+        context.flash_attn = not repacked and "avx_vnni" in CPUINFO.read_text()
         super().__init__(api, model, context, threads, room)
         how = ", weights repacked at load" if repacked else ""
         self.version = f"ik_llama.cpp of ik-llama-cpp-python {version('ik-llama-cpp-python')}{how}"
