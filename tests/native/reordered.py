@@ -3,8 +3,8 @@
     python -m tests.native.reordered
 
 Each change computes the same and rounds otherwise. It is made in a copy of the sources, compiled for this processor's
-best instruction set with narrow registers, and linked with the other objects of build/tests. Takes half a minute a change;
-ends with 1 when one goes unnoticed.
+best instruction set with narrow registers, and linked with the other objects of build/tests. Takes half a minute a
+change; ends with 1 when one goes unnoticed.
 """
 
 from __future__ import annotations
