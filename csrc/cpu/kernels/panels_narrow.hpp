@@ -1,9 +1,9 @@
 // Panel kernels for registers that hold less than a panel's sixteen outputs.
 //
-// The registers hold the sums of few batch rows (kFloatRows, kIntegerRows), so rows are taken that many at a time, over
-// stretches of weights that stay in the nearest cache: each is fetched from memory once, whatever the number of rows. For
-// more rows (kPackedRows) a stretch is unpacked once, too. Each row has its own sums, in the same order for every number
-// of rows. Included by matmul.hpp.
+// The registers hold the sums of few batch rows (kFloatRows of floats, kPairRows of pairs of bfloat16, kIntegerRows of
+// integers), so rows are taken that many at a time, over stretches of weights that stay in the nearest cache: each is fetched
+// from memory once, whatever the number of rows. For more rows (kPackedRows) a stretch is unpacked once, too. Each row has its
+// own sums, in the same order for every number of rows. Included by matmul.hpp.
 #pragma once
 
 #include "kernels/operands.hpp"
@@ -213,7 +213,9 @@ inline void unpacked_integers(const Stretch& s, const UnpackedGroup<F>* groups, 
   shared = ahead;
 }
 
-template <Format F> constexpr int kRowsAtOnce = kIntegers<F> ? kIntegerRows : kFloatRows;
+template <Format F> constexpr int kRowsAtOnce = kIntegers<F>        ? kIntegerRows
+                                                : F == Format::bf16 ? kPairRows
+                                                                    : kFloatRows;
 
 // So many rows at most take a stretch as it is packed. Super-blocks take long to unpack, and AVX2's sums of pairs leave no
 // registers for it.

@@ -5,8 +5,6 @@
 
 namespace PACELINE_NAMESPACE {
 
-constexpr int kFloatRows = 2, kIntegerRows = 4;  // whose sums take half of the registers
-
 inline u8x64 lookup(const int8_t* values, u8x64 index) {
   return bytes_of(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)), index);
 }

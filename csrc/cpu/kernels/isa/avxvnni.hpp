@@ -6,8 +6,6 @@
 
 namespace PACELINE_NAMESPACE {
 
-constexpr int kFloatRows = 2, kIntegerRows = 4;  // whose sums take half of the registers of AVX-VNNI
-
 inline __m256i dot_bytes(__m256i sum, __m256i w, __m256i a) {
 #if __AVXVNNI__
   return _mm256_dpbusd_avx_epi32(sum, w, a);

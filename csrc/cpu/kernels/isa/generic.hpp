@@ -5,9 +5,9 @@ namespace PACELINE_NAMESPACE {
 
 constexpr int kLanes = 4;  // 32-bit lanes of a register
 #if __aarch64__
-constexpr int kFloatRows = 2, kIntegerRows = 2;  // whose sums take half of the registers
+constexpr int kFloatRows = 2, kPairRows = 2, kIntegerRows = 2;  // whose sums take half of the registers
 #else
-constexpr int kFloatRows = 1, kIntegerRows = 1;
+constexpr int kFloatRows = 1, kPairRows = 1, kIntegerRows = 1;
 #endif
 
 }  // namespace PACELINE_NAMESPACE

@@ -5,8 +5,8 @@
 
 namespace PACELINE_NAMESPACE {
 
-constexpr int kLanes = 4;                        // 32-bit lanes of a register
-constexpr int kFloatRows = 2, kIntegerRows = 4;  // whose sums take half of the registers
+constexpr int kLanes = 4;                                       // 32-bit lanes of a register
+constexpr int kFloatRows = 2, kPairRows = 2, kIntegerRows = 4;  // whose sums take half of the registers
 
 }  // namespace PACELINE_NAMESPACE
 
