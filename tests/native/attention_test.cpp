@@ -139,5 +139,6 @@ void test_attention(const Kernels& kernels, CacheFormat format, int64_t dim, int
 
 void test_attention(const Kernels& kernels) {
   for (CacheFormat format : {CacheFormat::f32, CacheFormat::bf16, CacheFormat::q8})
-    for (const auto& [dim, heads] : {std::pair{32, 4}, {80, 8}, {256, 3}}) test_attention(kernels, format, dim, heads);
+    for (const auto& [dim, heads] : {std::pair{32, 4}, {80, 8}, {144, 5}, {256, 3}})
+      test_attention(kernels, format, dim, heads);
 }

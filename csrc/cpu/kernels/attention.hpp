@@ -202,7 +202,7 @@ void score(const CacheView& cache, int64_t head, const QueryTile& tile, int64_t 
   each_few(begin, end, [&]<int P>(int64_t block) {
     Ahead ahead{keys_of(std::min(block + P, end - 1)),
                 fraction(P * CacheView::block_bytes(cache.format, dim), dim * groups_of(n))};
-    std::fill(sums, sums + P * kTileQueries * 32, 0.0f);
+    for (int p = 0; p < P; ++p) std::fill_n(sums + p * kTileQueries * 32, n * 32, 0.0f);
     for (int64_t d = 0; d < dim; d += kScoreColumns) {
       const int64_t stop = std::min(d + kScoreColumns, dim);
       const float* keys[P];

@@ -40,8 +40,11 @@ inline void with_count(int count, F f) {
   }(std::make_integer_sequence<int, Most>());
 }
 
-// Blocks of at most `most` rows of a tile.
-constexpr int row_blocks(int rows, int most) { return (rows + most - 1) / most; }
+// In how many blocks of at most `most` rows of a tile rows are taken.
+constexpr int row_blocks(int rows, int most) {
+  const auto of_tile = [=](int n) { return (n + most - 1) / most; };
+  return rows / kTile * of_tile(kTile) + of_tile(rows % kTile);
+}
 
 // f<count>(tile, first) for blocks of at most `Most` rows of a tile, as equal as they can be.
 template <int Most, class G>

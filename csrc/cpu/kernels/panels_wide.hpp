@@ -32,7 +32,7 @@ inline void panel_floats(const uint8_t* w, const ActView& act, f32x16* out) {
 // scales take longer than sums that gains nothing, and where memory does, half of the rows at once would lose.
 template <Format F> constexpr bool kInPairs = kIntegers<F> && !traits(F).super_bytes();
 
-// Rows at once, so that 16 registers hold their sums, and 8 or 16 more those of a group.
+// Rows at once, so that 8 registers hold their sums, and 8 more those of a group, or of floats 16.
 template <int P> constexpr int kRowsAtOnce = kTile / P;
 
 // One group of columns of P panels, `stride` apart: exact sums of products of integers, then scaled and added to the rows'

@@ -1,4 +1,4 @@
-"""Reports on a pair: everything at one context, instruction sets side by side, and contexts of several lengths."""
+"""Reports on a pair: all at one context, instruction sets one below the other, contexts of several lengths."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 """The native test programs, which `.ci/arm` and `.ci/emulated` run in emulation, run on this processor too."""
 
+import fcntl
 import shutil
 import subprocess
 from pathlib import Path
@@ -19,9 +20,12 @@ def programs() -> Path:
     if not shutil.which("cmake"):
         pytest.skip("cmake is not installed")
     options = ["-DPACELINE_MODULE=OFF", "-DPACELINE_TESTS=ON"]
-    for command in (["cmake", "-S", ROOT, "-B", BUILD, *options], ["cmake", "--build", BUILD, "--parallel", "2"]):
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with (BUILD / "lock").open("w") as lock:  # of workers that run tests side by side one builds
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in (["cmake", "-S", ROOT, "-B", BUILD, *options], ["cmake", "--build", BUILD, "--parallel", "2"]):
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return BUILD
 
 
