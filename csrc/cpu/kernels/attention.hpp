@@ -29,8 +29,7 @@ using paceline::QueryTile;
 // Queries, and blocks of keys or panels of values, whose sums of sixteen lanes fit into registers.
 constexpr int kQueries = kLanes == 16 ? 8 : 6, kAtOnce = kLanes == 16 ? 2 : 1;
 
-inline int64_t fraction(int64_t n, int64_t parts) { return (n + parts - 1) / parts; }
-inline int64_t groups_of(int64_t queries) { return fraction(queries, kQueries); }
+inline int64_t groups_of(int64_t queries) { return ceil_div(queries, kQueries); }
 
 // f<count>(first) for first .. first + count of [begin, end), kAtOnce or one at once.
 template <class F>
@@ -201,7 +200,7 @@ void score(const CacheView& cache, int64_t head, const QueryTile& tile, int64_t 
   const auto keys_of = [&](int64_t block) { return cache.key_block(head, tile.begin + block * kBlockRows); };
   each_few(begin, end, [&]<int P>(int64_t block) {
     Ahead ahead{keys_of(std::min(block + P, end - 1)),
-                fraction(P * CacheView::block_bytes(cache.format, dim), dim * groups_of(n))};
+                ceil_div(P * CacheView::block_bytes(cache.format, dim), dim * groups_of(n))};
     for (int p = 0; p < P; ++p) std::fill_n(sums + p * kTileQueries * 32, n * 32, 0.0f);
     for (int64_t d = 0; d < dim; d += kScoreColumns) {
       const int64_t stop = std::min(d + kScoreColumns, dim);
@@ -286,7 +285,7 @@ inline void mix_queries(const ValueStretch& values, int64_t low, int64_t high, c
   if (low >= high) return;
   const int64_t dim = values.cache.head_dim, bytes = CacheView::block_bytes(values.cache.format, dim) * 16 / dim;
   each_few(values.begin, values.end, [&]<int P>(int64_t panel) {
-    const int64_t step = fraction(P * bytes, kBlockRows * groups_of(n));  // queries share the panels of the next blocks
+    const int64_t step = ceil_div(P * bytes, kBlockRows * groups_of(n));  // queries share the panels of the next blocks
     each_group(n, [&]<int N>(int64_t j) {
       mix_panels<P, N>(values, panel, low, high, weights + j, out + j, panel * bytes + P * bytes * j / n, step);
     });

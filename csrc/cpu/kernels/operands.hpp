@@ -40,10 +40,11 @@ inline void with_count(int count, F f) {
   }(std::make_integer_sequence<int, Most>());
 }
 
+constexpr int64_t ceil_div(int64_t n, int64_t parts) { return (n + parts - 1) / parts; }
+
 // In how many blocks of at most `most` rows of a tile rows are taken.
 constexpr int row_blocks(int rows, int most) {
-  const auto of_tile = [=](int n) { return (n + most - 1) / most; };
-  return rows / kTile * of_tile(kTile) + of_tile(rows % kTile);
+  return int(rows / kTile * ceil_div(kTile, most) + ceil_div(rows % kTile, most));
 }
 
 // f<count>(tile, first) for blocks of at most `Most` rows of a tile, as equal as they can be.

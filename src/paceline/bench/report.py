@@ -87,10 +87,14 @@ def print_prompt(out: Console, report: Mapping[str, Any]) -> None:
     )
 
 
-def print_limits(out: Console, report: Mapping[str, Any]) -> None:
-    """The machine's limits of the same run, and how experts were chosen."""
-    _print_bandwidth(out, report)
-    _print_peaks(out, report)
+def print_limits(out: Console, *reports: Mapping[str, Any]) -> None:
+    """The machine's limits of one run, by instruction set where there are several, and how experts were chosen."""
+    report = reports[0]
+    out.print(f"reading memory: {report['read_bandwidth_gb_s']:.1f} GB/s")
+    for one in reports:
+        if one["dot_peaks"]:
+            peaks = ", ".join(f"{fmt} {peak / 1e9:.0f}" for fmt, peak in one["dot_peaks"].items())
+            out.print(f"peak of the dot products ({one['isa']}), GMAC/s: {peaks}")
     if report.get("expert_overlap") is not None:
         out.print(
             f"experts are SIMULATED: neighbouring rows share {report['expert_overlap']:.0%} of theirs, or as many as "
@@ -98,23 +102,11 @@ def print_limits(out: Console, report: Mapping[str, Any]) -> None:
         )
 
 
-def _print_bandwidth(out: Console, report: Mapping[str, Any]) -> None:
-    out.print(f"reading memory: {report['read_bandwidth_gb_s']:.1f} GB/s")
-
-
-def _print_peaks(out: Console, report: Mapping[str, Any]) -> None:
-    if report["dot_peaks"]:
-        peaks = ", ".join(f"{fmt} {peak / 1e9:.0f}" for fmt, peak in report["dot_peaks"].items())
-        out.print(f"peak of the dot products ({report['isa']}), GMAC/s: {peaks}")
-
-
 def print_isas(out: Console, reports: Mapping[str, Mapping[str, Any]]) -> None:
     """Instruction sets one below the other."""
     passes = {isa: report["passes"] | {"prompt": report["prompt"]} for isa, report in reports.items()}
     out.print(_isas_table("One pass of the target", passes))
-    _print_bandwidth(out, next(iter(reports.values())))
-    for report in reports.values():
-        _print_peaks(out, report)
+    print_limits(out, *reports.values())
 
 
 def _isas_table(title: str, isas: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:
