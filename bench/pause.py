@@ -19,10 +19,10 @@ from paceline.backends.cpu.processors import default_threads
 from paceline.bench.machine import ReadBandwidth
 from paceline.bench.random_weights import random_weights
 from paceline.bench.shapes import official_target
-from paceline.engine.cost_model import NullDecoder
 from paceline.engine.prefix_cache import PrefixCache
 from paceline.engine.scheduler import Scheduler
 from paceline.engine.sequence import Sequence
+from paceline.text.detokenizer import Detokenizer
 from paceline.types import GREEDY
 
 PROMPT, STREAMS, CONTEXT = 4000, 3, 8192
@@ -37,7 +37,7 @@ def sequence(backend: CpuBackend, tokens: list[int], most: int) -> Sequence:
         max_tokens=most,
         limit=CONTEXT,
         stop_ids=frozenset(),
-        detokenizer=NullDecoder(),
+        detokenizer=Detokenizer(None, lambda _: None),
     )
 
 

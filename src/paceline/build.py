@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,18 +16,17 @@ from paceline.backends.formats import check_quant, drafter_quant
 from paceline.checkpoint import Checkpoint, locate, locate_drafter, resolve, unless_asked
 from paceline.checkpoint.config_json import token_ids
 from paceline.config import LIMITS, DrafterConfig, TargetConfig, check_pair
-from paceline.engine.cost_model import load_costs
+from paceline.engine.draft_control import DraftControl
 from paceline.engine.engine import DraftTokens, Engine, check_draft_tokens
 from paceline.engine.prefix_cache import PrefixCache
-from paceline.engine.proposers import DrafterProposer, GrammarProposer, Proposer
+from paceline.engine.proposers import GrammarProposer
 from paceline.engine.scheduler import Scheduler
 from paceline.errors import BackendError, CheckpointError, SettingsError
-from paceline.files import cache_folder
 from paceline.quant.cache_formats import check_cache_format
 from paceline.sampling_params import check_sampling_params
 from paceline.text.chat import ChatTemplate
 from paceline.text.tokenizer import Tokenizer
-from paceline.types import MAX_DRAFT, SamplingParams
+from paceline.types import MAX_DRAFT
 
 MAX_SLOTS = 64
 MAX_THREADS = 255  # what the native thread pool can count
@@ -136,9 +134,7 @@ def load(
         progress=progress,
     )
     backend = _on_cpu(parts) if device == "cpu" else _on_torch(parts, device)
-    proposers: list[Proposer] = [GrammarProposer()]
-    if backend.info.has_drafter:
-        proposers.append(_drafter_proposer(backend, parts, sampling))
+    proposers = [GrammarProposer(), DraftControl(backend.info.has_drafter, backend.info.stops_early, notify)]
     prefix_cache = PrefixCache(backend, cache_memory) if cache_memory else None
     engine = Engine(
         backend=backend,
@@ -151,21 +147,9 @@ def load(
         draft_tokens=draft_tokens,
         scheduler=Scheduler(backend, proposers, prompt_chunk, most_waiting, prefix_cache),
     )
-    if draft_tokens == "auto":
+    if device != "cpu":
         engine.warm_up()
     return engine
-
-
-def _drafter_proposer(backend: Backend, parts: Parts, sampling: SamplingParams) -> DrafterProposer:
-    """The proposer of a pair's drafter; what rounds cost is kept in a file for the machine, pair and settings."""
-    configs = [repr(part[1]) if part else None for part in (parts.target, parts.drafter)]
-    info = backend.info
-    about = json.dumps([*configs, info.quant, info.kv, backend.threads, info.device, info.slots])
-    return DrafterProposer(
-        lambda: load_costs(backend, sampling, about, cache_folder(), parts.notify),
-        backend.info.stops_early,
-        parts.notify,
-    )
 
 
 def _on_cpu(parts: Parts) -> Backend:

@@ -90,7 +90,7 @@ def test_an_exact_backend_is_identical() -> None:
         "4 drafts, prompt chunks of 5",
     }
     assert {run.rows for run in found.runs} == {TOKENS}  # every row of every run
-    assert all(run.statistics.drafted for run in found.runs)
+    assert all(run.statistics.drafted for run in found.runs if run.case != Case("auto"))
 
 
 def test_a_stop_token_in_mid_round_is_no_difference() -> None:

@@ -39,7 +39,6 @@ DECODE = {
     "speedup",
     "auto_speedup",
     "auto_useless_speedup",
-    "round_ms",
     "simulated_acceptance",
 }
 

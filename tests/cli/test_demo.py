@@ -30,12 +30,10 @@ def test_demo(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert err == ""
     assert "class Server:" in out
     lines = out.splitlines()
-    assert lines.index("Plain decoding") < next(
-        i for i, line in enumerate(lines) if line.startswith("With the drafter")
-    )
+    assert lines.index("Plain decoding") < next(i for i, line in enumerate(lines) if line.startswith("With drafts"))
     table = {line.rsplit("  ", 1)[0].strip(): line.rsplit("  ", 1)[-1].strip() for line in lines[-7:]}
     assert table["same text"] == "yes"
-    assert set(table) >= {"plain", "with the drafter", "speed-up", "acceptance length"}
+    assert set(table) >= {"plain", "with drafts", "speed-up", "acceptance length"}
     assert "alternating runs each" in lines[-1]
 
 

@@ -1,79 +1,98 @@
-"""Costs of rounds: measured once, kept, and measured again when what is kept cannot be used."""
+"""What steps cost: learned from few of them, through noise, with stairs, on machines that change."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+import random
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from paceline.decode.draft_length import MAX_DEPTH
-from paceline.engine.cost_model import load_costs, measure_costs
-from paceline.types import SamplingParams
-from tests.fixtures.scripted_backend import ScriptedBackend
-
-GREEDY = SamplingParams()
+from paceline.engine.cost_model import GUESSED_ROW, OUTLIER, StepCosts
 
 
-def test_costs_of_every_depth() -> None:
-    backend = ScriptedBackend(slots=1)
-    costs = measure_costs(backend, GREEDY)
-    assert len(costs.rounds) == MAX_DEPTH + 1
-    assert min(costs.rounds) > 0 <= costs.token
-    assert costs.shared == ()
-    assert backend.open_slot() == 0  # given back
+def after(*steps: tuple[int, float], count: int = 1, given: bool = False) -> StepCosts:
+    """The model after steps whose drafts had that length and which took so many milliseconds."""
+    costs = StepCosts(count)
+    for length, ms in steps:
+        costs.observe(length, length * count, ms, given=given and length > 0)
+    return costs
 
 
-def test_costs_of_several_at_once() -> None:
-    costs = measure_costs(ScriptedBackend(slots=5), GREEDY)
-    assert [count for count, _ in costs.shared] == [2, 4, 5]
-    assert {len(rounds) for _, rounds in costs.shared} == {len(costs.rounds)}
+def test_prices_are_those_observed() -> None:
+    costs = after(*[(0, 10.0), (1, 12.0), (3, 13.0)] * 30)
+    assert [costs.price(length) for length in (0, 1, 3)] == pytest.approx([10, 12, 13], rel=0.02)
+    assert costs.longest == 3
+    assert costs.seen(3)
+    assert not costs.seen(2)
 
 
-def test_a_short_context_is_priced_as_far_as_it_goes() -> None:
-    costs = measure_costs(ScriptedBackend(context=16), GREEDY)
-    assert len(costs.rounds) == 5
+def test_other_lengths_lie_on_the_line() -> None:
+    costs = after(*[(0, 10.0), (2, 14.0), (4, 24.0)] * 30)
+    assert costs.price(1) == pytest.approx(12, rel=0.02)
+    assert costs.price(3) == pytest.approx(19, rel=0.02)
+    assert costs.price(6) == pytest.approx(31, rel=0.05)  # it goes on
+    assert after((0, 10.0)).price(2) == pytest.approx(10 + 2 * GUESSED_ROW * 10)
 
 
-DAMAGED = [
-    "",
-    "{}",
-    "[1]",
-    '{"rounds_ms": {"1": [0, 0]}, "token_ms": 0}',
-    '{"rounds_ms": {"2": [1, 1]}, "token_ms": 0}',
-    '{"rounds_ms": {"1": ["x"]}, "token_ms": 0}',
-    '{"rounds_ms": [1, 2], "token_ms": 0}',
-    '{"rounds_ms": {"1": [1, 2], "2": [1, 2, 3]}, "token_ms": 0}',  # of unlike lengths
-    '{"rounds_ms": {"1": [1, 2], "x": [1, 2]}, "token_ms": 0}',
-    '{"rounds_ms": {"1": [1, 1e999]}, "token_ms": 0}',
-    '{"rounds_ms": {"1": [1, NaN]}, "token_ms": 0}',
-    '{"rounds_ms": {"1": [1, 2]}, "token_ms": ' + "9" * 400 + "}",
-    '{"rounds_ms": {"1": [1, 2]}, "token_ms": null}',
-    "[" * 100_000,
-]
+def test_tokens_that_are_there_already_cost_no_more_than_drafted_ones() -> None:
+    costs = after(*[(0, 10.0), (2, 14.0)] * 30)
+    assert costs.price(2, given=True) == costs.price(2)
+    for _ in range(40):
+        costs.observe(2, 2, 11.0, given=True)
+    assert costs.price(2, given=True) == pytest.approx(11, rel=0.05)
+    assert costs.price(2) == pytest.approx(14, rel=0.1)
 
 
-@pytest.mark.parametrize("damage", [None, *DAMAGED])
-def test_costs_are_kept(tmp_path: Path, damage: str | None) -> None:
-    backend = ScriptedBackend(slots=2)
-    first = load_costs(backend, GREEDY, "about", tmp_path / "new", print)
-    (path,) = (tmp_path / "new").iterdir()
-    if damage is not None:
-        path.write_text(damage)
-    again = load_costs(backend, GREEDY, "about", tmp_path / "new", print)
-    assert (again == first) == (damage is None)
-    assert json.loads(path.read_text())["rounds_ms"]["1"] == list(again.rounds)
-    assert [p.suffix for p in path.parent.iterdir()] == [".json"]
+def test_a_step_of_several_costs_by_its_rows() -> None:
+    costs = StepCosts(4)
+    for _ in range(40):
+        costs.observe(0, 0, 10.0)
+        costs.observe(2, 8, 18.0)
+        costs.observe(2, 4, 14.0)  # two of four drafted
+    assert costs.price(2) == pytest.approx(18, rel=0.05)
+    assert costs.price(2, 4) == pytest.approx(14, rel=0.05)
+    assert costs.price(2, 1) == pytest.approx(11, rel=0.05)
 
 
-@pytest.mark.slow
-def test_other_settings_have_other_costs(tmp_path: Path) -> None:
-    for about, sampling in (("a", GREEDY), ("b", GREEDY), ("a", SamplingParams(temperature=1.0))):
-        load_costs(ScriptedBackend(), sampling, about, tmp_path, print)
-    assert len(list(tmp_path.iterdir())) == 3
+def test_a_machine_that_slows_down_changes_no_ratio() -> None:
+    """Prices of lengths that do not occur any more follow, too."""
+    costs = after(*[(0, 10.0), (1, 11.0), (2, 15.0)] * 20)
+    before = costs.price(2) / costs.price(0)
+    for _ in range(100):
+        costs.observe(1, 1, 22.0)
+    assert costs.price(1) == pytest.approx(22, rel=0.05)
+    assert costs.price(0) == pytest.approx(20, rel=0.2)
+    assert costs.price(2) / costs.price(0) == pytest.approx(before, rel=0.1)
 
 
-def test_a_folder_that_cannot_be_written_costs_time_only(tmp_path: Path) -> None:
-    blocked = tmp_path / "file"
-    blocked.write_text("")
-    assert load_costs(ScriptedBackend(), GREEDY, "about", blocked, print).rounds
+def test_one_slow_step_counts_in_part() -> None:
+    """The first one of its kind on a device takes seconds, and something else may run."""
+    costs = after((0, 10.0), (0, 10.0), (1, 5000.0))
+    assert costs.price(1) < OUTLIER * 1.3 * 10
+    for _ in range(12):
+        costs.observe(1, 1, 11.0)
+    assert costs.price(1) == pytest.approx(11, rel=0.15)
+
+
+def test_noise_averages_out() -> None:
+    dice, costs = random.Random(0), StepCosts(1)
+    for _ in range(200):
+        for length, ms in ((0, 50.0), (1, 55.0), (3, 70.0)):
+            costs.observe(length, length, ms * dice.lognormvariate(0, 0.05) * (1.5 if dice.random() < 0.02 else 1))
+    assert costs.price(3) / costs.price(0) == pytest.approx(1.4, rel=0.05)
+    assert costs.price(1) / costs.price(0) == pytest.approx(1.1, rel=0.05)
+
+
+@given(
+    st.integers(1, 8),
+    st.lists(st.tuples(st.integers(0, 8), st.floats(0, 1), st.booleans(), st.floats(0, 1e6)), max_size=50),
+)
+def test_prices_are_always_times(count: int, steps: list[tuple[int, float, bool, float]]) -> None:
+    costs = StepCosts(count)
+    for length, share, is_given, ms in steps:
+        rows = max(length, int(share * length * count))
+        costs.observe(length, rows, ms, given=is_given and rows > 0)
+        prices = [costs.price(n, given=kind) for n in range(16) for kind in (False, True)]
+        assert all(0 < price < 1e9 for price in prices)
+        assert costs.plain == costs.price(0) <= min(prices)

@@ -8,9 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from paceline.decode.draft_length import Costs
+from paceline.engine.draft_control import DraftControl
 from paceline.engine.engine import Engine, Stream
-from paceline.engine.proposers import DrafterProposer
 from paceline.engine.scheduler import Scheduler
 from paceline.errors import ContextError, PromptError, SettingsError
 from paceline.types import SamplingParams
@@ -38,7 +37,7 @@ class Template:
 
 def engine(**settings: object) -> Engine:
     backend = settings.setdefault("backend", ScriptedBackend(slots=1, context=64))
-    chunk, costs = settings.pop("prompt_chunk", 8), settings.pop("costs", Costs((10.0, 11.0, 12.0, 13.0)))
+    chunk = settings.pop("prompt_chunk", 8)
     defaults = {
         "tokenizer": Letters(),
         "chat_template": Template(),
@@ -47,7 +46,7 @@ def engine(**settings: object) -> Engine:
         "stop_ids": frozenset(),
         "sampling": SamplingParams(),
         "draft_tokens": 4,
-        "scheduler": Scheduler(backend, proposers_of(backend, costs), chunk),
+        "scheduler": Scheduler(backend, proposers_of(backend), chunk),
     }
     return Engine(**{**defaults, **settings})
 
@@ -178,19 +177,12 @@ def test_logprobs_do_not_depend_on_drafts() -> None:
     assert e.generate([1, 2, 3], max_tokens=3).logprobs == ()
 
 
-def test_auto_drafts_where_it_pays() -> None:
-    cheap, dear = Costs((10.0, 10.1, 10.2, 10.3, 10.4)), Costs((10.0, 90.0, 180.0))
-    for costs, least, most in ((cheap, 2.0, 5.0), (dear, 1.0, 1.1)):
-        e = engine(backend=ScriptedBackend(slots=1, context=512, truth=0.9), costs=costs)
-        statistics = e.generate([1, 2, 3], draft_tokens="auto", max_tokens=300).statistics
-        assert least <= statistics.acceptance_length <= most
-
-
 def test_useless_drafters_are_named_once() -> None:
     said: list[str] = []
     backend = ScriptedBackend(slots=1, context=512, truth=0.0)
     e = engine(backend=backend)
-    proposer = DrafterProposer(lambda: Costs((10.0, 10.01, 10.02)), False, said.append)
+    proposer = DraftControl(True, False, said.append)
+    proposer._drafted = 100  # of earlier requests: few drafts of a useless drafter are asked for
     e = replace(e, scheduler=Scheduler(backend, [proposer], 8))
     for _ in range(3):
         e.generate([1, 2, 3], draft_tokens="auto", max_tokens=400)

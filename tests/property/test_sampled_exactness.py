@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, partial
 
 import numpy as np
@@ -18,13 +18,15 @@ from hypothesis import strategies as st
 
 from paceline.backends.base import Backend
 from paceline.decode import sampler
-from paceline.decode.draft_length import MAX_DEPTH, Costs, State
-from paceline.engine.proposers import DrafterProposer, Proposer
+from paceline.decode.draft_length import MAX_DEPTH, Acceptance
+from paceline.engine.cost_model import StepCosts
+from paceline.engine.draft_control import DraftControl
+from paceline.engine.proposers import PromptLookup, Proposer
 from paceline.engine.sequence import Sequence
 from paceline.engine.step import step
 from paceline.quant.recipes import RECIPES
 from paceline.sampling_params import check_sampling_params
-from paceline.types import GREEDY, Draft, Logprobs, SamplingParams, Work
+from paceline.types import GREEDY, Draft, Logprobs, Result, SamplingParams, Work
 from tests.fixtures.backends import NATIVE, KnowingProposer, Run, any_backend, examples, only_native, sequence
 from tests.fixtures.pairs import SHAPES, VOCABULARY, WINDOW, write_pair
 
@@ -77,11 +79,13 @@ def samplings(draw: st.DrawFn) -> SamplingParams:
 
 @dataclass(frozen=True)
 class Drafting:
-    """How far a sequence drafts: to a depth, or as its controller thinks, from any costs and past."""
+    """How far a sequence drafts: to a depth, or as its controller thinks, with any past."""
 
     draft_tokens: int | None
-    costs: Costs | None = None
-    control: State = field(default_factory=State)
+    costs: tuple[float, ...] = ()  # milliseconds of rounds of 0, 1, ... tokens
+    seen: tuple[tuple[float, float], ...] = ()  # drafts at depth 1, 2, ... and the share of them that was accepted
+    rested: int = 0
+    credit: float = 0.0
 
 
 @st.composite
@@ -90,16 +94,13 @@ def draftings(draw: st.DrawFn) -> Drafting:
         return Drafting(draw(st.integers(1, MAX_DEPTH)))
     plain = draw(st.floats(0.1, 3))  # milliseconds; what rounds of these models really take is about 1
     steps = draw(st.lists(st.floats(0, 0.6), min_size=1, max_size=MAX_DEPTH))
-    rounds = tuple(float(ms) for ms in plain * (1 + np.cumsum([0.0, *steps])))
-    seen = draw(st.lists(st.tuples(st.floats(0, 30), st.floats(0, 1)), min_size=MAX_DEPTH, max_size=MAX_DEPTH))
-    control = State(
-        tried=tuple(count for count, _ in seen),
-        kept=tuple(count * share for count, share in seen),
-        plain_rounds=draw(st.sampled_from([0, 20, 1 << 30])),
-        drafted_rounds=draw(st.sampled_from([0, 6, 47])),
-        lost=draw(st.sampled_from([0.0, 0.0, 4.9 * plain, 20 * plain])),
+    return Drafting(
+        None,
+        costs=tuple(float(ms) for ms in plain * (1 + np.cumsum([0.0, *steps]))),
+        seen=tuple(draw(st.tuples(st.floats(0, 30), st.floats(0, 1))) for _ in range(MAX_DEPTH)),
+        rested=draw(st.sampled_from([0, 20, 1 << 30])),
+        credit=draw(st.sampled_from([-1.0, 1.0, 20.0, 20.0])),
     )
-    return Drafting(None, Costs(rounds, draw(st.floats(0, 0.2)) * plain), control)
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,10 @@ class PerSequence(Proposer):
     def __init__(self) -> None:
         self.of: dict[Sequence, Proposer] = {}
 
+    def prepare(self, sequences: list[Sequence]) -> None:
+        for s in sequences:
+            self.of[s].prepare([s])
+
     def propose(self, sequence: Sequence, most: int) -> Draft | None:
         return self.of[sequence].propose(sequence, most)
 
@@ -124,13 +129,22 @@ class PerSequence(Proposer):
             self.of[s].observe([(s, result)], seconds if len(rounds) == 1 else None)
 
 
-def drafter_proposer(backend: Backend, one: Sequence, drafting: Drafting) -> DrafterProposer:
-    """The native drafter's, with costs and a past of its own."""
-    proposer = DrafterProposer(lambda: drafting.costs, backend.info.stops_early)
-    proposer.begin(one)
+def drafter_proposer(backend: Backend, one: Sequence, drafting: Drafting) -> DraftControl:
+    """An engine's, with costs and a past of its own."""
+    return with_past(DraftControl(backend.info.has_drafter, backend.info.stops_early), one, drafting)
+
+
+def with_past(control: DraftControl, one: Sequence, drafting: Drafting) -> DraftControl:
+    control.begin(one)
     if drafting.draft_tokens is None:
-        proposer._states[one] = drafting.control
-    return proposer
+        costs = StepCosts(1)
+        for length, ms in enumerate(drafting.costs * 2):
+            costs.observe(length % len(drafting.costs), length % len(drafting.costs), ms)
+        control._costs[1], control._credit = costs, drafting.credit
+        tried = [tried for tried, _ in drafting.seen]
+        kept = [tried * share for tried, share in drafting.seen]
+        control._states[one].acceptance = Acceptance(tried, kept, rested=drafting.rested)
+    return control
 
 
 def prepared(
@@ -247,6 +261,69 @@ def test_any_pattern_of_acceptance(backends, shape: str, head: str) -> None:
     assert len({depth for depth, _ in seen}) > MAX_DEPTH / 2
     assert len({accepted for _, accepted in seen}) > MAX_DEPTH / 2
     assert sum(accepted < depth for depth, accepted in seen) > MAX_DEPTH  # kinds of rounds with a rejection
+
+
+@dataclass
+class Liar(DraftControl):
+    """Its lookups claim to be certain, and are right at a chosen rate; the drafter has the other rounds."""
+
+    knowing: KnowingProposer | None = None
+    share: float = 0.5  # of rounds with a guess
+
+    def guess(self, sequence: Sequence, lookup: PromptLookup, most: int) -> tuple[list[int], list[float]]:
+        assert self.knowing
+        super().guess(sequence, lookup, most)
+        if self.knowing._random.random() >= self.share:
+            return [], []
+        tokens = [*self.knowing.propose(sequence, most).tokens]
+        return tokens, [1.0] * len(tokens)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_proposers_mixed_within_one_text(backends, shape: str, head: str) -> None:
+    seen: Counter[bool] = Counter()  # rounds by whether the drafter had them
+
+    @anything(max_examples=examples(60))
+    @given(
+        quant=st.sampled_from([*RECIPES]),
+        prompt=prompts,
+        sampling=samplings(),
+        drafting=draftings().filter(lambda one: one.draft_tokens is None),
+        honesty=st.sampled_from([0.0, 0.5, 0.9]),
+        share=st.sampled_from([0.3, 0.7]),
+        seed=st.integers(0, 999),
+    )
+    def holds(
+        quant: str,
+        prompt: list[int],
+        sampling: SamplingParams,
+        drafting: Drafting,
+        honesty: float,
+        share: float,
+        seed: int,
+    ) -> None:
+        backend = backends(shape, quant, head)
+        plain = alone(backend, prompt, sampling, 5)
+        knowing = KnowingProposer(honesty, seed, VOCABULARY)
+        liar = Liar(True, backend.info.stops_early, knowing=knowing, share=share)
+        s = prepared(backend, prompt, sampling, drafting, 5)
+        knowing.texts[s] = [*prompt, *plain.tokens]
+        with_past(liar, s, drafting)
+        assert s.tap
+        kept = s.tap
+
+        def tap(result: Result) -> None:
+            kept(result)
+            if result.drafted:
+                seen[bool(result.confidence)] += 1
+
+        s.tap = tap
+        (drafted,) = finish(backend, [s], liar)
+        assert_same(plain, drafted)
+
+    holds()
+    assert min(seen[True], seen[False]) > (20 if NATIVE else 0)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

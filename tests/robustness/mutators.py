@@ -37,7 +37,7 @@ class Case:
     arguments: dict[str, Any] = field(default_factory=dict)
     must_load: bool = False  # nothing that matters was changed
     text_is_known: bool = False  # and the text must be that of the unchanged `edge`
-    cache: Path | None = None  # folder of kept packs and costs
+    cache: Path | None = None  # folder of kept packs
 
 
 Mutator = Callable[[Random, Path, Path], Case]  # random numbers, folder of the bases, folder for the case
@@ -397,26 +397,11 @@ def parts(dice: Random, root: Path, to: Path) -> Case:
 
 def packs(dice: Random, root: Path, to: Path) -> Case:
     """Damage to kept packs must not show: the checkpoint is packed again."""
-    return _kept(dice, root, to, "*.pack", pack_header if dice.random() < 0.5 else damage)
-
-
-def costs(dice: Random, root: Path, to: Path) -> Case:
-    def change_numbers(path: Path, dice: Random) -> None:
-        tree = json.loads(path.read_bytes())
-        if dice.random() < 0.6:
-            tree["rounds_ms"]["1"][dice.randrange(2)] = wild(dice)
-        change(dice, tree, dice.choice((1, 2)))
-        path.write_text(json.dumps(tree))
-
-    return _kept(dice, root, to, "costs-*.json", dice.choice((change_numbers, change_numbers, damage)))
-
-
-def _kept(dice: Random, root: Path, to: Path, pattern: str, harm: Callable[[Path, Random], None]) -> Case:
     cache = to / "cache"
     bases.shutil.copytree(root / "cache", cache)
-    for path in sorted(cache.glob(pattern)):
+    for path in sorted(cache.glob("*.pack")):
         if dice.random() < 0.8:
-            harm(path, dice)
+            (pack_header if dice.random() < 0.5 else damage)(path, dice)
     return Case(root / "edge", {"quant": "q8"}, must_load=True, text_is_known=True, cache=cache)
 
 
@@ -433,7 +418,6 @@ MUTATORS: dict[str, tuple[int, Mutator]] = {  # with their share of the cases
     "index": (3, index),
     "packs": (3, packs),
     "converted": (13, converted),
-    "costs": (3, costs),
     "gguf": (11, gguf),
     "parts": (3, parts),
 }

@@ -27,9 +27,7 @@ def whole(
     run = pair.bench
     forward = run.forward_ms(repeats)
     exact = run.same_bits()
-    drafts = run.backend.info.has_drafter
-    step = run.draft_step_ms(repeats) if drafts else None
-    costs = run.costs() if drafts else None
+    step = run.draft_step_ms(repeats) if run.backend.info.has_drafter else None
     modes: dict[str, tuple[int | None, tuple[float, ...] | None]] = {
         "plain": (0, None),
         "mtp": (draft_tokens, shares),
@@ -40,7 +38,7 @@ def whole(
     first = 0 if pair.demand else 1  # the first round on a device records what it runs
     for _ in range(first + DECODING_RUNS):  # alternating, so that changes of the machine's speed affect all modes
         for mode, (depth, accepted) in modes.items():
-            speeds[mode].append(run.decode_tokens_per_s(tokens, depth, accepted, costs))
+            speeds[mode].append(run.decode_tokens_per_s(tokens, depth, accepted))
     for seen in speeds.values():
         del seen[:first]
 
@@ -54,7 +52,6 @@ def whole(
         "draft_step_ms": step,
         "draft_tokens": draft_tokens,
         "simulated_acceptance": shares,
-        "round_ms": list(costs.rounds) if costs else None,
         "plain_tokens_per_s": statistics.median(speeds["plain"]),
         "mtp_tokens_per_s": statistics.median(speeds["mtp"]),
         "speedup": speedup("mtp"),

@@ -13,9 +13,8 @@ import numpy as np
 from paceline.backends.base import Backend
 from paceline.backends.cpu.backend import CpuBackend
 from paceline.bench.machine import Bandwidth, DotPeaks
-from paceline.decode.draft_length import Costs
-from paceline.engine.cost_model import measure_costs
-from paceline.engine.proposers import DrafterProposer, Proposer
+from paceline.engine.draft_control import DraftControl
+from paceline.engine.proposers import PromptLookup
 from paceline.engine.sequence import Sequence
 from paceline.engine.step import step
 from paceline.text.detokenizer import Detokenizer
@@ -111,28 +110,18 @@ class Bench:
         self._refill()
         return statistics.median(seen)
 
-    def costs(self) -> Costs:
-        """Costs of rounds, as the engine measures them at load. Leaves the slot as it found it."""
-        self.backend.close_slot(self.slot)
-        costs = measure_costs(self.backend, GREEDY)
-        self.slot = self.backend.open_slot()
-        self._fill()
-        return costs
-
-    def decode_tokens_per_s(
-        self, tokens: int, draft_tokens: int | None, shares: tuple[float, ...] | None, costs: Costs | None = None
-    ) -> float:
+    def decode_tokens_per_s(self, tokens: int, draft_tokens: int | None, shares: tuple[float, ...] | None) -> float:
         """Speed of the engine's loop over about that many tokens.
 
         Args:
             tokens: how many, at least.
-            draft_tokens: a round; None for as many as pay by `costs`, from a cold start.
+            draft_tokens: a round; None for as many as pay, from a cold start.
             shares: simulated acceptance by depth; None for the pair's.
-            costs: of rounds.
         """
-        proposer: Proposer = DrafterProposer(lambda: costs or Costs(()), self.backend.info.stops_early)
+        info = self.backend.info
+        proposer = DraftControl(info.has_drafter, info.stops_early)
         if shares is not None:
-            proposer = SimulatedAcceptance(lambda: costs or Costs(()), stops_early=False, shares=shares)
+            proposer = SimulatedAcceptance(info.has_drafter, stops_early=False, shares=shares)
         sequence = Sequence(
             slot=self.slot,
             tokens=self._tokens(self.context + 1),
@@ -185,7 +174,7 @@ class Bench:
 
 
 @dataclass
-class SimulatedAcceptance(DrafterProposer):
+class SimulatedAcceptance(DraftControl):
     """Rounds run for real, and only how many drafted tokens are accepted is SIMULATED: random weights accept none.
 
     `shares[i]` is the share of rounds in which the draft at depth i + 1 is accepted; it never rises. Rounds take their
@@ -195,9 +184,14 @@ class SimulatedAcceptance(DrafterProposer):
     shares: tuple[float, ...] = ()
     _round: int = 0
 
-    def propose(self, sequence: Sequence, most: int) -> Draft:
+    def guess(self, sequence: Sequence, lookup: PromptLookup, most: int) -> tuple[list[int], list[float]]:
+        return [], []  # a text that is SIMULATED says nothing of repeats
+
+    def propose(self, sequence: Sequence, most: int) -> Draft | None:
         draft = super().propose(sequence, most)
-        self._round += draft.length > 0
+        if draft is None or not draft.length:
+            return draft
+        self._round += 1
         accepted = sum((self._round * GOLDEN_RATIO) % 1.0 < share for share in self.shares)
         return replace(draft, simulated=accepted)
 

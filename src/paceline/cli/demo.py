@@ -1,4 +1,4 @@
-"""`paceline demo`: the same text without and with the drafter, and the speed-up."""
+"""`paceline demo`: the same text without and with drafts, and the speed-up."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Output = tuple[str, tuple[int, ...]]  # text and tokens
 
 @dataclass(frozen=True)
 class Comparison:
-    """Plain decoding against decoding with a drafter."""
+    """Plain decoding against decoding with drafts."""
 
     plain: float  # tokens/s, median
     drafted: float  # tokens/s, median
@@ -59,7 +59,7 @@ def demo(
     draft_tokens: opt.DraftTokensOption = "auto",
     max_tokens: Annotated[int, typer.Option(help="Maximum number of generated tokens.", min=2)] = 200,
 ) -> None:
-    """Compare a model with and without its drafter.
+    """Compare a model with and without drafting.
 
     The same Python code is continued twice; in the second text, colours show
     which tokens were drafted and accepted. Both are then timed alternately, and
@@ -85,7 +85,7 @@ def demo(
     console.print(PROMPT, markup=False, soft_wrap=True, style="dim")
     shown = []
     many = "adaptive draft length" if drafts == "auto" else f"draft length {drafts}"
-    modes: tuple[tuple[DraftTokens, str], ...] = ((0, "Plain decoding"), (drafts, f"With the drafter, {many}"))
+    modes: tuple[tuple[DraftTokens, str], ...] = ((0, "Plain decoding"), (drafts, f"With drafts, {many}"))
     for depth, title in modes:
         console.print(f"\n[bold]{title}[/]{_legend(depth)}\n", soft_wrap=True)
         shown.append(_show(console, engine, depth, max_tokens))
@@ -155,7 +155,7 @@ def _print_table(console: Console, comparison: Comparison) -> None:
     table.add_column()
     table.add_column(justify="right")
     table.add_row("plain", f"{comparison.plain:.1f} tokens/s")
-    table.add_row("with the drafter", f"{comparison.drafted:.1f} tokens/s")
+    table.add_row("with drafts", f"{comparison.drafted:.1f} tokens/s")
     table.add_row("speed-up", f"{comparison.speed_up:.2f}")
     table.add_row("acceptance length", f"{comparison.acceptance_length:.2f} tokens per round")
     table.add_row("same text", "[green]yes[/]" if comparison.same_text else "[bold red]NO[/]")

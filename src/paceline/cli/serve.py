@@ -95,7 +95,6 @@ def serve(
         cache_memory=memory,
         most_waiting=queue,
     )
-    engine.warm_up()
     settings = ServerSettings(
         names=tuple(served_name or dict.fromkeys((model, Path(model).name))),
         keys=tuple(key.strip() for key in api_key or ()),

@@ -16,8 +16,9 @@ from paceline.backends.base import Backend
 from paceline.background import Background
 from paceline.config import DrafterConfig, TargetConfig
 from paceline.decode.constraints import Grammar
+from paceline.decode.draft_length import MAX_DEPTH
 from paceline.decode.logprobs import MAX_LOGPROBS
-from paceline.engine.proposers import DrafterProposer
+from paceline.engine.draft_control import DraftControl
 from paceline.engine.scheduler import Scheduler
 from paceline.engine.sequence import Deliver, Sequence
 from paceline.engine.stream import Stream
@@ -27,7 +28,7 @@ from paceline.text.chat import ChatTemplate
 from paceline.text.grammar import Grammars
 from paceline.text.stops import check_stops
 from paceline.text.tokenizer import Tokenizer
-from paceline.types import MAX_DRAFT, Generation, SamplingParams
+from paceline.types import GREEDY, MAX_DRAFT, Generation, SamplingParams
 
 Prompt = str | Items[int] | Items[Mapping[str, Any]]
 """Text, token ids, or a conversation: messages with `role` and `content`."""
@@ -179,14 +180,14 @@ class Engine:
         return sequence
 
     def warm_up(self) -> None:
-        """Do now what would delay the first requests: measure what rounds cost."""
-        for proposer in self.scheduler.proposers:
-            self.background.call(proposer.warm_up)
+        """Run a round of each draft length, of which the first on a device takes long, now instead of at a request."""
+        for length in range(MAX_DEPTH * self.backend.info.has_drafter + 1):
+            self.generate([0] * 2, max_tokens=length + 2, sampling=GREEDY, draft_tokens=length)
 
     @property
     def recent_acceptance(self) -> float:
         """Share of first drafts that was accepted recently; 0 without a drafter."""
-        found = [p.learned for p in self.scheduler.proposers if isinstance(p, DrafterProposer)]
+        found = [p.learned for p in self.scheduler.proposers if isinstance(p, DraftControl)]
         return found[0].kept_long / found[0].tried_long if found and found[0].tried_long else 0.0
 
     def check_length(self, tokens: list[int]) -> None:

@@ -1,4 +1,4 @@
-"""Proposers: who drafts, and how many tokens. None of them can change the text, only how fast it comes.
+"""Proposers: where drafts come from. None of them can change the text, only how fast it comes.
 
 A draft is accepted as far as it equals what the target samples, so a proposer may guess in any way. For each round the
 proposers of an engine are asked in order; the first that answers has the round.
@@ -6,27 +6,17 @@ proposers of an engine are asked in order; the first that answers has the round.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, field, replace
 
-from paceline.decode.draft_length import (
-    REPLAN,
-    SHARED_REPLAN,
-    Costs,
-    Drift,
-    State,
-    next_plan,
-    next_request,
-    observe,
-    observe_shared,
-    share_out,
-    useless,
-)
 from paceline.engine.sequence import Sequence
 from paceline.types import Draft, Result
 
 Rounds = Items[tuple[Sequence, Result]]
+LEAST_MATCH = 3  # tokens
+MATCH_CLASSES = 5  # of 3, of 4 to 7, 8 to 15, 16 to 31, and more tokens
+GUESSED = (0.4, 0.6, 0.8, 0.9, 0.95)  # chance of the next token after such a match, before anything was observed
+GUESSES = 4.0  # weight of that
+FADE = 1 - 1 / 64  # of observations, for each new one of its class
 
 
 class Proposer:
@@ -35,13 +25,6 @@ class Proposer:
     def propose(self, sequence: Sequence, most: int) -> Draft | None:
         """The draft of a sequence's next round, at most `most` tokens; None leaves the round to the next proposer."""
         raise NotImplementedError
-
-    def warm_up(self) -> None:
-        """Do now what would delay the first request."""
-
-    def ready(self, sequence: Sequence) -> bool:
-        """Whether a sequence may begin while others run; if not, it waits for them to end."""
-        return True
 
     def begin(self, sequence: Sequence) -> None:
         """A sequence is about to get a slot."""
@@ -69,97 +52,69 @@ class GrammarProposer(Proposer):
         return Draft(tokens) if tokens else None
 
 
-@dataclass
-class DrafterProposer(Proposer):
-    """Leaves the draft to the backend's MTP drafter, and decides how long it is.
+class PromptLookup:
+    """Finds what followed the newest tokens earlier in the same text (prompt lookup, n-grams).
 
-    A sequence drafts a fixed number of tokens, or as many as pay (`decode.draft_length`): by what rounds cost, and by
-    what was accepted so far. Sequences that decode together share out drafts among themselves.
+    It follows one earlier place for as long as the text repeats it. How often that is right is observed with each
+    token, drafted or not, so finding out costs nothing.
 
     Args:
-        measure_costs: measures what rounds cost; called once, when first needed.
-        stops_early: whether the drafter can stop by its confidence.
-        notify: receives a warning if hardly any draft is accepted.
+        rates: observed by another lookup: of each class of matches, how often they were tried and right.
     """
 
-    measure_costs: Callable[[], Costs]
-    stops_early: bool
-    notify: Callable[[str], None] = lambda _: None
-    learned: State = field(default_factory=State)  # from sequences that have ended
-    _costs: Costs | None = None
-    _states: dict[Sequence, State] = field(default_factory=dict)  # of sequences with an adaptive draft length
-    _shared: list[Sequence] = field(default_factory=list)  # among whom drafts were shared out
-    _rounds_left: int = 0  # until they are shared out again
-    _drift: Drift = field(default_factory=Drift)
-    _warned: bool = False
+    def __init__(self, rates: Items[tuple[float, float]] = ((0.0, 0.0),) * MATCH_CLASSES) -> None:
+        self._rates = [*rates]
+        self._places: dict[tuple[int, ...], int] = {}  # where the text went on after so many tokens, most recently
+        self._read = 0  # tokens
+        self._at = 0  # place that is followed; 0: none
+        self._length = 0  # tokens that were equal before it
 
     @property
-    def costs(self) -> Costs:
-        """Costs of rounds, measured when first needed."""
-        if self._costs is None:
-            self._costs = self.measure_costs()
-        return self._costs
+    def rates(self) -> tuple[tuple[float, float], ...]:
+        """How often matches of each class were tried and right, as far as that still counts."""
+        return tuple(self._rates)
 
-    def warm_up(self) -> None:
-        _ = self.costs
+    def read(self, tokens: list[int], prompt_length: int) -> None:
+        """Go on to the end of a text whose first tokens were read before."""
+        for end in range(self._read + 1, len(tokens) + 1):
+            token, key = tokens[end - 1], tuple(tokens[end - LEAST_MATCH : end])
+            if self._at:
+                right = tokens[self._at] == token
+                if end > prompt_length:
+                    self._observe(right)
+                self._at, self._length = (self._at + 1, self._length + 1) if right else (0, 0)
+            if end < LEAST_MATCH:
+                continue
+            if not self._at and (place := self._places.get(key)):
+                self._at, self._length = place, LEAST_MATCH
+            self._places[key] = end
+        self._read = len(tokens)
 
-    def ready(self, sequence: Sequence) -> bool:
-        return self._costs is not None or sequence.draft_tokens is not None  # measuring takes all slots
+    def _observe(self, right: bool) -> None:
+        i = match_class(self._length)
+        tried, kept = self._rates[i]
+        self._rates[i] = FADE * tried + 1, FADE * kept + right
 
-    def begin(self, sequence: Sequence) -> None:
-        if sequence.draft_tokens is None:
-            self.warm_up()
-            self._states[sequence] = next_request(self.learned)
+    def guess(self, tokens: list[int], most: int) -> tuple[list[int], list[float]]:
+        """At most so many tokens that may follow, and the chance of each given those before it."""
+        if not self._at:
+            return [], []
+        guess = tokens[self._at : self._at + most]
+        while len(guess) < most:  # a text that repeats its own end
+            guess.append(guess[len(guess) - (len(tokens) - self._at)])
+        chances: list[float] = []
+        while len(chances) < most:
+            i = match_class(self._length + len(chances))
+            left = most - len(chances)
+            more = left if i == MATCH_CLASSES - 1 else min(left, (4 << i) - self._length - len(chances))
+            chances += [self._chance(i)] * more
+        return guess, chances
 
-    def prepare(self, sequences: Items[Sequence]) -> None:
-        self._rounds_left -= 1
-        if self._rounds_left > 0 and sequences == self._shared:
-            return
-        adaptive = [s for s in sequences if s in self._states and self.costs.shared]
-        plans: list[Draft | None] = [None] * len(adaptive)
-        if len(adaptive) > 1:
-            plans = [*share_out([self._states[s] for s in adaptive], self.costs, self._drift)]
-        drafting = any(plan and plan.length for plan in plans)
-        self._shared, self._rounds_left = [*sequences], REPLAN if drafting else SHARED_REPLAN
-        for sequence, plan in zip(adaptive, plans, strict=True):
-            state = self._states[sequence]
-            plain = state.plain_rounds + self._rounds_left * (plan is not None and not plan.length)
-            self._states[sequence] = replace(state, plan=plan, plain_rounds=plain)
+    def _chance(self, i: int) -> float:
+        tried, kept = self._rates[i]
+        return (kept + GUESSES * GUESSED[i]) / (tried + GUESSES)
 
-    def propose(self, sequence: Sequence, most: int) -> Draft:
-        if sequence.draft_tokens is not None:
-            return Draft(length=min(sequence.draft_tokens, most))
-        state = self._states[sequence]
-        plan = state.plan
-        if plan is None:
-            plan = next_plan(state, self.costs, self.stops_early)
-            self._states[sequence] = replace(state, plan=plan)
-        return plan if plan.length <= most else replace(plan, length=most, floors=plan.floors[:most])
 
-    def observe(self, rounds: Rounds, seconds: float | None) -> None:
-        adaptive = [(s, result) for s, result in rounds if s in self._states]
-        if not adaptive:
-            return
-        alone = len(rounds) == 1
-        milliseconds = seconds * 1e3 if seconds is not None else None
-        for sequence, result in adaptive:
-            self._states[sequence] = observe(
-                self._states[sequence], self.costs, result, milliseconds if alone else None
-            )
-        lengths = [len(result.drafted) for _, result in adaptive]
-        telling = any(lengths) or self._rounds_left % REPLAN == 0  # plain rounds are all the same
-        if milliseconds and telling and not alone and len(adaptive) == len(rounds) and self.costs.shared:
-            accepted = sum(result.accepted for _, result in adaptive)
-            self._drift = observe_shared(self._drift, self.costs, lengths, accepted, milliseconds)
-
-    def finish(self, sequence: Sequence) -> None:
-        state = self._states.pop(sequence, None)
-        if state is None or sequence.in_prefill:
-            return
-        self.learned = state
-        if useless(state) and not self._warned:
-            self._warned = True
-            self.notify(
-                f"hardly any draft is accepted ({state.accepted} of {state.drafted}), so drafting rests; is this the "
-                "drafter of another model, or has the model been fine-tuned? (the text is not affected)"
-            )
+def match_class(length: int) -> int:
+    """Which of MATCH_CLASSES a match of so many tokens belongs to."""
+    return min(max(length.bit_length() - 2, 0), MATCH_CLASSES - 1)

@@ -172,8 +172,6 @@ class Scheduler:
     def _admit(self) -> None:
         while self._waiting and len(self.running) < self.backend.info.slots:
             sequence = min(list(self._waiting), key=lambda one: one.turn)
-            if self.running and not all(proposer.ready(sequence) for proposer in self.proposers):
-                return
             for proposer in self.proposers:
                 proposer.begin(sequence)
             self._follow(sequence)
