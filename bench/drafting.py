@@ -1,7 +1,8 @@
 """Whether drafting pays: the adaptive draft length against fixed ones and plain decoding, from a cold start.
 
-    python bench/drafting.py                                              # tiny-python, greedy and sampled
-    python bench/drafting.py --shape e2b --acceptance 0.8,0.65,0.5        # SIMULATED acceptance
+    python bench/drafting.py                                          # tiny-python, greedy and sampled
+    python bench/drafting.py --shape e2b --acceptance 0.8,0.65,0.5    # SIMULATED acceptance
+    python bench/drafting.py --shape e2b --echo                       # and a SIMULATED copy, edited every 250 tokens
 
 All ways run in turns in one process, in another order each time, and start with nothing learned. With a model, a
 drafter whose rows were shuffled is one that is never right. Quotes medians, the ratio of medians and that of each turn.
@@ -18,7 +19,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,14 +28,16 @@ from safetensors.torch import save_file
 
 import paceline
 from paceline.bench.loading import Pair, open_pairs
-from paceline.bench.runs import Bench
+from paceline.bench.runs import Bench, SimulatedAcceptance
 from paceline.checkpoint import locate, locate_drafter
 from paceline.engine.draft_control import DraftControl
-from paceline.engine.proposers import GrammarProposer
+from paceline.engine.proposers import GUESSED, LEAST_MATCH, GrammarProposer, PromptLookup, match_class
 from paceline.engine.scheduler import Scheduler
-from paceline.types import GREEDY, SamplingParams
+from paceline.engine.sequence import Sequence
+from paceline.types import GREEDY, Draft, SamplingParams
 
 PROMPT = "import socket\nimport threading\n\n\nclass Server:\n"
+EDIT = 250  # tokens from one edit of the copy to the next
 Way = str | int  # a fixed draft length, or what the engine makes of it
 
 
@@ -110,6 +113,40 @@ def shape_speeds(
     return {**pair.report("drafting"), "acceptance": shares, **found}
 
 
+@dataclass
+class Echo(SimulatedAcceptance):
+    """Prompt lookup always finds a text that the target copies; both are SIMULATED."""
+
+    _start: int = 0
+
+    def guess(self, sequence: Sequence, lookup: PromptLookup, most: int) -> tuple[list[int], list[float]]:
+        self._start = self._start or len(sequence.tokens)
+        matched = (len(sequence.tokens) - self._start) % EDIT  # since the last edit
+        if matched < LEAST_MATCH:
+            return [], []
+        return [0] * most, [GUESSED[match_class(matched + i)] for i in range(most)]
+
+    def propose(self, sequence: Sequence, most: int) -> Draft | None:
+        draft = super().propose(sequence, most)
+        if draft is None or not draft.tokens:
+            return draft
+        return replace(draft, simulated=min(len(draft.tokens), EDIT - (len(sequence.tokens) - self._start) % EDIT))
+
+
+def echo_speeds(pair: Pair, shares: tuple[float, ...], tokens: int, runs: int) -> dict[str, object]:
+    """How much faster a copy is with prompt lookup than with the drafter alone."""
+    seen: dict[str, list[float]] = {"drafter": [], "drafter and lookup": []}
+    for _ in range(runs):
+        for way, kind in zip(seen, (SimulatedAcceptance, Echo), strict=True):
+            pair.bench.probe()
+            seen[way].append(pair.bench.decode_tokens_per_s(tokens, None, shares, kind))
+    medians = {way: round(statistics.median(speeds), 2) for way, speeds in seen.items()}
+    ratio = round(medians["drafter and lookup"] / medians["drafter"], 3)
+    found = {"tokens_per_s": medians, "ratio": ratio, "acceptance": shares}
+    print(f"SIMULATED copy: {json.dumps(found)}", file=sys.stderr)
+    return {**pair.report("echo"), **found}
+
+
 def main() -> None:
     """Run and report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
@@ -117,6 +154,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=["e2b", "e4b", "12b", "26b", "31b"])
     parser.add_argument("--quant", default="q4")
     parser.add_argument("--acceptance", default="0.8,0.65,0.5", help="by depth, SIMULATED, with --shape")
+    parser.add_argument("--echo", action="store_true", help="a text that copies, with --shape")
     parser.add_argument("--lengths", default="1,2,3,4,6,8")
     parser.add_argument("--tokens", type=int, default=500)
     parser.add_argument("--runs", type=int, default=5)
@@ -129,7 +167,10 @@ def main() -> None:
         (pair,) = open_pairs(
             None, arguments.shape, arguments.quant, arguments.threads, "cpu", 512, room, None, "auto", [""]
         )
-        report = shape_speeds(pair, shares, arguments.tokens, arguments.runs, lengths)
+        if arguments.echo:
+            report = echo_speeds(pair, shares, arguments.tokens, arguments.runs)
+        else:
+            report = shape_speeds(pair, shares, arguments.tokens, arguments.runs, lengths)
     else:
         report = model_speeds(arguments.model, arguments.tokens, arguments.runs, lengths, arguments.threads)
     print(json.dumps({"benchmark": "drafting", "tokens": arguments.tokens, **report}))

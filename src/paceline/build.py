@@ -81,8 +81,7 @@ def load(
         threads: worker threads; None for the physical performance cores, within CPU quotas.
         context: tokens a sequence may hold, prompt included; None for the model's own limit, at most 32768.
         slots: sequences that run at once; the rest are queued.
-        draft_tokens: tokens drafted a round unless a request says otherwise: 0 to 15, or "auto" for as many as pay;
-            what rounds cost is then measured, once for a pair and its settings.
+        draft_tokens: tokens drafted a round unless a request says otherwise: 0 to 15, or "auto" for as many as pay.
         prompt_chunk: prompt tokens in one pass.
         cache_memory: bytes for the prefix cache; 0 for none.
         most_waiting: generations that may wait for a slot.

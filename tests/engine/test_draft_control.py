@@ -242,3 +242,86 @@ def test_what_a_sequence_learned_is_kept_at_its_end() -> None:
     assert control.learned.tried_long == 1
     assert control._states == {}
     control.finish(sequence)  # may be told twice
+
+
+def together(
+    control: DraftControl, sequences: list[Sequence], rounds: int, chance: Callable[[Sequence, int], float], row: float
+) -> dict[Sequence, list[int]]:
+    """Rounds of 10 ms and `row` ms for each drafted token; drafts are accepted by chance. What was drafted."""
+    dice = random.Random(0)
+    lengths: dict[Sequence, list[int]] = {s: [] for s in sequences}
+    for sequence in sequences:
+        control.begin(sequence)
+    for number in range(rounds):
+        control.prepare(sequences)
+        results = []
+        for s in sequences:
+            draft = control.propose(s, 15) if s.draft_tokens != 0 else Draft()
+            count = draft.length + len(draft.tokens)
+            lengths[s].append(draft.length)
+            p = chance(s, number)
+            accepted = next((i for i in range(count) if dice.random() >= p), count)
+            results.append(Result((0,) * (accepted + 1), (0,) * count, (0.5,) * draft.length))
+        ms = 10 + row * sum(len(result.drafted) for result in results)
+        own = [(s, r) for s, r in zip(sequences, results, strict=True) if s.draft_tokens != 0]
+        control.observe(own, ms / 1e3)
+    return lengths
+
+
+def test_a_sequence_drafts_beside_one_that_does_not() -> None:
+    plain, drafting = adaptive(0), adaptive()
+    lengths = together(NoLookup(True, False), [plain, drafting], 200, lambda *_: 0.95, 0.2)
+    assert sum(lengths[drafting][-50:]) > 150
+    assert not any(lengths[plain])
+
+
+def test_a_guess_beside_the_drafter_does_not_keep_it_short() -> None:
+    class Guessing(NoLookup):
+        def guess(self, s: Sequence, lookup: PromptLookup, most: int) -> tuple[list[int], list[float]]:
+            return ([0] * 4, [0.9] * 4) if s is guessing else ([], [])
+
+    guessing, drafting = adaptive(), adaptive()
+    lengths = together(Guessing(True, False), [guessing, drafting], 200, lambda *_: 0.9, 0.2)
+    assert max(lengths[drafting]) > 3
+
+
+def test_a_sequence_is_tried_again_while_others_draft() -> None:
+    steady, late = adaptive(), adaptive()
+    lengths = together(
+        NoLookup(True, False), [steady, late], 900, lambda s, n: 0.95 if s is steady or n > 300 else 0.0, 1.0
+    )
+    assert sum(lengths[late][250:300]) < 10
+    assert sum(lengths[late][-100:]) > 100
+
+
+@pytest.mark.parametrize("has_drafter", [False, True])
+def test_a_slow_first_round_is_forgotten(has_drafter: bool) -> None:
+    """Caches are cold; plain decoding would look slow for long, and everything else good."""
+    control, sequence, dice = DraftControl(has_drafter, False), adaptive(), random.Random(0)
+    control.guess = lambda *_: ([1] * 15, [0.3] * 15)
+    control.begin(sequence)
+    spent = done = 0.0
+    for number in range(500):
+        control.prepare([sequence])
+        draft = control.propose(sequence, 15)
+        count = draft.length + len(draft.tokens)
+        accepted = next((i for i in range(count) if dice.random() >= 0.3), count)
+        ms = 1 + 0.3 * count
+        spent, done = spent + ms, done + accepted + 1
+        result = Result((0,) * (accepted + 1), (0,) * count, (0.5,) * draft.length)
+        control.observe([(sequence, result)], (4 * ms if number == 0 else ms) / 1e3)
+    assert done / spent > 0.96
+
+
+def test_steps_that_hold_prefill_are_no_time_for_tries() -> None:
+    """Nothing is learned from them, so that a try would be due in each of them."""
+    control, sequence = NoLookup(True, False), adaptive()
+    together(control, [sequence], 100, lambda *_: 0.95, 0.2)
+    control._costs[1].plain_at = -10000  # a plain round is due
+    lengths = []
+    for _ in range(30):
+        control.prepare([sequence])
+        lengths.append(control.propose(sequence, 15).length)
+        result = Result((0,) * (lengths[-1] + 1), (0,) * lengths[-1], (0.5,) * lengths[-1])
+        control.observe([(sequence, result)], None)
+    assert sum(length == 0 for length in lengths) < 3

@@ -110,18 +110,25 @@ class Bench:
         self._refill()
         return statistics.median(seen)
 
-    def decode_tokens_per_s(self, tokens: int, draft_tokens: int | None, shares: tuple[float, ...] | None) -> float:
+    def decode_tokens_per_s(
+        self,
+        tokens: int,
+        draft_tokens: int | None,
+        shares: tuple[float, ...] | None,
+        simulation: type[SimulatedAcceptance] | None = None,
+    ) -> float:
         """Speed of the engine's loop over about that many tokens.
 
         Args:
             tokens: how many, at least.
             draft_tokens: a round; None for as many as pay, from a cold start.
             shares: simulated acceptance by depth; None for the pair's.
+            simulation: of something else, too.
         """
         info = self.backend.info
         proposer = DraftControl(info.has_drafter, info.stops_early)
         if shares is not None:
-            proposer = SimulatedAcceptance(info.has_drafter, stops_early=False, shares=shares)
+            proposer = (simulation or SimulatedAcceptance)(info.has_drafter, stops_early=False, shares=shares)
         sequence = Sequence(
             slot=self.slot,
             tokens=self._tokens(self.context + 1),

@@ -9,6 +9,7 @@ GUESSED_ROW = 0.12  # what a drafted token adds to a step before anything is kno
 GUESSED = 0.5  # weight of what is expected when the first time comes
 MEMORY = 100.0  # times that a mean is taken over: long, so that a change of all prices is not taken for one of its own
 SPEED_RATE = 0.15  # how fast all prices follow a machine that gets slower or faster
+FEW = 2  # times
 KNOWN = 4.0  # times after which an error is the machine's and not the price's
 OUTLIER = 2.0  # one time counts for at most so many times what was expected
 
@@ -36,7 +37,8 @@ class StepCosts:
 
     count: int
     observed: int = 0
-    plain_at: int = 0  # number of the last step without drafts
+    plain_seen: int = 0  # of these, without drafts
+    plain_at: int = 0  # number of the last of them
     _plain: float = 0.0
     _drafted: dict[int, _Mean] = field(default_factory=dict)  # by length
     _given: dict[int, _Mean] = field(default_factory=dict)
@@ -53,8 +55,8 @@ class StepCosts:
         return max(self._drafted, default=0)
 
     def seen(self, length: int) -> bool:
-        """Whether a draft of the drafter's had that length."""
-        return length in self._drafted
+        """Whether drafts of the drafter's had that length a few times."""
+        return length in self._drafted and self._drafted[length].weight > FEW
 
     def price(self, length: int, rows: float | None = None, *, given: bool = False) -> float:
         """Price of a step whose longest draft has that length.
@@ -96,8 +98,12 @@ class StepCosts:
         ratio = min(max(ms / expected, 1 / OUTLIER), OUTLIER)
         usual = ratio * expected / self._speed
         if not rows:
-            self.plain_at = self.observed
-            self._plain += (usual - self._plain) / min(self.observed, MEMORY)
+            self.plain_at, self.plain_seen = self.observed, self.plain_seen + 1
+            if self.plain_seen <= FEW:  # the first ones may find caches cold
+                now = max(ms / self._speed, 1e-3)
+                self._plain = now if self.plain_seen == 1 else min(now, self._plain)
+                return
+            self._plain += (usual - self._plain) / min(self.plain_seen, MEMORY)
         else:
             means = self._given if given else self._drafted
             if length not in means:

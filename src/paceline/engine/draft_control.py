@@ -16,22 +16,23 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 
 from paceline.decode.draft_length import MAX_DEPTH, Acceptance, expected_gains, stop_floors
-from paceline.engine.cost_model import StepCosts
+from paceline.engine.cost_model import OUTLIER, StepCosts
 from paceline.engine.proposers import PromptLookup, Proposer, Rounds
 from paceline.engine.sequence import Sequence
-from paceline.types import MAX_DRAFT, NO_DRAFT, Draft
+from paceline.types import NO_DRAFT, Draft
 
 FIRST_CREDIT = 1.0  # plain rounds that drafting may lose before it has gained anything: 2 % of 60 tokens
 CREDIT_SHARE = 0.008  # of the rounds since then, in addition
 MOST_CREDIT = 20.0  # gains that later losses are set against
 FIRST_PLAIN = 2  # rounds without drafts at first, which the others are compared with
-LEAST_PAUSE = 32  # rounds from one try to the next, of what does not pay; fewer after the first ones
-PLAIN_PAUSE = 16  # rounds between plain ones where drafting hardly pays; the more it gains, the surer it is
+LONGEST_PAUSE = 32  # rounds from one try of the drafter to the next where it does not pay
+PLAIN_PAUSE, LONGEST_PLAIN_PAUSE = 16, 512  # rounds between plain ones: the more drafting gains, the surer it is
+LEAST_CHANCE = 0.2  # of one more token, for a length that was not seen to be tried
 LEAST_GAIN = 1.02  # over plain decoding: less may be a mistake about the machine
 FAR = 0.2  # that much slower than plain decoding is not tried any sooner
 UNLIKELY = 0.1  # a guess is not looked at any further
 UNSURE = 2.0  # a length not seen yet may cost that many times what is expected
-REPLAN_MS, MOST_ROUNDS = 12.0, 12  # a plan serves for that long, and no more rounds
+REPLAN_MS, MOST_ROUNDS, FEW_ROUNDS = 12.0, 12, 3  # a plan serves for that long, and no more rounds; with little credit
 
 
 @dataclass
@@ -64,10 +65,11 @@ class DraftControl(Proposer):
     _costs: dict[int, StepCosts] = field(default_factory=dict)  # by the number of sequences
     _current: StepCosts = field(default_factory=lambda: StepCosts(1))  # of those in flight
     _credit: float = FIRST_CREDIT
+    _blind: bool = False  # the last step's time says nothing of its rounds
     _planned: list[Sequence] = field(default_factory=list)  # for whom plans were made
     _rounds_left: int = 0  # until they are made anew
     _rate: float = 0.0  # tokens a millisecond that they promise
-    _given_costs: list[float] = field(default_factory=list)  # milliseconds that 0, 1, ... tokens of a guess add
+    _given_costs: list[float] = field(default_factory=list)  # milliseconds that 1, 2, ... tokens of a guess add
     _drafted: int = 0
     _accepted: int = 0
     _warned: bool = False
@@ -75,6 +77,7 @@ class DraftControl(Proposer):
     def begin(self, sequence: Sequence) -> None:
         if sequence.draft_tokens is None:
             lookup = PromptLookup(self._lookup_rates) if self._lookup_rates else PromptLookup()
+            lookup.read(sequence.tokens, sequence.prompt_length)
             self._states[sequence] = _State(self.learned.for_next_text(), lookup)
 
     def prepare(self, sequences: Items[Sequence]) -> None:
@@ -84,7 +87,7 @@ class DraftControl(Proposer):
         self._planned = [*sequences]
         states = [self._states[s] for s in sequences if s in self._states]
         if states:
-            self._current = self._costs.setdefault(len(states), StepCosts(len(states)))
+            self._current = self._costs.setdefault(len(sequences), StepCosts(len(sequences)))
             self._plan(states, self._current)
 
     def propose(self, sequence: Sequence, most: int) -> Draft | None:
@@ -100,17 +103,17 @@ class DraftControl(Proposer):
     def _worth_of(self, chances: list[float], value: float) -> int:
         """How many tokens of a guess are worth most; 0 if none is worth more than `value`."""
         costs = self._current
-        if not costs.observed:
+        if costs.plain_seen < FIRST_PLAIN:
             return 0
-        if not self._given_costs:
-            self._given_costs = [costs.price(n, n, given=True) - costs.plain for n in range(MAX_DRAFT + 1)]
         length, chance, gain = 0, 1.0, 0.0
-        for i, p in enumerate(chances, start=1):
+        for i, p in enumerate(chances):
             chance *= p
             gain += chance
+            if i == len(self._given_costs):
+                self._given_costs.append(costs.price(i + 1, i + 1, given=True) - costs.plain)
             worth = gain - self._rate * self._given_costs[i]
             if worth > value:
-                value, length = worth, i
+                value, length = worth, i + 1
             elif chance < UNLIKELY:
                 break
         return length
@@ -121,43 +124,44 @@ class DraftControl(Proposer):
         return lookup.guess(sequence.tokens, most)
 
     def observe(self, rounds: Rounds, seconds: float | None) -> None:
-        longest = rows = accepted = adaptive = 0
-        given = False
+        drafted = given = rows = accepted = 0
         for sequence, result in rounds:
-            state = self._states.get(sequence)
-            if state is None:
-                continue
-            adaptive += 1
-            drafted = len(result.drafted)
+            length = len(result.drafted)
+            rows, accepted = rows + length, accepted + result.accepted
             if result.confidence:
+                drafted = max(drafted, length)
+            else:
+                given = max(given, length)
+            state = self._states.get(sequence)
+            if state and result.confidence:
                 state.rounds += 1
                 state.acceptance.observe(result)
-                self._drafted, self._accepted = self._drafted + drafted, self._accepted + result.accepted
-            else:
+                self._drafted, self._accepted = self._drafted + length, self._accepted + result.accepted
+            elif state:
                 state.acceptance.rested += 1
-                given = given or drafted > 0
-            if drafted:
-                longest, rows, accepted = max(longest, drafted), rows + drafted, accepted + result.accepted
-        if adaptive and seconds is not None and adaptive == len(rounds):
-            costs, ms, made = self._current, seconds * 1e3, 1 + accepted / adaptive
-            if rows and costs.observed:
-                price = costs.price(longest, rows, given=given)
-                self._credit += made - min(ms, 2 * price) / costs.plain  # an outlier counts in part
-                if self._credit < FIRST_CREDIT:
-                    self._rounds_left = 0
-            self._credit = min(MOST_CREDIT, self._credit + CREDIT_SHARE * made)
-            costs.observe(longest, rows, ms, given=given)
+        self._blind = seconds is None
+        if seconds is None or not rounds:
+            return
+        costs, ms, made = self._current, seconds * 1e3, 1 + accepted / self._current.count
+        longest = drafted or given
+        if drafted and costs.plain_seen:  # prompt lookup is observed without being tried
+            price = costs.price(longest, rows)
+            self._credit += made - min(ms, OUTLIER * price) / costs.plain  # an outlier counts in part
+            if self._credit < FIRST_CREDIT:
+                self._rounds_left = min(self._rounds_left, FEW_ROUNDS)
+        self._credit = max(-FIRST_CREDIT, min(MOST_CREDIT, self._credit + CREDIT_SHARE * made))
+        costs.observe(longest, rows, ms, given=not drafted)
 
     def _plan(self, states: list[_State], costs: StepCosts) -> None:
         """Decide how far each of the sequences drafts in the next rounds."""
-        count, plain = len(states), costs.plain
+        count, plain, alone = costs.count, costs.plain, len(states) == costs.count == 1
         chances = [state.acceptance.chances() for state in states]
         gains = [expected_gains(p) for p in chances]
-        prices, rates, drafts = [plain], [count / plain if plain else 0.0], [[0] * count]
-        known = self.has_drafter and costs.observed >= FIRST_PLAIN
-        for length in range(1, min(MAX_DEPTH, 2 * costs.longest + 1) + 1 if known else 1):
+        prices, rates, drafts = [plain], [count / plain if plain else 0.0], [[0] * len(states)]
+        known = costs.plain_seen >= FIRST_PLAIN
+        for length in range(1, min(MAX_DEPTH, 2 * costs.longest + 1) + 1 if known and self.has_drafter else 1):
             depths = [length]
-            if count > 1:  # each as far as its gain is worth the time of its rows
+            if not alone:  # each as far as its gain is worth the time of its rows
                 worth = max(rates) * (costs.price(length) - plain) / (count * length)
                 depths = [max(range(length + 1), key=lambda d, gain=gain: gain[d] - worth * d) for gain in gains]  # type: ignore[misc]
             price = costs.price(length, sum(depths))
@@ -168,57 +172,60 @@ class DraftControl(Proposer):
             drafts.append(depths)
         best = max(range(len(rates)), key=rates.__getitem__)
         best = best if rates[best] > LEAST_GAIN * rates[0] else 0
-        self._rate = rates[best]
-        try_it = self._to_try(states, costs, best, rates, gains[0]) if known else None
-        if try_it is not None and try_it < len(rates):
-            best, self._rounds_left = try_it, 1
-            if count > 1 and try_it:
-                drafts[best] = [1] * count
+        self._rate, self._given_costs = rates[best], []
+        chosen = drafts[best]
+        tried = self._to_try(states, costs, best, rates, drafts) if known and not self._blind else None
+        if tried:
+            chosen, self._rounds_left = tried, 1
         else:
             self._rounds_left = self._rounds(states, costs, best, rates)
-            try_it = None
-        for state, depth, gain in zip(states, drafts[best], gains, strict=True):
-            state.plan = Draft(length=depth)
+        for state, depth, gain in zip(states, chosen, gains, strict=True):
             cost = costs.price(depth, depth) - plain if depth else 0.0
-            state.value = gain[depth] - self._rate * cost if try_it is None else math.inf
-        if count == 1 and best and self.stops_early and try_it is None:
+            state.plan, state.value = Draft(length=depth), gain[depth] - self._rate * cost
+            if tried:
+                state.value = math.inf  # no guess instead
+        if alone and best and self.stops_early and not tried:
             floors = stop_floors(prices, chances[0], self._rate)
             best = max(best, next((j for j, floor in enumerate(floors, start=1) if floor > 1), len(floors)))
             states[0].plan = Draft((), best, floors[:best], states[0].acceptance.by_confidence())
-        self._given_costs = []
+
+    def _to_try(
+        self, states: list[_State], costs: StepCosts, best: int, rates: list[float], drafts: list[list[int]]
+    ) -> list[int] | None:
+        """Lengths other than the best ones that are due for a try: what was seen of them is old, or nothing."""
+        pause = min(LONGEST_PLAIN_PAUSE, PLAIN_PAUSE * (rates[best] / rates[0]) ** 4)
+        if costs.observed - costs.plain_at > pause:
+            return drafts[0]
+        due = [state.acceptance.rested >= self._pause(state, rates) for state in states]
+        if len(states) == costs.count == 1:
+            if not best:
+                return drafts[max(range(1, len(rates)), key=rates.__getitem__)] if due[0] and len(rates) > 1 else None
+            longer = best + 1 < len(drafts) and not costs.seen(best + 1)
+            # even if it costs no more than this one, it has to gain something
+            return drafts[best + 1] if longer and states[0].acceptance.chances()[best] > LEAST_CHANCE else None
+        depths = [depth or int(is_due) for depth, is_due in zip(drafts[best], due, strict=True)]
+        if not self.has_drafter or depths == drafts[best]:
+            return None
+        more = costs.price(max(depths), sum(depths)) - costs.price(max(drafts[best]), sum(drafts[best]))
+        return depths if more / costs.plain <= self._credit else None
 
     def _rounds(self, states: list[_State], costs: StepCosts, best: int, rates: list[float]) -> int:
         """How long a plan serves."""
-        if costs.observed <= FIRST_PLAIN:
+        if costs.plain_seen <= FIRST_PLAIN:
             return 1
         if not best:
             left = min(self._pause(state, rates) - state.acceptance.rested for state in states)
-            return left if left > 0 else LEAST_PAUSE // 4  # due, but credit does not allow it yet
+            return left if left > 0 else LONGEST_PAUSE // 4  # due, but credit does not allow it yet
         return min(MOST_ROUNDS, 1 + int(REPLAN_MS / costs.plain))
 
     @staticmethod
     def _pause(state: _State, rates: list[float]) -> int:
-        """Plain rounds before a draft is tried: fewer in the beginning, and where it would nearly pay."""
+        """Rounds without the drafter before it is tried: fewer at first, and where it would nearly pay."""
         near = max(0.0, 1 - max(rates[1:], default=0.0) / rates[0]) / FAR
-        return math.ceil(min(LEAST_PAUSE, 4 * state.rounds) * min(1.0, max(0.25, near)))
-
-    def _to_try(
-        self, states: list[_State], costs: StepCosts, best: int, rates: list[float], gains: list[float]
-    ) -> int | None:
-        """A length other than the best one that is due for a try: what was seen of it is old, or nothing."""
-        if not best:
-            due = any(state.acceptance.rested >= self._pause(state, rates) for state in states)
-            if len(states) > 1:
-                return 1 if due and costs.price(1) / costs.plain - 1 <= self._credit else None
-            return max(range(1, len(rates)), key=rates.__getitem__, default=None) if due else None
-        if costs.observed - costs.plain_at > PLAIN_PAUSE * (rates[best] / rates[0]) ** 4:
-            return 0
-        # a longer draft costs at least as much as this one
-        longer = len(states) == 1 and best < MAX_DEPTH and not costs.seen(best + 1)
-        return best + 1 if longer and (1 + gains[best + 1]) > 1.03 * (1 + gains[best]) else None
+        return math.ceil(min(LONGEST_PAUSE, 4 * state.rounds) * min(1.0, max(0.25, near)))
 
     def finish(self, sequence: Sequence) -> None:
-        state = self._states.pop(sequence, None)
+        state, self._planned = self._states.pop(sequence, None), []
         if state is None or sequence.in_prefill:
             return
         self.learned, self._lookup_rates = state.acceptance, state.lookup.rates

@@ -181,8 +181,10 @@ class Engine:
 
     def warm_up(self) -> None:
         """Run a round of each draft length, of which the first on a device takes long, now instead of at a request."""
-        for length in range(MAX_DEPTH * self.backend.info.has_drafter + 1):
-            self.generate([0] * 2, max_tokens=length + 2, sampling=GREEDY, draft_tokens=length)
+        endless = replace(GREEDY, suppressed=tuple(sorted(self.stop_ids)))
+        longest = min(MAX_DEPTH, self.backend.info.context - 3) if self.backend.info.has_drafter else 0
+        for length in range(longest + 1):
+            self.generate([0], max_tokens=length + 2, sampling=endless, draft_tokens=length)
 
     @property
     def recent_acceptance(self) -> float:

@@ -37,7 +37,7 @@ class Proposer:
 
         Args:
             rounds: sequences and their results.
-            seconds: that the step took; None if it held other work, too.
+            seconds: that the step took, proposals not counted; None if it held prefill or another proposer's rounds.
         """
 
     def finish(self, sequence: Sequence) -> None:

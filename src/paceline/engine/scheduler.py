@@ -175,10 +175,11 @@ class Scheduler:
             for proposer in self.proposers:
                 proposer.begin(sequence)
             self._follow(sequence)
+            slot = self.backend.open_slot()
             self._waiting.remove(sequence)
             self._turn = sequence.turn
             self._last_turns = {client: turn for client, turn in self._last_turns.items() if turn > self._turn}
-            sequence.admit(self.backend.open_slot())
+            sequence.admit(slot)
             self.running.append(sequence)
 
     def _follow(self, sequence: Sequence) -> None:

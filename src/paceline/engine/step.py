@@ -27,18 +27,20 @@ def step(backend: Backend, proposers: Items[Proposer], sequences: Items[Sequence
     Returns:
         What each sequence gained, None for one whose prefill goes on.
     """
-    started = time.perf_counter()
     decoding = [sequence for sequence in sequences if not sequence.in_prefill]
     for proposer in proposers:
         proposer.prepare(decoding)
     proposals = [propose(proposers, sequence) for sequence in sequences]
+    started = time.perf_counter()
     works = [sequence.work(draft, chunk) for sequence, (draft, _) in zip(sequences, proposals, strict=True)]
     results = backend.run(works)
     events = [s.apply(work, result) for s, work, result in zip(sequences, works, results, strict=True)]
     seconds = time.perf_counter() - started
+    makers = [by for _, by in proposals]
     for proposer in proposers:
-        rounds = [(s, r) for s, r, (_, by) in zip(sequences, results, proposals, strict=True) if by is proposer]
-        proposer.observe(rounds, seconds if len(rounds) == len(sequences) else None)
+        rounds = [(s, r) for s, r, by in zip(sequences, results, makers, strict=True) if by is proposer]
+        alone = len(decoding) == len(sequences) and all(by in (proposer, None) for by in makers)
+        proposer.observe(rounds, seconds if alone else None)
     return events
 
 
