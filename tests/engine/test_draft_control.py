@@ -236,6 +236,7 @@ def test_without_a_drafter_repeats_are_drafted() -> None:
 def test_what_a_sequence_learned_is_kept_at_its_end() -> None:
     control, sequence = DraftControl(True, False), adaptive()
     control.begin(sequence)
+    control.prepare([sequence])
     control.observe([(sequence, Result((1,), (2,), (0.5,)))], 0.01)
     assert control.learned.tried_long == 0
     control.finish(sequence)
@@ -273,6 +274,16 @@ def test_a_sequence_drafts_beside_one_that_does_not() -> None:
     lengths = together(NoLookup(True, False), [plain, drafting], 200, lambda *_: 0.95, 0.2)
     assert sum(lengths[drafting][-50:]) > 150
     assert not any(lengths[plain])
+
+
+def test_fixed_lengths_teach_nothing() -> None:
+    """They would be taken for steps of as many sequences as were adaptive last."""
+    control = NoLookup(True, False)
+    together(control, [adaptive()], 20, lambda *_: 0.5, 0.2)
+    before = control._costs[1].observed
+    together(control, [adaptive(2), adaptive(3)], 20, lambda *_: 0.5, 0.2)
+    assert control._costs.keys() == {1}
+    assert control._costs[1].observed == before
 
 
 def test_a_guess_beside_the_drafter_does_not_keep_it_short() -> None:

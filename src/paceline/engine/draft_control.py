@@ -63,7 +63,7 @@ class DraftControl(Proposer):
     _lookup_rates: tuple[tuple[float, float], ...] | None = None  # likewise
     _states: dict[Sequence, _State] = field(default_factory=dict)  # of sequences with an adaptive draft length
     _costs: dict[int, StepCosts] = field(default_factory=dict)  # by the number of sequences
-    _current: StepCosts = field(default_factory=lambda: StepCosts(1))  # of those in flight
+    _current: StepCosts | None = None  # of those that decode; None if none of them is adaptive
     _credit: float = FIRST_CREDIT
     _blind: bool = False  # the last step's time says nothing of its rounds
     _planned: list[Sequence] = field(default_factory=list)  # for whom plans were made
@@ -86,6 +86,7 @@ class DraftControl(Proposer):
             return
         self._planned = [*sequences]
         states = [self._states[s] for s in sequences if s in self._states]
+        self._current = None
         if states:
             self._current = self._costs.setdefault(len(sequences), StepCosts(len(sequences)))
             self._plan(states, self._current)
@@ -103,7 +104,7 @@ class DraftControl(Proposer):
     def _worth_of(self, chances: list[float], value: float) -> int:
         """How many tokens of a guess are worth most; 0 if none is worth more than `value`."""
         costs = self._current
-        if costs.plain_seen < FIRST_PLAIN:
+        if costs is None or costs.plain_seen < FIRST_PLAIN:
             return 0
         length, chance, gain = 0, 1.0, 0.0
         for i, p in enumerate(chances):
@@ -125,6 +126,9 @@ class DraftControl(Proposer):
 
     def observe(self, rounds: Rounds, seconds: float | None) -> None:
         drafted = given = rows = accepted = 0
+        costs, self._blind = self._current, seconds is None
+        if costs is None:
+            return
         for sequence, result in rounds:
             length = len(result.drafted)
             rows, accepted = rows + length, accepted + result.accepted
@@ -139,10 +143,9 @@ class DraftControl(Proposer):
                 self._drafted, self._accepted = self._drafted + length, self._accepted + result.accepted
             elif state:
                 state.acceptance.rested += 1
-        self._blind = seconds is None
         if seconds is None or not rounds:
             return
-        costs, ms, made = self._current, seconds * 1e3, 1 + accepted / self._current.count
+        ms, made = seconds * 1e3, 1 + accepted / costs.count
         longest = drafted or given
         if drafted and costs.plain_seen:  # prompt lookup is observed without being tried
             price = costs.price(longest, rows)
