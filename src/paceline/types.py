@@ -124,6 +124,7 @@ class Event:
     accepted: int
     finish: FinishReason | None = None
     rest: str = ""  # at the end: text held back for a character that never became whole
+    by_drafter: bool = False  # whether the backend's drafter proposed them, and not the engine (grammar, prompt lookup)
 
     @property
     def text(self) -> str:
@@ -143,6 +144,8 @@ class Statistics:
     rounds: int = 0  # verification passes after the first token; a plain step counts as one
     drafted: int = 0
     accepted: int = 0
+    drafted_by_engine: int = 0  # of the drafted: by a grammar or prompt lookup
+    accepted_by_engine: int = 0  # of the accepted, likewise
     accepted_at_depth: tuple[int, ...] = ()  # rounds whose draft at depth 1, 2, ... was accepted
 
     @property

@@ -189,6 +189,15 @@ def test_acceptance_is_of_rounds_at_the_greatest_depth() -> None:
     assert fake.acceptance_by_depth[0] == 1
 
 
+def test_acceptance_by_proposer_is_of_runs_with_as_many_drafts_as_pay() -> None:
+    def run(case: Case, *counts: int) -> Run:
+        names = ("drafted", "accepted", "drafted_by_engine", "accepted_by_engine")
+        return Run("x", "greedy", case, 1, Statistics(**dict(zip(names, counts, strict=True))), None)
+
+    found = Audit((run(Case("auto"), 10, 7, 4, 3), run(Case("auto"), 1, 1, 0, 0), run(Case(8), 80, 8, 0, 0)))
+    assert found.acceptance_by_proposer == {"drafter": (7, 5), "prompt lookup": (4, 3)}
+
+
 def test_slots_are_free_afterwards() -> None:
     e = engine()
     audit(e, PROMPTS, TOKENS)

@@ -91,7 +91,13 @@ class Fake:
     """An engine whose round accepts two drafted tokens."""
 
     def stream(self, *_: object, **__: object) -> Iterator[Event]:
-        yield Event((TokenDelta(7, "[bold]a", 1), TokenDelta(8, "b", 2), TokenDelta(9, "c\n", 0)), 2, 2, "length")
+        yield Event(
+            (TokenDelta(7, "[bold]a", 1), TokenDelta(8, "b", 2), TokenDelta(9, "c\n", 0)),
+            2,
+            2,
+            "length",
+            by_drafter=True,
+        )
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -24,6 +24,7 @@ KEYS = {
     "cases",
     "first_difference",
     "acceptance_by_depth",
+    "acceptance_by_proposer",
     "controller_regret_percent",
 }
 

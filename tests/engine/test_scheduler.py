@@ -251,6 +251,7 @@ def test_forced_tokens_are_drafted(draft_tokens: int | None, has_drafter: bool, 
     assert max(rows for one in watch.passes for rows in one.values()) <= 16
     if draft_tokens != 0 and honest == 10:
         assert len(watch.passes) <= 1 + 10  # rounds of sixteen tokens, fewer where fifty of them end
+        assert sequence.statistics.accepted_by_engine == sequence.statistics.accepted > 80
     if has_drafter and draft_tokens is None:
         assert proposers[-1].learned.tried_long < 50  # the grammar's drafts say nothing of the drafter
 

@@ -253,6 +253,7 @@ def test_metrics(client: openai.OpenAI, server: SimpleNamespace) -> None:
     by_depth = [value for key, value in figures.items() if "accepted_tokens_per_pos_total" in key]
     assert 0 < accepted <= figures[f"paceline:spec_decode_num_draft_tokens_total{name}"]
     assert sum(by_depth) == accepted
+    assert sum(n for key, n in figures.items() if "num_accepted_tokens_by_proposer_total" in key) == accepted
     assert figures[f"paceline:num_requests_running{name}"] == 0
     assert figures[f"paceline:time_to_first_token_seconds_count{name}"] >= 1
     assert figures[f"paceline:prefix_cache_hits_total{name}"] <= figures[f"paceline:prefix_cache_queries_total{name}"]

@@ -124,6 +124,14 @@ class Audit:
             sum(sum(s.accepted_at_depth[depth : depth + 1]) for s in seen) / rounds for depth in range(DEEPEST)
         )
 
+    @property
+    def acceptance_by_proposer(self) -> dict[str, tuple[int, int]]:
+        """Drafted and accepted tokens of runs with as many drafts as pay, by who drafted them."""
+        seen = [run.statistics for run in self.runs if run.case == Case("auto")]
+        engine = sum(s.drafted_by_engine for s in seen), sum(s.accepted_by_engine for s in seen)
+        drafted, accepted = sum(s.drafted for s in seen), sum(s.accepted for s in seen)
+        return {"drafter": (drafted - engine[0], accepted - engine[1]), "prompt lookup": engine}
+
 
 @dataclass(frozen=True)
 class Speeds:

@@ -99,6 +99,10 @@ def _report(found: Audit, speeds: Speeds | None) -> dict[str, Any]:
         "rows": found.rows,
         "first_difference": _difference(found.different[0]) if found.different else None,
         "acceptance_by_depth": list(found.acceptance_by_depth),
+        "acceptance_by_proposer": {
+            name: {"drafted": drafted, "accepted": accepted}
+            for name, (drafted, accepted) in found.acceptance_by_proposer.items()
+        },
         "tokens_per_second": {str(n): speed for n, speed in speeds.tokens_per_second.items()} if speeds else None,
         "best_draft_tokens": speeds.best_fixed if speeds else None,
         "controller_regret_percent": speeds.regret_percent if speeds else None,
@@ -145,6 +149,10 @@ def _print(engine: Engine, about: dict[str, Any], found: Audit, speeds: Speeds |
     if found.acceptance_by_depth:
         shares = "  ".join(f"{depth}: {share:.0%}" for depth, share in enumerate(found.acceptance_by_depth, start=1))
         out.print(f"\nAcceptance rate by depth (share of rounds):  {shares}")
+    seen = found.acceptance_by_proposer.items()
+    parts = [f"{name} {drafted}, {accepted / drafted:.0%}" for name, (drafted, accepted) in seen if drafted]
+    if parts:
+        out.print(f"Tokens drafted where as many are as pay, and accepted of them:  {'; '.join(parts)}")
     if speeds:
         _print_speeds(out, speeds)
     elif engine.backend.info.has_drafter:

@@ -63,6 +63,7 @@ class Sequence:
         self._started = time.perf_counter()
         self._admitted = self._first_token = self._latest = self._started
         self._resumed = self._tokens = self._rounds = self._drafted = 0
+        self._drafted_by_engine = self._accepted_by_engine = 0
         self._at_depth: list[int] = []  # drafts accepted
 
     @property
@@ -115,11 +116,12 @@ class Sequence:
             self.tap(result)
         deltas = self._commit(result)
         accepted = sum(delta.depth > 0 for delta in deltas)
-        self._count(first, drafts=len(result.drafted), accepted=accepted, tokens=len(deltas))
+        by_drafter = bool(result.confidence)
+        self._count(first, drafts=len(result.drafted), accepted=accepted, tokens=len(deltas), by_drafter=by_drafter)
         rest = self._text.finish() if self.finish else ""
         if self._text.stopped:
             self.finish = "stop"
-        return Event(tuple(deltas), len(result.drafted), accepted, self.finish, rest)
+        return Event(tuple(deltas), len(result.drafted), accepted, self.finish, rest, by_drafter)
 
     def _commit(self, result: Result) -> list[TokenDelta]:
         deltas: list[TokenDelta] = []
@@ -141,7 +143,7 @@ class Sequence:
                 break
         return deltas
 
-    def _count(self, first: bool, *, drafts: int, accepted: int, tokens: int) -> None:
+    def _count(self, first: bool, *, drafts: int, accepted: int, tokens: int, by_drafter: bool) -> None:
         self._tokens += tokens
         self._latest = time.perf_counter()
         if first:
@@ -149,6 +151,9 @@ class Sequence:
             return
         self._rounds += tokens > 0
         self._drafted += drafts
+        if not by_drafter:
+            self._drafted_by_engine += drafts
+            self._accepted_by_engine += accepted
         if drafts > len(self._at_depth):
             self._at_depth += [0] * (drafts - len(self._at_depth))
         for depth in range(accepted):
@@ -167,5 +172,7 @@ class Sequence:
             rounds=self._rounds,
             drafted=self._drafted,
             accepted=sum(self._at_depth),
+            drafted_by_engine=self._drafted_by_engine,
+            accepted_by_engine=self._accepted_by_engine,
             accepted_at_depth=tuple(self._at_depth),
         )

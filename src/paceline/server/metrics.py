@@ -44,6 +44,15 @@ class Metrics:
             ["model_name", "position"],
             registry=self._registry,
         )
+        self._by_proposer = {
+            kind: Counter(
+                f"paceline:spec_decode_num_{kind}_tokens_by_proposer",
+                f"{kind.capitalize()} tokens: of the drafter, or of the engine (a grammar, prompt lookup).",
+                ["model_name", "proposer"],
+                registry=self._registry,
+            )
+            for kind in ("draft", "accepted")
+        }
         self._finished = Counter(
             "paceline:request_success", "Finished requests.", ["model_name", "finished_reason"], registry=self._registry
         )
@@ -79,6 +88,9 @@ class Metrics:
             self._rounds.inc()
             self._drafted.inc(event.drafted)
             self._accepted.inc(event.accepted)
+            proposer = "drafter" if event.by_drafter else "engine"
+            self._by_proposer["draft"].labels(self._model, proposer).inc(event.drafted)
+            self._by_proposer["accepted"].labels(self._model, proposer).inc(event.accepted)
             for position in range(event.accepted):
                 self._at_depth.labels(self._model, str(position)).inc()
         if event.finish:
