@@ -9,6 +9,10 @@ namespace paceline {
 
 namespace {
 
+// Heads of so many tokens are shortened: to tokens of which half occur in any text (measured: 49 to 57 % of English
+// prose and code, in the 262,144 of Gemma), and to panels that hold an eighth of all with them.
+constexpr int64_t kManyTokens = 1 << 16, kFrequent = 8192, kRecent = 1536;
+
 ModelConfig checked(const ModelConfig& c) {
   check_drafter(c);
   return c;
@@ -36,6 +40,7 @@ DrafterWeights::DrafterWeights(const ModelConfig& c, const Weights& weights)
 Drafter::Drafter(const ModelConfig& config, const Weights& weights, std::shared_ptr<Target> target)
     : weights_(config, weights), target_(std::move(target)), runner_(target_->kernels(), weights_.config) {
   check_pair();
+  if (!config.centroids && config.vocab >= kManyTokens) shorten_head(kFrequent, kRecent);
   for (const Layer& layer : weights_.layers) views_.push_back(&target_->views(target_->last_layer(layer.sliding)));
 }
 
@@ -56,6 +61,13 @@ void Drafter::check_pair() const {
     check("head_dim", layer.head_dim, cached.head_dim);
     check("number of K/V heads", layer.kv_heads, cached.kv_heads);
   }
+}
+
+void Drafter::shorten_head(int64_t frequent, int64_t recent) {
+  if (weights_.centroids) throw std::invalid_argument("the drafter's head has centroids, which shorten it already");
+  if (frequent < 0 || recent < 0 || frequent + recent == 0)
+    throw std::invalid_argument("a head needs at least one token");
+  shortlist_.emplace(weights_.config.vocab, frequent, recent);
 }
 
 void Drafter::reserve(int64_t rows) {
@@ -83,6 +95,10 @@ std::vector<DraftResult> Drafter::draft(const std::vector<DraftRequest>& request
   }
   drafted_ = 0;
   reserve(count);
+  if (shortlist_) {
+    for (const DraftRequest& r : requests) shortlist_->see(r.newest);  // so that there is a token to choose
+    shortlist_->refresh();
+  }
   std::vector<Sampled> sampled;
   for (int64_t r = 0; r < count; ++r) {
     for (bool sliding : {true, false}) target_->rope(sliding).cover(requests[size_t(r)].position + 1);
@@ -140,14 +156,15 @@ void Drafter::choose(const Worker& w, const std::vector<DraftRequest>& requests,
   const std::array<const Matrix*, 2> matrices = {weights_.post_projection.get(), &first_head()};
   const auto acts = runner_.pack_activations(w, matrices, rows, runner_.temporary(w, 0), weights_.config.hidden);
   runner_.project(w, *matrices[0], acts[0], rows, next_.floats(), weights_.config.backbone);
-  runner_.project(w, *matrices[1], acts[1], rows, logits_.floats(), ld);
+  if (shortlist_) short_head(w, acts[1], rows);
+  else runner_.project(w, *matrices[1], acts[1], rows, logits_.floats(), ld);
   w.barrier();
   if (weights_.centroids) centroid_head(w, rows);
   w.for_share(rows, [&](int64_t r) {
-    const std::vector<int32_t>& ids = ids_[size_t(r)];
-    const int64_t n = weights_.centroids ? int64_t(ids.size()) : weights_.config.vocab;
+    const std::vector<int32_t>* tokens = ids(r);
+    const int64_t n = tokens ? int64_t(tokens->size()) : weights_.config.vocab;
     sampled[size_t(r)] =
-        sample({logits_.floats() + r * ld, ids.empty() ? nullptr : ids.data(), n}, requests[size_t(r)], step);
+        sample({logits_.floats() + r * ld, tokens ? tokens->data() : nullptr, n}, requests[size_t(r)], step);
   });
   w.barrier();
 }
@@ -170,6 +187,26 @@ Sampled Drafter::sample(const Logits& logits, const DraftRequest& request, int64
   if (sampled.token < 0 || sampled.token >= weights_.config.vocab) sampled.token = 0;
   if (std::isnan(sampled.probability)) sampled.probability = 0.0f;
   return sampled;
+}
+
+// The tokens of a row's logits; null: all of them.
+const std::vector<int32_t>* Drafter::ids(int64_t row) const {
+  if (weights_.centroids) return &ids_[size_t(row)];
+  return shortlist_ ? &shortlist_->tokens() : nullptr;
+}
+
+// The panels of the shortlist, one beside the other.
+void Drafter::short_head(const Worker& w, const ActView& act, int64_t rows) {
+  const MatrixView& head = weights_.head->view();
+  const std::vector<Shortlist::Run>& runs = shortlist_->runs();
+  runner_.observe(w, weights_.head.get(), act, rows);
+  w.for_share(int64_t(runs.size()), [&](int64_t i) {
+    const Shortlist::Run& run = runs[size_t(i)];
+    MatrixView part = head;
+    part.rows = run.panels * kPanel;
+    part.data = head.panel(run.panel);
+    target_->kernels().matmul(part, act, rows, 0, part.units(), logits_.floats() + run.column, head.padded_rows());
+  });
 }
 
 // The best centroids (their scores are in logits_) select the rows of the head that are computed; the others cannot be
@@ -227,11 +264,11 @@ void Drafter::check_row(int64_t row) const {
 Floats Drafter::last_logits(int64_t row) const {
   check_row(row);
   const float* logit = logits_.floats() + row * weights_.head->view().padded_rows();
-  if (!weights_.centroids) return Floats(logit, logit + weights_.config.vocab);
+  const std::vector<int32_t>* tokens = ids(row);
+  if (!tokens) return Floats(logit, logit + weights_.config.vocab);
   Floats out(size_t(weights_.config.vocab), -3e38f);
-  const std::vector<int32_t>& ids = ids_[size_t(row)];
-  for (size_t i = 0; i < ids.size(); ++i)
-    if (ids[i] >= 0) out[size_t(ids[i])] = logit[i];
+  for (size_t i = 0; i < tokens->size(); ++i)
+    if ((*tokens)[i] >= 0) out[size_t((*tokens)[i])] = logit[i];
   return out;
 }
 
