@@ -70,7 +70,7 @@ class Drafter {
     if (shortlist_) shortlist_->see(token);
   }
   // Of a dense head, compute so many tokens at the beginning of the vocabulary, and of those seen from now on so many
-  // panels of 16. A head of many tokens starts like this. Throws std::invalid_argument for a head with centroids.
+  // panels of 16. A head of many tokens starts like this beside a mixture. Throws std::invalid_argument for a head with centroids.
   void shorten_head(int64_t frequent, int64_t recent);
 
   void set_observer(Observer* observer) { runner_.set_observer(observer); }
