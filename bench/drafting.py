@@ -21,6 +21,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import safe_open
@@ -34,7 +35,7 @@ from paceline.engine.draft_control import DraftControl
 from paceline.engine.proposers import GUESSED, LEAST_MATCH, GrammarProposer, PromptLookup, match_class
 from paceline.engine.scheduler import Scheduler
 from paceline.engine.sequence import Sequence
-from paceline.types import GREEDY, Draft, SamplingParams
+from paceline.types import GREEDY, MAX_DRAFT, Draft, SamplingParams
 
 PROMPT = "import socket\nimport threading\n\n\nclass Server:\n"
 EDIT = 250  # tokens from one edit of the copy to the next
@@ -147,22 +148,45 @@ def echo_speeds(pair: Pair, shares: tuple[float, ...], tokens: int, runs: int) -
     return {**pair.report("echo"), **found}
 
 
+def shares_of(text: str) -> tuple[float, ...]:
+    """Acceptance by depth."""
+    shares = _numbers(text, float)
+    if not all(0 <= share <= 1 for share in shares) or sorted(shares, reverse=True) != shares:
+        raise argparse.ArgumentTypeError(f"{text!r}: give rates from 1 down to 0, such as 0.8,0.65,0.5")
+    return tuple(shares)
+
+
+def lengths_of(text: str) -> list[int]:
+    """Draft lengths."""
+    lengths = _numbers(text, int)
+    if not all(1 <= length <= MAX_DRAFT for length in lengths):
+        raise argparse.ArgumentTypeError(f"{text!r}: give draft lengths from 1 to {MAX_DRAFT}, such as 1,2,4")
+    return lengths
+
+
+def _numbers(text: str, kind: type) -> list[Any]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers") from error
+
+
 def main() -> None:
     """Run and report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--model", default="tiny-python")
     parser.add_argument("--shape", choices=["e2b", "e4b", "12b", "26b", "31b"])
     parser.add_argument("--quant", default="q4")
-    parser.add_argument("--acceptance", default="0.8,0.65,0.5", help="by depth, SIMULATED, with --shape")
+    parser.add_argument("--acceptance", type=shares_of, default="0.8,0.65,0.5", help="by depth, SIMULATED")
     parser.add_argument("--echo", action="store_true", help="a text that copies, with --shape")
-    parser.add_argument("--lengths", default="1,2,3,4,6,8")
+    parser.add_argument("--lengths", type=lengths_of, default="1,2,3,4,6,8")
     parser.add_argument("--tokens", type=int, default=500)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--threads", type=int)
     arguments = parser.parse_args()
-    lengths = [int(length) for length in arguments.lengths.split(",")]
+    lengths = arguments.lengths
     if arguments.shape:
-        shares = tuple(float(share) for share in arguments.acceptance.split(","))
+        shares = arguments.acceptance
         room = 512 + 2 * arguments.tokens + 64
         (pair,) = open_pairs(
             None, arguments.shape, arguments.quant, arguments.threads, "cpu", 512, room, None, "auto", [""]

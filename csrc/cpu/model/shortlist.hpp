@@ -22,8 +22,8 @@ class Shortlist {
 
   // So many tokens at the beginning, and so many panels of others at most.
   Shortlist(int64_t vocab, int64_t frequent, int64_t recent)
-      : vocab_(vocab), first_(std::min(ceil_panels(frequent), ceil_panels(vocab))), recent_(size_t(recent)),
-        state_(size_t(ceil_panels(vocab)), kAbsent) {
+      : vocab_(vocab), first_(std::min(panels_of(frequent), panels_of(vocab))), recent_(size_t(recent)),
+        state_(size_t(panels_of(vocab)), kAbsent) {
     std::fill_n(state_.begin(), first_, kListed);
   }
 
@@ -69,7 +69,7 @@ class Shortlist {
  private:
   enum State : uint8_t { kAbsent, kListed, kAgain };
   static constexpr int64_t kMostPanels = 8;  // of a run: what a thread takes at once
-  static int64_t ceil_panels(int64_t tokens) { return (tokens + kPanel - 1) / kPanel; }
+  static int64_t panels_of(int64_t tokens) { return round_up(tokens, kPanel) / kPanel; }
 
   int64_t vocab_, first_;  // first_: panels that are always listed
   size_t recent_;

@@ -177,7 +177,7 @@ class DraftControl(Proposer):
         best = best if rates[best] > LEAST_GAIN * rates[0] else 0
         self._rate, self._given_costs = rates[best], []
         chosen = drafts[best]
-        tried = self._to_try(states, costs, best, rates, drafts) if known and not self._blind else None
+        tried = self._to_try(states, costs, best, rates, drafts, chances) if known and not self._blind else None
         if tried:
             chosen, self._rounds_left = tried, 1
         else:
@@ -193,7 +193,13 @@ class DraftControl(Proposer):
             states[0].plan = Draft((), best, floors[:best], states[0].acceptance.by_confidence())
 
     def _to_try(
-        self, states: list[_State], costs: StepCosts, best: int, rates: list[float], drafts: list[list[int]]
+        self,
+        states: list[_State],
+        costs: StepCosts,
+        best: int,
+        rates: list[float],
+        drafts: list[list[int]],
+        chances: list[list[float]],
     ) -> list[int] | None:
         """Lengths other than the best ones that are due for a try: what was seen of them is old, or nothing."""
         pause = min(LONGEST_PLAIN_PAUSE, PLAIN_PAUSE * (rates[best] / rates[0]) ** 4)
@@ -205,7 +211,7 @@ class DraftControl(Proposer):
                 return drafts[max(range(1, len(rates)), key=rates.__getitem__)] if due[0] and len(rates) > 1 else None
             longer = best + 1 < len(drafts) and not costs.seen(best + 1)
             # even if it costs no more than this one, it has to gain something
-            return drafts[best + 1] if longer and states[0].acceptance.chances()[best] > LEAST_CHANCE else None
+            return drafts[best + 1] if longer and chances[0][best] > LEAST_CHANCE else None
         depths = [depth or int(is_due) for depth, is_due in zip(drafts[best], due, strict=True)]
         if not self.has_drafter or depths == drafts[best]:
             return None

@@ -9,6 +9,7 @@ import pytest
 
 from paceline.backends.cpu.backend import CpuBackend
 from paceline.types import GREEDY, Draft, SamplingParams, Work
+from tests.fixtures import pairs
 from tests.fixtures.backends import cpu_backend, run, sequence
 from tests.fixtures.pairs import VOCABULARY, write_pair
 
@@ -93,6 +94,16 @@ def test_the_text_is_the_same(backend: CpuBackend, sizes: tuple[int, int], param
         assert one.tokens == other.tokens
         np.testing.assert_array_equal(one.logits.view(np.uint32), other.logits.view(np.uint32))
         assert other.statistics.drafted
+
+
+@pytest.mark.parametrize(("shape", "shortened"), [("26b", True), ("31b", False)])
+def test_large_heads_beside_a_mixture_start_shortened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: str, shortened: bool
+) -> None:
+    monkeypatch.setattr(pairs, "VOCABULARY", 1 << 16)
+    _, logits = draft(cpu_backend(*write_pair(tmp_path, shape, seed=3, head="dense"), "q8"), length=1)
+    assert (logits[:8192] > ABSENT).all()
+    assert (logits == np.float32(ABSENT)).any() == shortened
 
 
 def test_heads_that_cannot_be_shortened(tmp_path: Path, backend: CpuBackend) -> None:
