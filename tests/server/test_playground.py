@@ -385,6 +385,23 @@ def test_a_phone_never_scrolls_sideways(visit: Visit) -> None:
     assert fits(page)
 
 
+def test_deep_drafts_fit_on_a_phone(visit: Visit) -> None:
+    visit.page.set_viewport_size({"width": 360, "height": 740})
+    deltas = [[f"word{depth} ", depth] for depth in range(16)]
+    rounds = [
+        {"drafted": 0, "accepted": 0, "deltas": [["begun ", 0]]},
+        {"drafted": 15, "accepted": 15, "deltas": deltas},
+    ]
+    body = stream(*({"delta": {"content": "words"}, "round": round_} for round_ in rounds))
+    visit.page.route("**/v1/chat/completions", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
+    page = visit.open("chat")
+    page.fill("#chat-input", "Go")
+    page.press("#chat-input", "Enter")
+    finished(page)
+    expect(page.locator("#chat-meter .depths li")).to_have_count(8)
+    assert fits(page)
+
+
 def test_the_keyboard_is_enough(visit: Visit) -> None:
     page = visit.open("chat")
     set_up(page, max_tokens=30)
