@@ -13,9 +13,10 @@ from paceline.backends.cpu.backend import CpuBackend
 from paceline.backends.cpu.processors import default_threads, processors
 from paceline.backends.cpu.sources import WeightSource, open_source
 from paceline.backends.formats import check_quant, drafter_quant
-from paceline.checkpoint import Checkpoint, locate, locate_drafter, resolve, unless_asked
+from paceline.checkpoint import Checkpoint, locate, locate_drafter, pair_doubts, resolve, unless_asked
 from paceline.checkpoint.config_json import token_ids
 from paceline.config import LIMITS, DrafterConfig, TargetConfig, check_pair
+from paceline.engine.acceptance_monitor import AcceptanceMonitor
 from paceline.engine.draft_control import DraftControl
 from paceline.engine.engine import DraftTokens, Engine, check_draft_tokens
 from paceline.engine.prefix_cache import PrefixCache
@@ -133,7 +134,8 @@ def load(
         progress=progress,
     )
     backend = _on_cpu(parts) if device == "cpu" else _on_torch(parts, device)
-    proposers = [GrammarProposer(), DraftControl(backend.info.has_drafter, backend.info.stops_early, notify)]
+    monitor = AcceptanceMonitor(pair_doubts(checkpoint, pair[0], backend.info.quant) if pair else (), notify)
+    proposers = [GrammarProposer(), DraftControl(backend.info.has_drafter, backend.info.stops_early, monitor)]
     prefix_cache = PrefixCache(backend, cache_memory) if cache_memory else None
     engine = Engine(
         backend=backend,

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from paceline.engine.acceptance_monitor import AcceptanceMonitor
 from paceline.engine.draft_control import DraftControl
 from paceline.engine.engine import Engine, Stream
 from paceline.engine.scheduler import Scheduler
@@ -179,16 +180,15 @@ def test_logprobs_do_not_depend_on_drafts() -> None:
 
 def test_useless_drafters_are_named_once() -> None:
     said: list[str] = []
-    backend = ScriptedBackend(slots=1, context=512, truth=0.0)
-    e = engine(backend=backend)
-    proposer = DraftControl(True, False, said.append)
-    proposer._drafted = 100  # of earlier requests: few drafts of a useless drafter are asked for
-    e = replace(e, scheduler=Scheduler(backend, [proposer], 8))
-    for _ in range(3):
-        e.generate([1, 2, 3], draft_tokens="auto", max_tokens=400)
+    backend = ScriptedBackend(slots=1, context=2048, truth=0.0)
+    proposer = DraftControl(True, False, AcceptanceMonitor(("the model is fine-tuned",), said.append))
+    e = replace(engine(backend=backend), scheduler=Scheduler(backend, [proposer], 8))
+    for _ in range(4):
+        e.generate([1, 2, 3], draft_tokens="auto", max_tokens=1500)
+    assert e.acceptance
+    assert e.acceptance.causes == ["pair"]
     assert len(said) == 1
-    assert "hardly any draft is accepted" in said[0]
-    assert "fine-tuned" in said[0]
+    assert "0% of first drafts are accepted, 75% are usual: the model is fine-tuned" in said[0]
 
 
 def test_what_cannot_fit_is_refused_by_its_length(monkeypatch: pytest.MonkeyPatch) -> None:

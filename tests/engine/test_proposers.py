@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paceline.engine.proposers import FADE, GUESSED, LEAST_MATCH, MATCH_CLASSES, PromptLookup, match_class
+from paceline.engine.proposers import (
+    FADE,
+    GUESSED,
+    LEAST_MATCH,
+    MATCH_CLASSES,
+    NOTHING_TRIED,
+    PromptLookup,
+    match_class,
+)
 
 texts = st.lists(st.integers(0, 3), max_size=80)
 
@@ -57,7 +65,7 @@ def test_chances_are_learned_from_all_tokens_after_the_prompt() -> None:
     prompt = [1, 2, 3, 4] * 5
     lookup = PromptLookup()
     lookup.read(prompt, len(prompt))
-    assert lookup.rates == ((0.0, 0.0),) * MATCH_CLASSES
+    assert tuple(lookup.rates) == NOTHING_TRIED
     first = lookup.guess(prompt, 1)[1][0]
     assert first == pytest.approx(GUESSED[match_class(16)])
     right = [*prompt, 1, 2]

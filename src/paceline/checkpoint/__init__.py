@@ -3,6 +3,7 @@
 from paceline.checkpoint.checkpoint import Checkpoint
 from paceline.checkpoint.location import locate, locate_drafter, unless_asked
 from paceline.checkpoint.names import Tensors, drafter_tensors, resolve, target_tensors
+from paceline.checkpoint.pair_doubts import pair_doubts
 from paceline.checkpoint.safetensors import read_header
 from paceline.checkpoint.tensors import TensorRef
 
@@ -13,6 +14,7 @@ __all__ = [
     "drafter_tensors",
     "locate",
     "locate_drafter",
+    "pair_doubts",
     "read_header",
     "resolve",
     "target_tensors",

@@ -112,7 +112,9 @@ def read_model(file: Gguf) -> tuple[dict[str, Any], dict[str, TensorRef]]:
         config = settings.drafter(text)
     else:
         config = {"model_type": f"{architecture}_text", "norms_include_one": True, **text}
-    return config, _tensors(file, text)
+    said = [file.metadata.get(f"general.{key}") for key in ("name", "finetune")]
+    called = " ".join(text for text in said if isinstance(text, str))
+    return config | {"_name_or_path": called}, _tensors(file, text)
 
 
 class _Settings:

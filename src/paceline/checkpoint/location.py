@@ -84,7 +84,7 @@ def locate_drafter(model: str, place: Path, choice: str, notify: Callable[[str],
         return ollama_file(model.removeprefix(OLLAMA), "draft")
     wanted = Wanted(notify, target=Path(os.path.abspath(place)).name)
     found = _locate(choice, wanted) if choice != "auto" else _find_drafter(model, place, wanted)
-    if found and _is_qat(f"{choice} {found}") != _is_qat(f"{model} {place}"):
+    if found and is_qat(f"{choice} {found}") != is_qat(f"{model} {place}"):
         notify(
             f"drafter: {found.name}: only one of the pair is named as QAT; drafts of its own drafter fit a model better"
         )
@@ -115,7 +115,7 @@ def _find_drafter(model: str, place: Path, wanted: Wanted) -> Path | None:
     return hub.find_drafter(name, place, wanted) if name else None
 
 
-def _is_qat(name: str) -> bool:
+def is_qat(name: str) -> bool:
     return bool(re.search(r"(?<![a-z0-9])qat(?![a-z0-9])", name, re.IGNORECASE))
 
 

@@ -89,26 +89,32 @@ class StepCosts:
             slope = min(low / below, max((low - self._added(before, means)) / (below - before), slope / 4))
         return low + slope * (length - below)
 
-    def observe(self, length: int, rows: int, ms: float, *, given: bool = False) -> None:
-        """A step took that long; its longest draft and all drafts together had so many tokens."""
+    def observe(self, length: int, rows: int, ms: float, *, given: bool = False) -> float:
+        """A step took that long; its longest draft and all drafts together had so many tokens.
+
+        Returns:
+            What of its milliseconds counts: an outlier does in part.
+        """
         self.observed += 1
         if not self._plain:
             self._plain = max(ms, 1e-3)
+        speed, means = self._speed, self._given if given else self._drafted
         expected = self.price(length, rows, given=given) if rows else self.plain
         ratio = min(max(ms / expected, 1 / OUTLIER), OUTLIER)
-        usual = ratio * expected / self._speed
-        if not rows:
-            self.plain_at, self.plain_seen = self.observed, self.plain_seen + 1
-            if self.plain_seen <= FEW:  # the first ones may find caches cold
-                now = max(ms / self._speed, 1e-3)
-                self._plain = now if self.plain_seen == 1 else min(now, self._plain)
-                return
-            self._plain += (usual - self._plain) / min(self.plain_seen, MEMORY)
-        else:
-            means = self._given if given else self._drafted
+        usual = ratio * expected
+        if rows:
             if length not in means:
-                means[length] = _Mean(expected / self._speed, rows)
-            means[length].add(usual, rows)
-            if means[length].weight < KNOWN:
-                return
-        self._speed *= ratio**SPEED_RATE
+                means[length] = _Mean(expected / speed, rows)
+            means[length].add(usual / speed, rows)
+            known = means[length].weight >= KNOWN
+        else:
+            self.plain_at, self.plain_seen = self.observed, self.plain_seen + 1
+            known = self.plain_seen > FEW
+            if known:
+                self._plain += (usual / speed - self._plain) / min(self.plain_seen, MEMORY)
+            else:  # the first ones may find caches cold
+                now = max(ms / speed, 1e-3)
+                self._plain = now if self.plain_seen == 1 else min(now, self._plain)
+        if known:
+            self._speed *= ratio**SPEED_RATE
+        return usual

@@ -11,13 +11,13 @@ it gains. Where plain decoding is best, a drafted round is tried occasionally, a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 
 from paceline.decode.draft_length import MAX_DEPTH, Acceptance, expected_gains, stop_floors
-from paceline.engine.cost_model import OUTLIER, StepCosts
-from paceline.engine.proposers import PromptLookup, Proposer, Rounds
+from paceline.engine.acceptance_monitor import AcceptanceMonitor
+from paceline.engine.cost_model import StepCosts
+from paceline.engine.proposers import NOTHING_TRIED, PromptLookup, Proposer, Rounds
 from paceline.engine.sequence import Sequence
 from paceline.types import NO_DRAFT, Draft
 
@@ -53,14 +53,14 @@ class DraftControl(Proposer):
     Args:
         has_drafter: whether the backend has one.
         stops_early: whether it can stop by its confidence.
-        notify: receives a warning if hardly any draft is accepted.
+        monitor: told what becomes of first drafts.
     """
 
     has_drafter: bool
     stops_early: bool
-    notify: Callable[[str], None] = lambda _: None
+    monitor: AcceptanceMonitor = field(default_factory=AcceptanceMonitor)
     learned: Acceptance = field(default_factory=Acceptance)  # from sequences that have ended
-    _lookup_rates: tuple[tuple[float, float], ...] | None = None  # likewise
+    _lookup_rates: Items[tuple[float, float]] = NOTHING_TRIED  # likewise
     _states: dict[Sequence, _State] = field(default_factory=dict)  # of sequences with an adaptive draft length
     _costs: dict[int, StepCosts] = field(default_factory=dict)  # by the number of sequences
     _current: StepCosts | None = None  # of those that decode; None if none of them is adaptive
@@ -70,13 +70,10 @@ class DraftControl(Proposer):
     _rounds_left: int = 0  # until they are made anew
     _rate: float = 0.0  # tokens a millisecond that they promise
     _given_costs: list[float] = field(default_factory=list)  # milliseconds that 1, 2, ... tokens of a guess add
-    _drafted: int = 0
-    _accepted: int = 0
-    _warned: bool = False
 
     def begin(self, sequence: Sequence) -> None:
         if sequence.draft_tokens is None:
-            lookup = PromptLookup(self._lookup_rates) if self._lookup_rates else PromptLookup()
+            lookup = PromptLookup(self._lookup_rates)
             lookup.read(sequence.tokens, sequence.prompt_length)
             self._states[sequence] = _State(self.learned.for_next_text(), lookup)
 
@@ -140,20 +137,18 @@ class DraftControl(Proposer):
             if state and result.confidence:
                 state.rounds += 1
                 state.acceptance.observe(result)
-                self._drafted, self._accepted = self._drafted + length, self._accepted + result.accepted
+                self.monitor.observe(sequence, result.accepted > 0)
             elif state:
                 state.acceptance.rested += 1
         if seconds is None or not rounds:
             return
         ms, made = seconds * 1e3, 1 + accepted / costs.count
-        longest = drafted or given
-        if drafted and costs.plain_seen:  # prompt lookup is observed without being tried
-            price = costs.price(longest, rows)
-            self._credit += made - min(ms, OUTLIER * price) / costs.plain  # an outlier counts in part
+        plain, usual = costs.plain, costs.observe(drafted or given, rows, ms, given=not drafted)
+        if drafted and plain:  # prompt lookup is observed without being tried
+            self._credit += made - usual / plain
             if self._credit < FIRST_CREDIT:
                 self._rounds_left = min(self._rounds_left, FEW_ROUNDS)
         self._credit = max(-FIRST_CREDIT, min(MOST_CREDIT, self._credit + CREDIT_SHARE * made))
-        costs.observe(longest, rows, ms, given=not drafted)
 
     def _plan(self, states: list[_State], costs: StepCosts) -> None:
         """Decide how far each of the sequences drafts in the next rounds."""
@@ -168,7 +163,7 @@ class DraftControl(Proposer):
                 worth = max(rates) * (costs.price(length) - plain) / (count * length)
                 depths = [max(range(length + 1), key=lambda d, gain=gain: gain[d] - worth * d) for gain in gains]  # type: ignore[misc]
             price = costs.price(length, sum(depths))
-            if (price / plain - 1) * (1 if costs.seen(length) else UNSURE) > self._credit:
+            if (price / plain - 1) * (UNSURE if length > costs.longest else 1) > self._credit:
                 break
             prices.append(price)
             rates.append((count + sum(gain[d] for gain, d in zip(gains, depths, strict=True))) / price)
@@ -176,13 +171,15 @@ class DraftControl(Proposer):
         best = max(range(len(rates)), key=rates.__getitem__)
         best = best if rates[best] > LEAST_GAIN * rates[0] else 0
         self._rate, self._given_costs = rates[best], []
-        chosen = drafts[best]
-        tried = self._to_try(states, costs, best, rates, drafts, chances) if known and not self._blind else None
-        if tried:
-            chosen, self._rounds_left = tried, 1
-        else:
-            self._rounds_left = self._rounds(states, costs, best, rates)
-        for state, depth, gain in zip(states, chosen, gains, strict=True):
+        rests = [self._pause(s, rates) - s.acceptance.rested for s in states] if known else []  # rounds until a try
+        tried = None if self._blind or not known else self._to_try(rests, costs, best, rates, drafts, chances)
+        if tried or not known:
+            self._rounds_left = 1
+        elif best:
+            self._rounds_left = min(MOST_ROUNDS, 1 + int(REPLAN_MS / plain))
+        else:  # what is due is put off if credit does not allow it yet
+            self._rounds_left = min(rests) if min(rests) > 0 else LONGEST_PAUSE // 4
+        for state, depth, gain in zip(states, tried or drafts[best], gains, strict=True):
             cost = costs.price(depth, depth) - plain if depth else 0.0
             state.plan, state.value = Draft(length=depth), gain[depth] - self._rate * cost
             if tried:
@@ -194,7 +191,7 @@ class DraftControl(Proposer):
 
     def _to_try(
         self,
-        states: list[_State],
+        rests: list[int],
         costs: StepCosts,
         best: int,
         rates: list[float],
@@ -205,27 +202,18 @@ class DraftControl(Proposer):
         pause = min(LONGEST_PLAIN_PAUSE, PLAIN_PAUSE * (rates[best] / rates[0]) ** 4)
         if costs.observed - costs.plain_at > pause:
             return drafts[0]
-        due = [state.acceptance.rested >= self._pause(state, rates) for state in states]
-        if len(states) == costs.count == 1:
+        if len(rests) == costs.count == 1:
             if not best:
-                return drafts[max(range(1, len(rates)), key=rates.__getitem__)] if due[0] and len(rates) > 1 else None
+                second = max(range(1, len(rates)), key=rates.__getitem__, default=0)
+                return drafts[second] if rests[0] <= 0 and second else None
             longer = best + 1 < len(drafts) and not costs.seen(best + 1)
             # even if it costs no more than this one, it has to gain something
             return drafts[best + 1] if longer and chances[0][best] > LEAST_CHANCE else None
-        depths = [depth or int(is_due) for depth, is_due in zip(drafts[best], due, strict=True)]
+        depths = [depth or int(left <= 0) for depth, left in zip(drafts[best], rests, strict=True)]
         if not self.has_drafter or depths == drafts[best]:
             return None
         more = costs.price(max(depths), sum(depths)) - costs.price(max(drafts[best]), sum(drafts[best]))
         return depths if more / costs.plain <= self._credit else None
-
-    def _rounds(self, states: list[_State], costs: StepCosts, best: int, rates: list[float]) -> int:
-        """How long a plan serves."""
-        if costs.plain_seen <= FIRST_PLAIN:
-            return 1
-        if not best:
-            left = min(self._pause(state, rates) - state.acceptance.rested for state in states)
-            return left if left > 0 else LONGEST_PAUSE // 4  # due, but credit does not allow it yet
-        return min(MOST_ROUNDS, 1 + int(REPLAN_MS / costs.plain))
 
     @staticmethod
     def _pause(state: _State, rates: list[float]) -> int:
@@ -238,9 +226,4 @@ class DraftControl(Proposer):
         if state is None or sequence.in_prefill:
             return
         self.learned, self._lookup_rates = state.acceptance, state.lookup.rates
-        if self._drafted >= 100 and self._accepted < 0.02 * self._drafted and not self._warned:
-            self._warned = True
-            self.notify(
-                f"hardly any draft is accepted ({self._accepted} of {self._drafted}), so drafting rests; is this the "
-                "drafter of another model, or has the model been fine-tuned? (the text is not affected)"
-            )
+        self.monitor.examine()

@@ -18,6 +18,7 @@ from paceline.config import DrafterConfig, TargetConfig
 from paceline.decode.constraints import Grammar
 from paceline.decode.draft_length import MAX_DEPTH
 from paceline.decode.logprobs import MAX_LOGPROBS
+from paceline.engine.acceptance_monitor import AcceptanceMonitor
 from paceline.engine.draft_control import DraftControl
 from paceline.engine.scheduler import Scheduler
 from paceline.engine.sequence import Deliver, Sequence
@@ -48,6 +49,7 @@ class Request:
     logprobs: int | None = None
     grammar: Grammar | None = None  # that the text must follow; used up by one generation
     marks: Mapping[int, str] = field(default_factory=dict)  # text to write for special tokens; others give none
+    situations: tuple[str, ...] = ()  # that may cost acceptance, as `acceptance_monitor` names them
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,10 @@ class Engine:
             SettingsError: a setting out of range, or a schema, expression or grammar that cannot be followed.
         """
         follow = self._grammar(schema, regex, grammar)
-        request = Request(sampling, max_tokens, check_stops(stop), draft_tokens, logprobs, follow)
+        situations = ("raw_text",) if raw and self.chat_template else ()
+        request = Request(
+            sampling, max_tokens, check_stops(stop), draft_tokens, logprobs, follow, situations=situations
+        )
         return Stream(self, self.encode(prompt, raw=raw), request)
 
     def _grammar(self, schema: Mapping[str, Any] | None, regex: str | None, lark: str | None) -> Grammar | None:
@@ -172,6 +177,7 @@ class Engine:
             stops=request.stop,
             logprobs=count,
             grammar=request.grammar,
+            situations=request.situations,
             deliver=deliver,
             owner=None if owner is None else weakref.ref(owner),
             client=client,
@@ -187,10 +193,9 @@ class Engine:
             self.generate([0], max_tokens=length + 2, sampling=endless, draft_tokens=length)
 
     @property
-    def recent_acceptance(self) -> float:
-        """Share of first drafts that was accepted recently; 0 without a drafter."""
-        found = [p.learned for p in self.scheduler.proposers if isinstance(p, DraftControl)]
-        return found[0].kept_long / found[0].tried_long if found and found[0].tried_long else 0.0
+    def acceptance(self) -> AcceptanceMonitor | None:
+        """What was observed of the drafter's first drafts."""
+        return next((p.monitor for p in self.scheduler.proposers if isinstance(p, DraftControl)), None)
 
     def check_length(self, tokens: list[int]) -> None:
         """Raise `ContextError` if a prompt does not fit the context."""

@@ -16,6 +16,7 @@ LEAST_MATCH = 3  # tokens
 MATCH_CLASSES = 5  # of 3, of 4 to 7, 8 to 15, 16 to 31, and more tokens
 GUESSED = (0.4, 0.6, 0.8, 0.9, 0.95)  # chance of the next token after such a match, before anything was observed
 GUESSES = 4.0  # weight of that
+NOTHING_TRIED = ((0.0, 0.0),) * MATCH_CLASSES
 FADE = 1 - 1 / 64  # of observations, for each new one of its class
 
 
@@ -59,20 +60,15 @@ class PromptLookup:
     token, drafted or not, so finding out costs nothing.
 
     Args:
-        rates: observed by another lookup: of each class of matches, how often they were tried and right.
+        rates: of each class of matches, how often they were tried and right, as far as that still counts.
     """
 
-    def __init__(self, rates: Items[tuple[float, float]] = ((0.0, 0.0),) * MATCH_CLASSES) -> None:
-        self._rates = [*rates]
+    def __init__(self, rates: Items[tuple[float, float]] = NOTHING_TRIED) -> None:
+        self.rates = [*rates]
         self._places: dict[tuple[int, ...], int] = {}  # where the text went on after so many tokens, most recently
         self._read = 0  # tokens
         self._at = 0  # place that is followed; 0: none
         self._length = 0  # tokens that were equal before it
-
-    @property
-    def rates(self) -> tuple[tuple[float, float], ...]:
-        """How often matches of each class were tried and right, as far as that still counts."""
-        return tuple(self._rates)
 
     def read(self, tokens: list[int], prompt_length: int) -> None:
         """Go on to the end of a text whose first tokens were read before."""
@@ -81,7 +77,9 @@ class PromptLookup:
             if self._at:
                 right = tokens[self._at] == token
                 if end > prompt_length:
-                    self._observe(right)
+                    i = match_class(self._length)
+                    tried, kept = self.rates[i]
+                    self.rates[i] = FADE * tried + 1, FADE * kept + right
                 self._at, self._length = (self._at + 1, self._length + 1) if right else (0, 0)
             if end < LEAST_MATCH:
                 continue
@@ -89,11 +87,6 @@ class PromptLookup:
                 self._at, self._length = place, LEAST_MATCH
             self._places[key] = end
         self._read = len(tokens)
-
-    def _observe(self, right: bool) -> None:
-        i = match_class(self._length)
-        tried, kept = self._rates[i]
-        self._rates[i] = FADE * tried + 1, FADE * kept + right
 
     def guess(self, tokens: list[int], most: int) -> tuple[list[int], list[float]]:
         """At most so many tokens that may follow, and the chance of each given those before it."""
@@ -111,7 +104,7 @@ class PromptLookup:
         return guess, chances
 
     def _chance(self, i: int) -> float:
-        tried, kept = self._rates[i]
+        tried, kept = self.rates[i]
         return (kept + GUESSES * GUESSED[i]) / (tried + GUESSES)
 
 

@@ -51,6 +51,7 @@ class Sequence:
     tap: Callable[[Result], None] | None = None  # sees every result, with logits: for audits and tests
     deliver: Deliver = lambda _: None  # receives each event, or the error that ended the sequence
     owner: weakref.ref[Any] | None = None  # the sequence is cancelled when it has gone
+    situations: tuple[str, ...] = ()  # that may cost acceptance, as `acceptance_monitor` names them
     client: str = ""  # who shares slots with others as one
     turn: float = 0.0  # in the queue; set by the scheduler
     finish: FinishReason | None = None

@@ -119,7 +119,7 @@ class _EngineState(Collector):
         self._engine, self._model = engine, model
 
     def collect(self) -> list[Metric]:
-        engine, scheduler = self._engine, self._engine.scheduler
+        engine, scheduler, monitor = self._engine, self._engine.scheduler, self._engine.acceptance
         running = list(scheduler.running)
         cached = sum(sequence.cached for sequence in running)
         gauges = {
@@ -133,11 +133,21 @@ class _EngineState(Collector):
                 "Memory of the prefix cache.",
                 scheduler.prefix_cache.nbytes if scheduler.prefix_cache else 0,
             ),
-            "acceptance_recent": ("Recent acceptance rate of the first draft token.", engine.recent_acceptance),
+            "acceptance_recent": (
+                "Recent acceptance rate of the first draft token.",
+                monitor.rate if monitor else 0.0,
+            ),
         }
         metrics: list[Metric] = []
         for name, (text, value) in gauges.items():
             gauge = GaugeMetricFamily(f"paceline:{name}", text, labels=["model_name"])
             gauge.add_metric([self._model], value)
             metrics.append(gauge)
-        return metrics
+        causes = GaugeMetricFamily(
+            "paceline:acceptance_low",
+            "1 for each cause found of a low acceptance: reasoning, raw_text, grammar, long_context, text, pair.",
+            labels=["model_name", "cause"],
+        )
+        for cause in monitor.causes if monitor else ():
+            causes.add_metric([self._model, cause], 1)
+        return [*metrics, causes]

@@ -72,6 +72,7 @@ class RequestPreparer:
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             grammar=self._grammar(body, required, reasons or in_reasoning, in_reasoning),
             marks=self._marks,
+            situations=("reasoning",) if reasons or in_reasoning else (),
         )
         if body.top_logprobs is not None and not body.logprobs:
             raise SettingsError("top_logprobs goes with logprobs: true; add it")
@@ -86,7 +87,12 @@ class RequestPreparer:
         prompt: Any = body.prompt
         several = isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], int)
         grammar = self._format_grammar(body.response_format, "", "")
-        request = replace(self._request(body), max_tokens=body.max_tokens or NO_LIMIT, logprobs=body.logprobs)
+        request = replace(
+            self._request(body),
+            max_tokens=body.max_tokens or NO_LIMIT,
+            logprobs=body.logprobs,
+            situations=("raw_text",) if self.engine.chat_template else (),
+        )
         prepared = []
         for one in prompt if several else [prompt]:
             request = replace(request, grammar=grammar.copy() if grammar else None)
