@@ -2,11 +2,13 @@
 
     python bench/drafting.py                                          # tiny-python, greedy and sampled
     python bench/drafting.py --shape e2b --acceptance 0.8,0.65,0.5    # SIMULATED acceptance
+    python bench/drafting.py --shape e2b --acceptance 0.9,0.85,0.8 --then 0.3,0.1,0     # in bursts
     python bench/drafting.py --shape e2b --echo                       # and a SIMULATED copy, edited every 250 tokens
 
-All ways run in turns in one process, in another order each time, and start with nothing learned. With a model, a
-drafter whose rows were shuffled is one that is never right. Quotes medians, the ratio of medians and that of each turn.
-Prints a table on stderr and one JSON line on stdout.
+In each run all ways write a text of their own from the same prompt, starting with nothing learned, and take turns of
+some tokens, so that a machine that gets slower for some seconds is slow for all of them. With a model, a drafter whose
+rows were shuffled is one that is never right. Quotes medians over the runs, and the ratio in each.
+Prints figures on stderr and one JSON line on stdout.
 """
 
 from __future__ import annotations
@@ -18,8 +20,10 @@ import shutil
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,32 +36,66 @@ from paceline.bench.loading import Pair, open_pairs
 from paceline.bench.runs import Bench, SimulatedAcceptance
 from paceline.checkpoint import locate, locate_drafter
 from paceline.engine.draft_control import DraftControl
+from paceline.engine.engine import DraftTokens, Engine, Request
 from paceline.engine.proposers import GUESSED, LEAST_MATCH, GrammarProposer, PromptLookup, match_class
 from paceline.engine.scheduler import Scheduler
 from paceline.engine.sequence import Sequence
 from paceline.types import GREEDY, MAX_DRAFT, Draft, SamplingParams
 
 PROMPT = "import socket\nimport threading\n\n\nclass Server:\n"
+BURST = 60  # tokens of each acceptance in turn
 EDIT = 250  # tokens from one edit of the copy to the next
+TURN_OF_MODEL, TURN_OF_SHAPE = 50, 10  # tokens: some tens or hundreds of milliseconds
+COPY = "with prompt lookup"
+Shares = tuple[float, ...]
 Way = str | int  # a fixed draft length, or what the engine makes of it
 
 
-def in_turns(ways: list[Way], runs: int, speed: Callable[[Way], float], title: str) -> dict[str, object]:
-    """Median speeds, and what the adaptive ways are of the best fixed length and of plain decoding, turn by turn."""
-    dice, seen = random.Random(0), {way: [] for way in ways}  # type: ignore[var-annotated]
-    for _ in range(runs):
-        for way in dice.sample(ways, len(ways)):
-            seen[way].append(speed(way))
-    medians = {way: statistics.median(speeds) for way, speeds in seen.items()}
+@dataclass
+class Text:
+    """A text that is being written."""
+
+    length: Callable[[], int]
+    advance: Callable[[], object]  # by a round
+    close: Callable[[], object]
+
+
+def in_turns(
+    ways: list[Way], runs: int, tokens: int, turn: int, start: Callable[[Way], Text], title: str
+) -> dict[str, object]:
+    """Median speeds, and in each run those of the adaptive ways over the best fixed length's and plain decoding's."""
+    seen = [one_run(ways, tokens, turn, start, random.Random(run)) for run in range(runs)]
+    medians = {way: statistics.median(run[way] for run in seen) for way in ways}
     best = max((way for way in ways if isinstance(way, int)), key=medians.__getitem__)
     report: dict[str, object] = {"tokens_per_s": {str(way): round(v, 2) for way, v in medians.items()}, "best": best}
     for way, other in (("auto", best), ("auto", 0), ("never right", 0)):
-        if way in seen:
-            turns = [round(a / b, 3) for a, b in zip(seen[way], seen[other], strict=True)]
-            ratio = round(medians[way] / medians[other], 3)
-            report[f"{way} / {'plain' if other == 0 else 'best'}"] = {"medians": ratio, "turns": turns}
+        if way in ways:
+            ratios = [round(run[way] / run[other], 3) for run in seen]
+            report[f"{way} / {'plain' if other == 0 else 'best'}"] = {
+                "median": statistics.median(ratios),
+                "runs": ratios,
+            }
     print(f"{title}: {json.dumps(report)}", file=sys.stderr)
     return report
+
+
+def one_run(
+    ways: Iterable[Way], tokens: int, turn: int, start: Callable[[Way], Text], dice: random.Random
+) -> dict[Way, float]:
+    """Tokens per second of each way, over as many tokens."""
+    texts = {way: start(way) for way in ways}
+    first = {way: text.length() for way, text in texts.items()}
+    seconds = dict.fromkeys(texts, 0.0)
+    for target in range(turn, tokens + turn, turn):
+        for way, text in dice.sample(sorted(texts.items(), key=str), len(texts)):
+            started = time.perf_counter()
+            while text.length() - first[way] < target:
+                text.advance()
+            seconds[way] += time.perf_counter() - started
+    speeds = {way: (text.length() - first[way]) / seconds[way] for way, text in texts.items()}
+    for text in texts.values():
+        text.close()
+    return speeds
 
 
 def model_speeds(name: str, tokens: int, runs: int, lengths: list[int], threads: int | None) -> dict[str, object]:
@@ -65,7 +103,10 @@ def model_speeds(name: str, tokens: int, runs: int, lengths: list[int], threads:
     with tempfile.TemporaryDirectory() as folder:
         place = locate(name, _note)
         wrong = shuffled(locate_drafter(name, place, "auto", _note), Path(folder) / "drafter")
-        pairs = [paceline.load(name, drafter=d, threads=threads, notify=_note) for d in ("auto", str(wrong))]
+        many = len(lengths) + 2
+        pairs = [
+            paceline.load(name, drafter=d, threads=threads, slots=many, notify=_note) for d in ("auto", str(wrong))
+        ]
     suppressed = tuple(pairs[0].stop_ids)  # no text ends early
     samplings = {
         "greedy": replace(GREEDY, suppressed=suppressed),
@@ -74,16 +115,28 @@ def model_speeds(name: str, tokens: int, runs: int, lengths: list[int], threads:
     report: dict[str, object] = {"model": name, "isa": pairs[0].backend.info.device}
     for title, sampling in samplings.items():
 
-        def speed(way: Way, sampling: SamplingParams = sampling) -> float:
-            engine = pairs[way == "never right"]
+        def start(engine: Engine, way: Way, sampling: SamplingParams = sampling) -> Text:
             info = engine.backend.info
             proposers = [GrammarProposer(), DraftControl(info.has_drafter, info.stops_early)]
-            cold = replace(engine, scheduler=Scheduler(engine.backend, proposers, engine.scheduler.chunk))
-            drafts = way if isinstance(way, int) else "auto"
-            made = cold.generate(PROMPT, raw=True, sampling=sampling, max_tokens=tokens, draft_tokens=drafts)
-            return made.statistics.tokens_per_second
+            scheduler = Scheduler(engine.backend, proposers, engine.scheduler.chunk)
+            drafts: DraftTokens = way if isinstance(way, int) else "auto"
+            request = Request(sampling, max_tokens=1 << 20, draft_tokens=drafts)
+            cold = replace(engine, scheduler=scheduler)
+            sequence = cold.submit(engine.encode(PROMPT, raw=True), request, lambda _: None)
+            while sequence.in_prefill:
+                scheduler.tick()
 
-        report[title] = in_turns([0, *lengths, "auto", "never right"], runs, speed, f"{name}, {title}")
+            def close() -> None:
+                scheduler.cancel(sequence)
+                scheduler.sweep()
+
+            return Text(lambda: len(sequence.tokens), scheduler.tick, close)
+
+        report[title] = in_turns(
+            [0, *lengths, "auto"], runs, tokens, TURN_OF_MODEL, partial(start, pairs[0]), f"{name}, {title}"
+        )
+        never = f"never right, {title}"
+        report[never] = in_turns([0, "auto"], runs, tokens, TURN_OF_MODEL, partial(start, pairs[1]), f"{name}, {never}")
     return report
 
 
@@ -100,18 +153,42 @@ def shuffled(drafter: Path | None, to: Path) -> Path:
 
 
 def shape_speeds(
-    pair: Pair, shares: tuple[float, ...], tokens: int, runs: int, lengths: list[int]
+    pair: Pair, shares: Shares, then: Shares | None, tokens: int, runs: int, lengths: list[int]
 ) -> dict[str, object]:
     """Random weights of an official shape at a SIMULATED acceptance."""
-    run: Bench = pair.bench
+    ways: list[Way] = [0, *lengths, "auto", "never right"]
+    found = in_turns(
+        ways,
+        runs,
+        tokens,
+        TURN_OF_SHAPE,
+        partial(simulated, pair.bench, shares, then),
+        f"SIMULATED acceptance {shares}" + (f" and {then}, {BURST} tokens each" if then else ""),
+    )
+    return {**pair.report("drafting"), "acceptance": shares, "then": then, **found}
 
-    def speed(way: Way) -> float:
-        run.probe()
-        found = () if way == "never right" else shares
-        return run.decode_tokens_per_s(tokens, way if isinstance(way, int) else None, found)
 
-    found = in_turns([0, *lengths, "auto", "never right"], runs, speed, f"SIMULATED acceptance {shares}")
-    return {**pair.report("drafting"), "acceptance": shares, **found}
+def simulated(bench: Bench, shares: Shares, then: Shares | None, way: Way) -> Text:
+    """A text of random weights."""
+    slot = bench.open_filled()
+    bench.probe()
+    found = () if way == "never right" else shares
+    kind: Callable[..., SimulatedAcceptance] = Echo if way == COPY else SimulatedAcceptance
+    if then and found:
+        kind = partial(Bursts, turns=(shares, then))
+    sequence, advance = bench.start_text(slot, way if isinstance(way, int) else None, found, kind)
+    return Text(lambda: len(sequence.tokens), advance, lambda: bench.backend.close_slot(slot))
+
+
+@dataclass
+class Bursts(SimulatedAcceptance):
+    """Another acceptance every `BURST` tokens, SIMULATED."""
+
+    turns: tuple[Shares, ...] = ()
+
+    def propose(self, sequence: Sequence, most: int) -> Draft | None:
+        self.shares = self.turns[len(sequence.tokens) // BURST % len(self.turns)]
+        return super().propose(sequence, most)
 
 
 @dataclass
@@ -134,21 +211,20 @@ class Echo(SimulatedAcceptance):
         return replace(draft, simulated=min(len(draft.tokens), EDIT - (len(sequence.tokens) - self._start) % EDIT))
 
 
-def echo_speeds(pair: Pair, shares: tuple[float, ...], tokens: int, runs: int) -> dict[str, object]:
+def echo_speeds(pair: Pair, shares: Shares, tokens: int, runs: int) -> dict[str, object]:
     """How much faster a copy is with prompt lookup than with the drafter alone."""
-    seen: dict[str, list[float]] = {"drafter": [], "drafter and lookup": []}
-    for _ in range(runs):
-        for way, kind in zip(seen, (SimulatedAcceptance, Echo), strict=True):
-            pair.bench.probe()
-            seen[way].append(pair.bench.decode_tokens_per_s(tokens, None, shares, kind))
-    medians = {way: round(statistics.median(speeds), 2) for way, speeds in seen.items()}
-    ratio = round(medians["drafter and lookup"] / medians["drafter"], 3)
-    found = {"tokens_per_s": medians, "ratio": ratio, "acceptance": shares}
+    seen = [
+        one_run(("auto", COPY), tokens, TURN_OF_SHAPE, partial(simulated, pair.bench, shares, None), random.Random(run))
+        for run in range(runs)
+    ]
+    medians = {str(way): round(statistics.median(run[way] for run in seen), 2) for way in seen[0]}
+    ratios = [round(run[COPY] / run["auto"], 3) for run in seen]
+    found = {"tokens_per_s": medians, "ratio": statistics.median(ratios), "runs": ratios, "acceptance": shares}
     print(f"SIMULATED copy: {json.dumps(found)}", file=sys.stderr)
     return {**pair.report("echo"), **found}
 
 
-def shares_of(text: str) -> tuple[float, ...]:
+def shares_of(text: str) -> Shares:
     """Acceptance by depth."""
     shares = _numbers(text, float)
     if not all(0 <= share <= 1 for share in shares) or sorted(shares, reverse=True) != shares:
@@ -178,6 +254,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=["e2b", "e4b", "12b", "26b", "31b"])
     parser.add_argument("--quant", default="q4")
     parser.add_argument("--acceptance", type=shares_of, default="0.8,0.65,0.5", help="by depth, SIMULATED")
+    parser.add_argument("--then", type=shares_of, help=f"every other {BURST} tokens, SIMULATED")
     parser.add_argument("--echo", action="store_true", help="a text that copies, with --shape")
     parser.add_argument("--lengths", type=lengths_of, default="1,2,3,4,6,8")
     parser.add_argument("--tokens", type=int, default=500)
@@ -187,14 +264,12 @@ def main() -> None:
     lengths = arguments.lengths
     if arguments.shape:
         shares = arguments.acceptance
-        room = 512 + 2 * arguments.tokens + 64
-        (pair,) = open_pairs(
-            None, arguments.shape, arguments.quant, arguments.threads, "cpu", 512, room, None, "auto", [""]
-        )
+        room, slots = 512 + arguments.tokens + 64, 1 + len(lengths) + 3
+        (pair,) = open_pairs(None, arguments.shape, arguments.quant, arguments.threads, "cpu", 512, room, slots=slots)
         if arguments.echo:
             report = echo_speeds(pair, shares, arguments.tokens, arguments.runs)
         else:
-            report = shape_speeds(pair, shares, arguments.tokens, arguments.runs, lengths)
+            report = shape_speeds(pair, shares, arguments.then, arguments.tokens, arguments.runs, lengths)
     else:
         report = model_speeds(arguments.model, arguments.tokens, arguments.runs, lengths, arguments.threads)
     print(json.dumps({"benchmark": "drafting", "tokens": arguments.tokens, **report}))

@@ -103,6 +103,7 @@ def open_pairs(
     overlap: float | None = None,
     kv: str = "auto",
     isas: Sequence[str] = ("",),
+    slots: int = 1,
 ) -> list[Pair]:
     """Load a model, or make a shape's weights: a pair for each instruction set, all over the same packed weights.
 
@@ -118,6 +119,7 @@ def open_pairs(
             for a shape `OVERLAP`.
         kv: format of the KV cache.
         isas: instruction sets; an empty name is the one in use.
+        slots: texts that a shape's backend on the CPU holds at once.
 
     Raises:
         SettingsError: an unknown format, or too much room for the model.
@@ -127,7 +129,7 @@ def open_pairs(
     if shape is not None:
         quant = DEFAULT if quant == "auto" else quant
         config = official_target(shape)
-        backend = _random_pair(shape, quant, threads, device, room, kv)
+        backend = _random_pair(shape, quant, threads, device, room, kv, slots)
     else:
         assert model is not None
         engine = build.load(
@@ -172,7 +174,7 @@ def _pair(backend: Backend, config: TargetConfig, machine: Machine, about: Mappi
     return Pair(bench, config, about, peak_memory, demand)
 
 
-def _random_pair(shape: str, quant: str, threads: int | None, device: str, room: int, kv: str) -> Backend:
+def _random_pair(shape: str, quant: str, threads: int | None, device: str, room: int, kv: str, slots: int) -> Backend:
     target, drafter = official_target(shape), official_drafter(shape)
     if device != "cpu":
         if kv != "auto":
@@ -187,6 +189,7 @@ def _random_pair(shape: str, quant: str, threads: int | None, device: str, room:
         (drafter, random_weights(drafter, RECIPES[quant].drafter)),
         threads=threads or default_threads(),
         context=room,
+        slots=slots,
         max_rows=CHUNK,
         isa=os.environ.get("PACELINE_ISA", ""),
         kv=kv,

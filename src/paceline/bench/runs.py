@@ -115,12 +115,36 @@ class Bench:
         tokens: int,
         draft_tokens: int | None,
         shares: tuple[float, ...] | None,
-        simulation: type[SimulatedAcceptance] | None = None,
     ) -> float:
         """Speed of the engine's loop over about that many tokens.
 
         Args:
             tokens: how many, at least.
+            draft_tokens: a round; None for as many as pay, from a cold start.
+            shares: simulated acceptance by depth; None for the pair's.
+        """
+        sequence, advance = self.start_text(self.slot, draft_tokens, shares)
+        start, first = time.perf_counter(), len(sequence.tokens)
+        while len(sequence.tokens) - first < tokens:
+            advance()
+        speed = (len(sequence.tokens) - first) / (time.perf_counter() - start)
+        if len(sequence.tokens) - self.context <= tokens_to_undo(self.backend):
+            self.backend.truncate(self.slot, self.context)
+        else:  # too far for the sliding rings
+            self._refill()
+        return speed
+
+    def start_text(
+        self,
+        slot: int,
+        draft_tokens: int | None,
+        shares: tuple[float, ...] | None,
+        simulation: Callable[..., SimulatedAcceptance] | None = None,
+    ) -> tuple[Sequence, Callable[[], object]]:
+        """A text of the engine's loop in a slot that holds the context, its prefill done, and what advances it a round.
+
+        Args:
+            slot: of the backend.
             draft_tokens: a round; None for as many as pay, from a cold start.
             shares: simulated acceptance by depth; None for the pair's.
             simulation: of something else, too.
@@ -130,7 +154,7 @@ class Bench:
         if shares is not None:
             proposer = (simulation or SimulatedAcceptance)(info.has_drafter, stops_early=False, shares=shares)
         sequence = Sequence(
-            slot=self.slot,
+            slot=slot,
             tokens=self._tokens(self.context + 1),
             params=GREEDY,
             draft_tokens=draft_tokens,
@@ -141,16 +165,16 @@ class Bench:
             cached=self.context,
         )
         proposer.begin(sequence)
-        step(self.backend, (proposer,), [sequence], self.chunk)  # the end of the prefill
-        start, first = time.perf_counter(), len(sequence.tokens)
-        while len(sequence.tokens) - first < tokens:
-            step(self.backend, (proposer,), [sequence], self.chunk)
-        speed = (len(sequence.tokens) - first) / (time.perf_counter() - start)
-        if len(sequence.tokens) - self.context <= tokens_to_undo(self.backend):
-            self.backend.truncate(self.slot, self.context)
-        else:  # too far for the sliding rings
-            self._refill()
-        return speed
+        advance = partial(step, self.backend, (proposer,), [sequence], self.chunk)
+        advance()  # the end of the prefill
+        return sequence, advance
+
+    def open_filled(self) -> int:
+        """Another slot that holds the context."""
+        kept, self.slot = self.slot, self.backend.open_slot()
+        self._fill()
+        filled, self.slot = self.slot, kept
+        return filled
 
     def _reopen(self) -> None:
         self.backend.close_slot(self.slot)
