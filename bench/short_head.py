@@ -97,11 +97,12 @@ def outside(backend: Backend, tokens: Sequence[int], clusters: Clusters | None) 
     return np.array(found, np.float64)
 
 
-def figures(found: NDArray[np.float64]) -> dict[str, float]:
+def figures(found: NDArray[np.float64]) -> dict[str, float | None]:
     """Shares in per cent."""
     sure = found[found[:, 2] > SURE]
     columns = {"sampled": found[:, 0], "greedy": found[:, 1], "sampled_sure": sure[:, 0], "greedy_sure": sure[:, 1]}
-    return {"positions": len(found), **{name: round(100 * float(column.mean()), 2) for name, column in columns.items()}}
+    shares = {name: round(100 * float(column.mean()), 2) if len(column) else None for name, column in columns.items()}
+    return {"positions": len(found), **shares}
 
 
 def main() -> None:
@@ -115,7 +116,7 @@ def main() -> None:
     texts = arguments.texts or sorted((Path(paceline.__file__).parent / "assets" / "eval").glob("*.txt"))
     engine = paceline.load(arguments.model, drafter="none", context=arguments.tokens)
     clusters = Clusters.found(arguments.model, arguments.clusters) if arguments.clusters else None
-    report: dict[str, dict[str, float]] = {}
+    report: dict[str, dict[str, float | None]] = {}
     everything = []
     for path in texts:
         tokens = engine.tokenizer.encode(path.read_text("utf-8"), bos=True)[: arguments.tokens]

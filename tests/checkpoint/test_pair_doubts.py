@@ -39,6 +39,14 @@ GOOD = made(hub("google/gemma-4-E2B-it-assistant"))
         "/models/gemma-4-31B-it",
         "/models/gemma-4-E2B-it-UD-Q4_K_XL.gguf",
         "/models/gemma-4-12B-it-IQ4_XS.gguf",
+        "/models/gemma-4-12B-it-IQ4_NL.gguf",
+        "/models/gemma-4-26B-A4B-it-MXFP4_MOE.gguf",
+        "/models/gemma-4-31B-it-Q8_0-00001-of-00002.gguf",
+        hub("bartowski/google_gemma-4-E2B-it-GGUF"),
+        hub("mradermacher/gemma-4-E2B-it-i1-GGUF"),
+        "/ollama/blobs/sha256-5f3b0c1d" + "0a" * 28,
+        "/models/gemma4-e2b",
+        "/assets/tiny-python",
     ],
 )
 def test_usual_names_raise_no_doubt(path: str) -> None:
@@ -59,9 +67,15 @@ def test_names_of_others_may_be_fine_tunes(path: str, word: str) -> None:
     assert "fine-tuned" in doubt
 
 
-def test_what_a_file_calls_itself_goes_before_its_path() -> None:
+def test_a_strange_name_counts_wherever_it_stands() -> None:
     assert pair_doubts(made("/models/model", name="google/gemma-4-E2B-it"), GOOD, "q8") == []
     assert pair_doubts(made("/models/gemma-4-E2B-it", name="me/gemma-4-E2B-poet"), GOOD, "q8")
+    assert pair_doubts(made("/home/me/support-bot", name="google/gemma-4-E2B-it"), GOOD, "q8")
+
+
+@pytest.mark.parametrize("called", ["Gemma 4 E2B It", "Gemma-4-E2B-It", "Unsloth Gemma 4 E2B"])
+def test_usual_names_in_ggufs_raise_no_doubt(called: str) -> None:
+    assert pair_doubts(made("/models/gemma-4-E2B-it-Q4_0.gguf", name=f"{called} it"), GOOD, "q8") == []
 
 
 def test_a_gguf_says_what_it_is_called(tmp_path: Path) -> None:
@@ -80,7 +94,10 @@ def test_a_gguf_says_what_it_is_called(tmp_path: Path) -> None:
 def test_only_one_of_the_pair_is_qat() -> None:
     qat = made(hub("google/gemma-4-E2B-it-qat-q4_0-unquantized"))
     assert pair_doubts(qat, GOOD, "q8") == ["only one of the pair is named as QAT"]
-    assert pair_doubts(qat, made(hub("google/gemma-4-E2B-it-qat-q4_0-unquantized-assistant")), "q8") == []
+    both = made(hub("google/gemma-4-E2B-it-qat-q4_0-unquantized-assistant"))
+    assert pair_doubts(qat, both, "q8") == []
+    assert pair_doubts(qat, both, "q4") == []  # made for 4 bits
+    assert pair_doubts(made("/m/gemma-4-E2B-it-qat-Q4_0.gguf", name="Gemma 4 E2B It"), both, "file") == []
 
 
 def test_four_bits_are_a_doubt_unless_the_files_have_them(tmp_path: Path) -> None:
@@ -89,6 +106,14 @@ def test_four_bits_are_a_doubt_unless_the_files_have_them(tmp_path: Path) -> Non
     file = tmp_path / "gemma-4-E2B-it.gguf"
     file.touch()
     assert pair_doubts(made(str(file)), GOOD, "q4") == []
+    folder = tmp_path / "gemma-4-E2B-it"
+    folder.mkdir()
+    (folder / "model.paceline").touch()
+    assert "convert it again" in pair_doubts(made(str(folder)), GOOD, "q4")[0]
+
+
+def test_types_that_no_format_holds_are_left_out() -> None:
+    assert pair_doubts(made("/models/gemma-4-E2B-it"), made("/m/gemma-4-E2B-it-assistant", "F8_E4M3"), "q8") == []
 
 
 def test_coarse_drafters_are_a_doubt() -> None:

@@ -172,6 +172,18 @@ def shared(rounds: int, plain: float, row: float, *chances: float) -> list[list[
     return lengths
 
 
+def test_a_fixed_length_beside_it_earns_no_credit() -> None:
+    """Steps without a plain one before them tell nothing of what drafting gains."""
+    control, fixed, one = NoLookup(True, False), adaptive(4), adaptive()
+    control.begin(one)
+    for _ in range(60):
+        control.prepare([fixed, one])
+        length = control.propose(one, 15).length
+        results = [(fixed, Result((0,) * 2, (0,) * 4, (0.5,) * 4)), (one, Result((0,), (0,) * length, (0.5,) * length))]
+        control.observe(results, 0.06)
+    assert control._credit < 2
+
+
 def test_those_draft_whose_drafts_are_accepted() -> None:
     settled = shared(200, 10, 1.5, 0.95, 0.02, 0.95, 0.02)[-60:]
     by_sequence = [sum(lengths) for lengths in zip(*settled, strict=True)]

@@ -186,7 +186,7 @@ def test_useless_drafters_are_named_once() -> None:
     for _ in range(4):
         e.generate([1, 2, 3], draft_tokens="auto", max_tokens=1500)
     assert e.acceptance
-    assert e.acceptance.causes == ["pair"]
+    assert e.acceptance.cause == "pair"
     assert len(said) == 1
     assert "0% of first drafts are accepted, 75% are usual: the model is fine-tuned" in said[0]
 

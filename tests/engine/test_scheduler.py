@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import weakref
 
@@ -261,6 +262,19 @@ class LastToken(Proposer):
 
     def propose(self, sequence: Sequence, most: int) -> Draft | None:
         return Draft((sequence.tokens[-1],) * min(2, most)) if most else None
+
+
+def test_a_proposer_that_fails_at_the_end_of_a_text_keeps_no_slot() -> None:
+    class Failing(LastToken):
+        def finish(self, sequence: Sequence) -> None:
+            raise RuntimeError("a mistake")
+
+    backend = ScriptedBackend(slots=1)
+    scheduler = Scheduler(backend, [Failing()], chunk=8)
+    scheduler.submit(request(backend, [1, 2], max_tokens=3))
+    with contextlib.suppress(RuntimeError):
+        drain(scheduler)
+    assert backend.open_slot() == 0
 
 
 def test_proposers_are_asked_in_order() -> None:

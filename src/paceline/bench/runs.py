@@ -27,7 +27,7 @@ REAL_ROWS = 1024  # of a context at least; what is before them is filled with ra
 
 @dataclass
 class Bench:
-    """A loaded pair with `context` random tokens in its only slot, measured again and again.
+    """A loaded pair with `context` random tokens in a slot, measured again and again.
 
     Args:
         backend: the pair, with room for `context` and what decoding adds.

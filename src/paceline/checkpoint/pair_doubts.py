@@ -9,13 +9,13 @@ import math
 import re
 
 from paceline.checkpoint.checkpoint import Checkpoint
-from paceline.checkpoint.location import is_qat
-from paceline.checkpoint.tensors import INTEGER
+from paceline.checkpoint.location import BUNDLED, is_qat
 from paceline.quant.formats import FORMATS, native_format
 
-# Words of Google's own names, and those that say how a file was made; what else is in a name is somebody else's.
+# Words of Google's own names, those that say how a file was made, and who made it; another word may be a fine-tune's.
 USUAL_WORDS = re.compile(
-    r"gemma|\d|e?\d+[bm]|a4b|it|pt|instruct|qat|gguf|unquantized|assistant|mtp|text|ud|i?q\d\w*|k|[sml]|x[sl]|bf16|f16|f32"
+    r"google|gemma\d*n?|[ea]?\d+[bm]|it|pt|instruct|qat|unquantized|assistant|mtp|text|dense|moe|unsloth|bartowski|ggml|org|"
+    r"gguf|mlx|ud|i\d|i?q\d\w*|k|[sml]|x+[sl]|nl|(bf|f|fp|mxfp|nvfp|int|w)\d+\w*|\d+|of|checkpoint|model|sha256|[0-9a-f]{12,}"
 )
 FEW_BITS = 6.0  # a weight, below which a drafter is said to be coarse
 
@@ -29,30 +29,30 @@ def pair_doubts(target: Checkpoint, drafter: Checkpoint, quant: str) -> list[str
         quant: the recipe that the target's weights are held by.
     """
     doubts = []
-    if strange := _strange_words(target):
-        doubts.append(f"the model is named {_name(target)!r} ({', '.join(strange)}: is it fine-tuned?)")
-    if is_qat(_name(target)) != is_qat(_name(drafter)):
+    strange = {name: words for name in _names(target) if (words := _strange_words(name))}
+    for name, words in strange.items():
+        doubts.append(f"the model is named {name!r} ({', '.join(words)}: is it fine-tuned?)")
+    qat, other = (is_qat(f"{_names(one)} {one.path}") for one in (target, drafter))
+    if qat != other:
         doubts.append("only one of the pair is named as QAT")
-    if not target.is_gguf and quant == "q4":
-        doubts.append("the model's weights were rounded to 4 bits here (try --quant q6 or q8)")
-    matrices = [ref for ref in drafter.tensors.values() if len(ref.shape) == 2 and ref.dtype not in INTEGER]
-    bits = min((FORMATS[native_format(ref.dtype)].bits_per_weight for ref in matrices), default=math.inf)
+    if quant == "q4" and not target.is_gguf and not qat:
+        cure = "convert it again with --quant q6" if target.packed else "try --quant q6 or q8"
+        doubts.append(f"the model's weights were rounded to 4 bits here ({cure})")
+    types = {ref.dtype for ref in drafter.tensors.values() if len(ref.shape) == 2 and ref.dtype.lower() in FORMATS}
+    bits = min((FORMATS[native_format(dtype)].bits_per_weight for dtype in types), default=math.inf)
     if bits < FEW_BITS:
         doubts.append(f"the drafter's file holds weights in {bits:g} bits")
     return doubts
 
 
-def _name(checkpoint: Checkpoint) -> str:
-    """What its maker calls a model, as far as the files tell: in them, by the hub's repository, or by the path."""
-    stated = str(checkpoint.config.get("_name_or_path") or "")
+def _names(checkpoint: Checkpoint) -> list[str]:
+    """What a model is called: in its files, if there, and by the hub's repository or its path."""
+    stated = str(checkpoint.config.get("_name_or_path") or "").rstrip("/").rpartition("/")[2]
     repository = next((part for part in checkpoint.path.parts if part.startswith("models--")), "")
-    return (
-        repository.rpartition("--")[2]
-        or stated.rstrip("/").rpartition("/")[2]
-        or checkpoint.path.name.removesuffix(".gguf")
-    )
+    placed = repository.rpartition("--")[2] or checkpoint.path.name.removesuffix(".gguf")
+    return list(dict.fromkeys(filter(None, (stated, placed))))
 
 
-def _strange_words(checkpoint: Checkpoint) -> list[str]:
-    words = re.split(r"[^a-z0-9]+", _name(checkpoint).lower())
-    return [word for word in words if word and not USUAL_WORDS.fullmatch(word)]
+def _strange_words(name: str) -> list[str]:
+    words = [word for word in re.split(r"[^a-z0-9]+", name.lower()) if word]
+    return [] if name in BUNDLED else [word for word in words if not USUAL_WORDS.fullmatch(word)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
@@ -9,15 +11,16 @@ from dataclasses import dataclass, field
 from paceline.engine.sequence import Sequence
 
 USUAL = 0.75  # of first drafts: official pairs of 26B and 31B accept 0.77 to 0.89 (docs/architecture.md)
-LOW = 0.4  # of what is usual, or was before: fine-tuned targets accept 3 to 13 %
+LOW = 0.4  # of what is usual, or of what it is elsewhere: fine-tuned targets accept 3 to 13 %
 ENOUGH = 40  # first drafts, before anything is said
 KEEP = 1 - 1 / 512  # of the counts, for each new one
 LONG_CONTEXT = 8192  # tokens
 
 SITUATIONS = {
-    "reasoning": "in reasoning",
-    "raw_text": "in raw text, without the chat template",
+    "reasoning": "where reasoning is on",
+    "raw_text": "in raw text, to which no chat template was applied",
     "grammar": "in text that follows a schema or grammar",
+    "high_temperature": "at temperatures above 1",
     "long_context": f"after {LONG_CONTEXT:,} tokens of context",
 }
 """What may make a drafter worse, and how that is called in a sentence."""
@@ -36,6 +39,11 @@ class _Count:
     def add(self, accepted: bool) -> None:
         self.tried, self.kept = KEEP * self.tried + 1, KEEP * self.kept + accepted
 
+    def below(self, usual: float) -> bool:
+        """Whether the rate is surely low beside that one: by two standard errors."""
+        rate = self.rate
+        return self.tried >= ENOUGH and rate + 2 * math.sqrt(rate * (1 - rate) / self.tried) < LOW * usual
+
 
 @dataclass
 class AcceptanceMonitor:
@@ -43,15 +51,16 @@ class AcceptanceMonitor:
 
     Args:
         doubts: what the files say against the pair, likeliest first (`checkpoint.pair_doubts`).
-        notify: receives each finding, once.
+        notify: receives each finding once. What it raises is dropped, because texts must go on.
     """
 
     doubts: Items[str] = ()
     notify: Callable[[str], None] = lambda _: None
-    causes: list[str] = field(default_factory=list)  # found: a situation, "pair" or "text"
+    cause: str = ""  # of the acceptance that is low now: a situation, "text" or "pair"
     _all: _Count = field(default_factory=_Count)
     _by_situations: dict[tuple[str, ...], _Count] = field(default_factory=dict)
-    _best: float = 0.0  # rate that was seen
+    _fitted: bool = False  # acceptance was usual once
+    _said: set[str] = field(default_factory=set)
 
     @property
     def rate(self) -> float:
@@ -63,6 +72,8 @@ class AcceptanceMonitor:
         found = sequence.situations
         if sequence.grammar:
             found += ("grammar",)
+        if sequence.params.temperature > 1:
+            found += ("high_temperature",)
         if len(sequence.tokens) > LONG_CONTEXT:
             found += ("long_context",)
         if found not in self._by_situations:
@@ -71,32 +82,37 @@ class AcceptanceMonitor:
         self._all.add(accepted)
 
     def examine(self) -> None:
-        """A text has ended: say what was found."""
-        if self._all.tried < ENOUGH:
-            return
-        rate, before, explained = self._all.rate, self._best, False
-        accepted = f"{rate:.0%} of first drafts are accepted"
-        for name, phrase in SITUATIONS.items():
-            here, elsewhere = self._count(name, True), self._count(name, False)
-            if min(here.tried, elsewhere.tried) >= ENOUGH and here.rate < LOW * elsewhere.rate:
-                self._say(name, f"{here.rate:.0%} of first drafts are accepted {phrase}, {elsewhere.rate:.0%} else")
-                explained = True
-        if not explained and rate < LOW * before:
-            self._say("text", f"{accepted}, {before:.0%} were before; is the text of another kind?")
-        elif not explained and rate < LOW * USUAL:
-            always = [
-                name for name in SITUATIONS if self._count(name, True).tried >= ENOUGH > self._count(name, False).tried
-            ]
-            why = [*self.doubts, *(f"all of this was {SITUATIONS[name]}" for name in always)] or [UNKNOWN]
-            self._say("pair", f"{accepted}, {USUAL:.0%} are usual: {'; '.join(why)}")
-        self._best = max(before, rate)
+        """A text has ended: find out whether acceptance is low, and why."""
+        counts = {name: (self._count(name, True), self._count(name, False)) for name in SITUATIONS}
+        low = {
+            name: here.rate / elsewhere.rate
+            for name, (here, elsewhere) in counts.items()
+            if elsewhere.tried >= ENOUGH and here.below(elsewhere.rate)
+        }
+        accepted = f"{self.rate:.0%} of first drafts are accepted"
+        if low:
+            name = min(low, key=low.__getitem__)
+            here, elsewhere = counts[name]
+            line = f"{here.rate:.0%} of first drafts are accepted {SITUATIONS[name]}, {elsewhere.rate:.0%} elsewhere"
+            self._find(name, line)
+        elif not self._all.below(USUAL):
+            self.cause = ""
+            self._fitted |= self._all.tried >= ENOUGH and self.rate > 2 * LOW * USUAL
+        elif self._fitted:
+            self._find("text", f"{accepted}, and more were before; is the text of another kind?")
+        else:
+            always = [SITUATIONS[name] for name, (_, elsewhere) in counts.items() if not elsewhere.tried]
+            why = [*self.doubts, *(f"all of this was {phrase}" for phrase in always)] or [UNKNOWN]
+            self._find("pair", f"{accepted}, {USUAL:.0%} are usual: {'; '.join(why)}")
 
     def _count(self, name: str, there: bool) -> _Count:
         """First drafts in a situation, or elsewhere."""
         counts = [count for found, count in self._by_situations.items() if (name in found) == there]
         return _Count(sum(count.tried for count in counts), sum(count.kept for count in counts))
 
-    def _say(self, cause: str, line: str) -> None:
-        if cause not in self.causes:
-            self.causes.append(cause)
-            self.notify(f"drafter: {line} (texts are not affected)")
+    def _find(self, cause: str, line: str) -> None:
+        self.cause = cause
+        if cause not in self._said:
+            self._said.add(cause)
+            with contextlib.suppress(Exception):
+                self.notify(f"drafter: {line} (texts are not affected)")

@@ -31,7 +31,7 @@ LEAST_CHANCE = 0.6  # of one more token, for a length that was not seen to be tr
 LEAST_GAIN = 1.02  # over plain decoding: less may be a mistake about the machine
 FAR = 0.2  # that much slower than plain decoding is not tried any sooner
 UNLIKELY = 0.1  # a guess is not looked at any further
-UNSURE = 2.0  # a length not seen yet may cost that many times what is expected
+UNSURE = 2.0  # a length beyond those seen may add that many times what is expected
 REPLAN_MS, MOST_ROUNDS, FEW_ROUNDS = 12.0, 12, 3  # a plan serves for that long, and no more rounds; with little credit
 
 
@@ -143,7 +143,8 @@ class DraftControl(Proposer):
         if seconds is None or not rounds:
             return
         ms, made = seconds * 1e3, 1 + accepted / costs.count
-        plain, usual = costs.plain, costs.observe(drafted or given, rows, ms, given=not drafted)
+        plain = costs.plain if costs.plain_seen else 0.0
+        usual = costs.observe(drafted or given, rows, ms, given=not drafted)
         if drafted and plain:  # prompt lookup is observed without being tried
             self._credit += made - usual / plain
             if self._credit < FIRST_CREDIT:

@@ -121,7 +121,7 @@ class Engine:
             SettingsError: a setting out of range, or a schema, expression or grammar that cannot be followed.
         """
         follow = self._grammar(schema, regex, grammar)
-        situations = ("raw_text",) if raw and self.chat_template else ()
+        situations = ("raw_text",) if raw and isinstance(prompt, str) and self.chat_template else ()
         request = Request(
             sampling, max_tokens, check_stops(stop), draft_tokens, logprobs, follow, situations=situations
         )

@@ -142,8 +142,8 @@ class Scheduler:
             self._forget(sequence)
         for sequence in [s for s in self.running if s.finish]:
             self.running.remove(sequence)
-            self._forget(sequence)
             try:
+                self._forget(sequence)
                 if self.prefix_cache and sequence.cached:
                     length = min(sequence.cached, len(sequence.tokens))
                     self.backend.truncate(sequence.slot, length)

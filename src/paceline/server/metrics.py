@@ -143,11 +143,11 @@ class _EngineState(Collector):
             gauge = GaugeMetricFamily(f"paceline:{name}", text, labels=["model_name"])
             gauge.add_metric([self._model], value)
             metrics.append(gauge)
-        causes = GaugeMetricFamily(
+        low = GaugeMetricFamily(
             "paceline:acceptance_low",
-            "1 for each cause found of a low acceptance: reasoning, raw_text, grammar, long_context, text, pair.",
+            "1 while few first drafts are accepted, with the likely cause: a situation, or text or pair.",
             labels=["model_name", "cause"],
         )
-        for cause in monitor.causes if monitor else ():
-            causes.add_metric([self._model, cause], 1)
-        return [*metrics, causes]
+        if monitor and monitor.cause:
+            low.add_metric([self._model, monitor.cause], 1)
+        return [*metrics, low]

@@ -87,15 +87,11 @@ class RequestPreparer:
         prompt: Any = body.prompt
         several = isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], int)
         grammar = self._format_grammar(body.response_format, "", "")
-        request = replace(
-            self._request(body),
-            max_tokens=body.max_tokens or NO_LIMIT,
-            logprobs=body.logprobs,
-            situations=("raw_text",) if self.engine.chat_template else (),
-        )
+        request = replace(self._request(body), max_tokens=body.max_tokens or NO_LIMIT, logprobs=body.logprobs)
         prepared = []
         for one in prompt if several else [prompt]:
-            request = replace(request, grammar=grammar.copy() if grammar else None)
+            raw = ("raw_text",) if isinstance(one, str) and self.engine.chat_template else ()
+            request = replace(request, grammar=grammar.copy() if grammar else None, situations=raw)
             tokens = self.engine.encode(one, raw=True)
             self.engine.check_length(tokens)
             echo = self.engine.tokenizer.decode(tokens) if body.echo else ""
