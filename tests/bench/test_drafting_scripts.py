@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import random
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from bench import drafting, expert_prices, short_head
 from paceline.bench.demand import experts_read
 from paceline.bench.shapes import official_target
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
+drafting, expert_prices, short_head = map(importlib.import_module, ("drafting", "expert_prices", "short_head"))
 
 
 class Writing(drafting.Text):
