@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from paceline.bench.shapes import official_target
 
-SHARED = 1.44e9  # bytes of a q4 pass of 26B-A4B that are no experts, keys and values after 512 tokens included
+PLAIN = 2.484e9  # bytes of a q4 pass of one row of 26B-A4B (`pass_bytes` of `paceline bench decode --shape 26b`)
 DRAFT_STEP = 0.05  # of a plain pass
 MOST = 8  # drafts
 BITS = 4.5  # of an expert's weights
@@ -70,7 +70,8 @@ def main() -> None:
         chances = np.array([1, *shares, *(shares[-1] * 0.75**i for i in range(1, MOST - 2))])
         gains = chances.cumsum() - 1
         for overlap in (0.0625, 0.3, 0.6):  # 0.0625: by chance
-            prices = SHARED + expert * read(overlap, positions, dice)
+            experts = read(overlap, positions, dice)
+            prices = PLAIN + expert * (experts - experts[:, :1])
             prices += np.arange(MOST + 1) * DRAFT_STEP * prices[:, 0].mean()
             accepted = (dice.random(len(prices))[:, None] < chances[1:]).sum(axis=1)
             mean = np.broadcast_to(prices.mean(axis=0), prices.shape)

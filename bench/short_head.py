@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,26 +25,15 @@ from numpy.typing import NDArray
 
 import paceline
 from paceline.backends.base import Backend
+from paceline.bench.evaluation import Window, passes
 from paceline.decode.sampler import allowed
-from paceline.types import GREEDY, Draft, Float32, SamplingParams, Work
+from paceline.quant.formats import PANEL
+from paceline.types import Float32, SamplingParams
 
-FREQUENT, PANEL = 8192, 16  # `Drafter`'s; no text here has more recent panels than it keeps
-ROWS = 32
+FREQUENT = 8192  # as in `model/drafter.cpp`; no text here has more recent panels than it keeps
 SAMPLING = SamplingParams(temperature=1.0, top_k=64, top_p=0.95)
 IN_CLUSTERS, STEPS = 4096, 6  # tokens; of k-means
 SURE = 0.5  # probability of the most likely token
-
-
-def rows_of(backend: Backend, tokens: Sequence[int]) -> Iterator[Float32]:
-    """Logits [vocabulary] after each token of a text."""
-    slot = backend.open_slot()
-    for start in range(0, len(tokens), ROWS):
-        first, *rest = tokens[start : start + ROWS]
-        draft = Draft(tuple(rest), simulated=len(rest))
-        [result] = backend.run([Work(slot, start, [first], GREEDY, draft, logits=True)])
-        assert result.logits is not None
-        yield from result.logits
-    backend.close_slot(slot)
 
 
 @dataclass(frozen=True)
@@ -87,7 +76,8 @@ def outside(backend: Backend, tokens: Sequence[int], clusters: Clusters | None) 
     """[positions, 3]: probability outside of the head, whether the likeliest token is, and that token's probability."""
     panels: set[int] = set()
     found = []
-    for token, logits in zip(tokens, rows_of(backend, tokens), strict=True):
+    rows = (row for _, logits in passes(backend, [Window(0, [*tokens])]) for row in logits)
+    for token, logits in zip(tokens[:-1], rows, strict=True):
         panels.add(token // PANEL)
         ids, weights = allowed(logits, SAMPLING)  # the most likely one first
         missing = (ids >= FREQUENT) & ~np.isin(ids // PANEL, list(panels))

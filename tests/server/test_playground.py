@@ -11,10 +11,8 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,6 +26,8 @@ pytest.importorskip("fastapi", reason="NOT TESTED: paceline[server] is not insta
 
 from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 
+from tests.fixtures.server_process import serving
+
 SEND = "button.send:visible"
 ANSWER = ".turn .answer"
 PROMPT = 'def read_config(path):\n    """Read'
@@ -35,34 +35,6 @@ PROMPT = 'def read_config(path):\n    """Read'
 
 def find_chromium() -> str | None:
     return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
-@contextmanager
-def serving(*options: str) -> Iterator[str]:
-    """A server in a process of its own; its address."""
-    command = [sys.executable, "-m", "paceline", "serve", "--port", "0", *options]
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, stderr=log, stdout=subprocess.DEVNULL)
-        try:
-            yield _address(process, log)
-        finally:
-            process.terminate()
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-
-def _address(process: subprocess.Popen[bytes], log: Any) -> str:
-    until = time.monotonic() + 120
-    while time.monotonic() < until and process.poll() is None:
-        log.seek(0)
-        if found := re.search(r"listening at (http://\S+?)/ ", log.read()):
-            return found[1]
-        time.sleep(0.1)
-    log.seek(0)
-    raise RuntimeError(f"the server did not start: {log.read()}")
 
 
 @contextmanager
@@ -112,6 +84,16 @@ def set_up(page: Page, **values: object) -> None:
         change = page.select_option if name == "draft_tokens" else page.fill
         change(f"#settings [name={name}]", str(value))
     page.get_by_role("button", name="Settings").click()
+
+
+def ask(page: Page, text: str) -> None:
+    page.fill("#chat-input", text)
+    page.press("#chat-input", "Enter")
+
+
+def answer_chats(page: Page, body: str) -> None:
+    """Let the server answer every chat with this."""
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
 
 
 def finished(page: Page) -> None:
@@ -203,8 +185,7 @@ def test_a_chat_goes_on_and_starts_anew(visit: Visit) -> None:
     page = visit.open("chat")
     set_up(page, max_tokens=20, system="Write Python.")
     for text in ("def one():", "def two():"):
-        page.fill("#chat-input", text)
-        page.press("#chat-input", "Enter")
+        ask(page, text)
         finished(page)
         assert page.input_value("#chat-input") == ""
     roles = [message["role"] for message in visit.asked[-1]["messages"]]
@@ -221,15 +202,13 @@ def test_a_chat_goes_on_and_starts_anew(visit: Visit) -> None:
 def test_new_chat_cancels_the_running_answer(visit: Visit) -> None:
     page = visit.open("chat")
     set_up(page, temperature=0, max_tokens=4000, draft_tokens=0)
-    page.fill("#chat-input", "def fibonacci(n):")
-    page.press("#chat-input", "Enter")
+    ask(page, "def fibonacci(n):")
     expect(page.locator(ANSWER)).to_have_text(re.compile(r"[\s\S]{100}"))
     page.get_by_role("button", name="New chat").click()
     finished(page)
     assert page.locator(".turn").count() == 0
     set_up(page, max_tokens=5)
-    page.fill("#chat-input", "def one():")
-    page.press("#chat-input", "Enter")
+    ask(page, "def one():")
     finished(page)
     assert [message["content"] for message in visit.asked[-1]["messages"]] == ["def one():"]
 
@@ -238,8 +217,7 @@ def test_new_chat_cancels_the_running_answer(visit: Visit) -> None:
 def test_a_long_answer_is_stopped(visit: Visit, way: str) -> None:
     page = visit.open("chat")
     set_up(page, temperature=0, max_tokens=4000, draft_tokens=0)
-    page.fill("#chat-input", "def fibonacci(n):")
-    page.press("#chat-input", "Enter")
+    ask(page, "def fibonacci(n):")
     expect(page.locator(ANSWER)).to_have_text(re.compile(r"[\s\S]{100}"))
     if way == "key":
         page.keyboard.press("Escape")
@@ -256,7 +234,7 @@ def test_reasoning_is_separate_and_text_is_escaped(visit: Visit) -> None:
     round_ = {"drafted": 3, "accepted": 3, "deltas": deltas}
     delta = {"reasoning_content": "Hm <b>", "content": "<img src=x onerror=alert(1)>"}
     body = stream({"delta": delta, "round": round_}, {"delta": {}, "finish_reason": "stop"})
-    visit.page.route("**/v1/chat/completions", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
+    answer_chats(visit.page, body)
 
     def thinking(route: Route) -> None:
         models = route.fetch().json()
@@ -267,8 +245,7 @@ def test_reasoning_is_separate_and_text_is_escaped(visit: Visit) -> None:
     page = visit.open("chat")
     page.get_by_role("button", name="Settings").click()
     page.check("#settings [name=thinking]")
-    page.fill("#chat-input", "Well?")
-    page.press("#chat-input", "Enter")
+    ask(page, "Well?")
     finished(page)
     assert visit.asked[-1]["chat_template_kwargs"] == {"enable_thinking": True}
     assert page.locator(ANSWER).text_content() == delta["content"]
@@ -375,8 +352,7 @@ def test_a_phone_never_scrolls_sideways(visit: Visit) -> None:
     page.fill("#settings [name=max_tokens]", "200")
     assert fits(page)
     page.click("#settings-toggle")
-    page.fill("#chat-input", "x" * 300)
-    page.press("#chat-input", "Enter")
+    ask(page, "x" * 300)
     finished(page)
     assert fits(page)
     page.click("#tab-compare")
@@ -393,10 +369,9 @@ def test_deep_drafts_fit_on_a_phone(visit: Visit) -> None:
         {"drafted": 15, "accepted": 15, "deltas": deltas},
     ]
     body = stream(*({"delta": {"content": "words"}, "round": round_} for round_ in rounds))
-    visit.page.route("**/v1/chat/completions", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
+    answer_chats(visit.page, body)
     page = visit.open("chat")
-    page.fill("#chat-input", "Go")
-    page.press("#chat-input", "Enter")
+    ask(page, "Go")
     finished(page)
     expect(page.locator("#chat-meter .depths li")).to_have_count(8)
     assert fits(page)
@@ -439,8 +414,7 @@ def test_the_keyboard_is_enough(visit: Visit) -> None:
 def test_a_refusal_is_one_line_and_loses_nothing(visit: Visit) -> None:
     page, visit.refusals = visit.open("chat"), True
     text = "x = 1; " * 5000
-    page.fill("#chat-input", text)
-    page.press("#chat-input", "Enter")
+    ask(page, text)
     finished(page)
     assert "context" in page.locator("#chat .error").inner_text()
     assert page.locator(".turn").count() == 0
@@ -452,9 +426,8 @@ def test_an_answer_that_breaks_keeps_what_came(visit: Visit) -> None:
     round_ = {"drafted": 0, "accepted": 0, "deltas": [["begun", 0]]}
     error = f"data: {json.dumps({'error': {'message': 'the engine is tired'}})}\n\n"
     body = stream({"delta": {"content": "begun"}, "round": round_}, end=error)
-    page.route("**/v1/chat/completions", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
-    page.fill("#chat-input", "Go")
-    page.press("#chat-input", "Enter")
+    answer_chats(page, body)
+    ask(page, "Go")
     expect(page.locator("#chat .error")).to_have_text("the engine is tired")
     assert page.locator(ANSWER).text_content() == "begun"
 
@@ -473,8 +446,7 @@ def test_a_key_is_asked_for(browser: Browser) -> None:
         expect(page.locator(SEND)).to_be_enabled()
         expect(page.locator("#key-form")).to_be_hidden()
         set_up(page, max_tokens=20)
-        page.fill("#chat-input", "def one():")
-        page.press("#chat-input", "Enter")
+        ask(page, "def one():")
         finished(page)
         assert page.locator(ANSWER).text_content()
         assert "secret" in page.evaluate("JSON.stringify(sessionStorage)")

@@ -222,7 +222,7 @@ class LogitsFile:
 def record(backend: Backend, windows: Sequence[Window], kept: LogitsFile, progress: Callable[[int], None]) -> Scores:
     """Run the reference over the windows and keep its logits."""
     scores = Scores()
-    for targets, logits in _passes(backend, windows):
+    for targets, logits in passes(backend, windows):
         kept.write(logits)
         scores.loss += [-float(log_softmax(row)[target]) for target, row in zip(targets, logits, strict=True)]
         progress(len(scores.loss))
@@ -233,7 +233,7 @@ def compare(backend: Backend, windows: Sequence[Window], kept: LogitsFile, progr
     """Run a model over the windows and compare its logits with those of the reference."""
     scores = Scores()
     kept.rewind()
-    for targets, logits in _passes(backend, windows):
+    for targets, logits in passes(backend, windows):
         for target, row, expected in zip(targets, logits, kept.read(len(targets)), strict=True):
             ours, theirs = log_softmax(row), log_softmax(expected)
             scores.loss.append(-float(ours[target]))
@@ -252,7 +252,7 @@ def log_softmax(logits: Float32) -> NDArray[np.float64]:
     return shifted
 
 
-def _passes(backend: Backend, windows: Sequence[Window]) -> Iterator[tuple[list[int], Float32]]:
+def passes(backend: Backend, windows: Sequence[Window]) -> Iterator[tuple[list[int], Float32]]:
     """The tokens to predict and the logits [n, vocabulary] that predict them, `ROWS` at most at a time."""
     for window in windows:
         slot = backend.open_slot()

@@ -46,8 +46,7 @@ class Bench:
 
     def __post_init__(self) -> None:
         self._random = np.random.default_rng(self.seed)
-        self.slot = self.backend.open_slot()
-        self._fill()
+        self.slot = self.open_filled()
 
     def probe(self) -> None:
         """Measure the machine's limits once more."""
@@ -58,7 +57,7 @@ class Bench:
     def extend(self, context: int) -> None:
         """Go on to a longer context."""
         before, self.context = self.context, context
-        self._fill(before)
+        self._fill(self.slot, before)
 
     def forward_ms(self, repeats: int, batches: Iterable[int] = PASS_ROWS) -> dict[int, float]:
         """Median milliseconds of a pass of so many rows with a token sampled from each, batch sizes interleaved."""
@@ -106,7 +105,7 @@ class Bench:
         seen = []
         for _ in range(repeats):
             self._reopen()
-            seen.append(tokens / milliseconds(lambda: self._prefill(tokens)) * 1e3)
+            seen.append(tokens / milliseconds(lambda: self._prefill(self.slot, tokens)) * 1e3)
         self._refill()
         return statistics.median(seen)
 
@@ -171,10 +170,9 @@ class Bench:
 
     def open_filled(self) -> int:
         """Another slot that holds the context."""
-        kept, self.slot = self.slot, self.backend.open_slot()
-        self._fill()
-        filled, self.slot = self.slot, kept
-        return filled
+        slot = self.backend.open_slot()
+        self._fill(slot)
+        return slot
 
     def _reopen(self) -> None:
         self.backend.close_slot(self.slot)
@@ -183,22 +181,22 @@ class Bench:
     def _refill(self) -> None:
         """Fill the slot with `context` tokens again."""
         self._reopen()
-        self._fill()
+        self._fill(self.slot)
 
-    def _fill(self, first: int = 0) -> None:
-        """Fill the slot, which has `first` tokens, with `context` of them."""
+    def _fill(self, slot: int, first: int = 0) -> None:
+        """Fill a slot, which has `first` tokens, with `context` of them."""
         real = self.context - REAL_ROWS
         if real > first and isinstance(self.backend, CpuBackend):
-            self.backend.fill_random(self.slot, real)
+            self.backend.fill_random(slot, real)
             first = real
-        self._prefill(self.context, first)
+        self._prefill(slot, self.context, first)
 
-    def _prefill(self, tokens: int, first: int = 0) -> None:
+    def _prefill(self, slot: int, tokens: int, first: int = 0) -> None:
         """Run a random prompt in chunks; its last row samples a token, so that rounds can follow."""
         for start in range(first, tokens, self.chunk):
             rows = min(self.chunk, tokens - start)
             params = GREEDY if start + rows == tokens else None
-            self.backend.run([Work(self.slot, start, self._tokens(rows), params)])
+            self.backend.run([Work(slot, start, self._tokens(rows), params)])
 
     def _tokens(self, count: int) -> list[int]:
         return [int(token) for token in self._random.integers(0, self.backend.info.vocab_size, count)]
