@@ -40,6 +40,7 @@ from paceline.engine.engine import DraftTokens, Engine, Request
 from paceline.engine.proposers import GUESSED, LEAST_MATCH, GrammarProposer, PromptLookup, match_class
 from paceline.engine.scheduler import Scheduler
 from paceline.engine.sequence import Sequence
+from paceline.errors import PacelineError
 from paceline.types import GREEDY, MAX_DRAFT, Draft, SamplingParams
 
 PROMPT = "import socket\nimport threading\n\n\nclass Server:\n"
@@ -262,6 +263,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     arguments = parser.parse_args()
     lengths = arguments.lengths
+    if (arguments.then or arguments.echo) and not arguments.shape:
+        parser.error("--then and --echo are SIMULATED; add --shape")
+    if arguments.then and arguments.echo:
+        parser.error("--then and --echo exclude each other; give one")
     if arguments.shape:
         shares = arguments.acceptance
         room, slots = 512 + arguments.tokens + 64, 1 + len(lengths) + 3
@@ -280,4 +285,7 @@ def _note(line: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (PacelineError, OSError) as error:
+        sys.exit(f"drafting: {error}")

@@ -46,14 +46,14 @@ def speed(
     prices: NDArray[np.float64], believed: NDArray[np.float64], accepted: NDArray[np.int64], gains: NDArray[np.float64]
 ) -> float:
     """Tokens per byte of a text each of whose rounds takes the length that looks best by `believed` prices."""
-    rate = 1 / believed[:, 0].mean()
+    rate = float(1 / believed[:, 0].mean())
     for _ in range(6):  # until it is what a byte is worth
         tokens, spent, at = 0, 0.0, 0
         while at < len(prices):
             length = int((gains - rate * believed[at]).argmax())
             made = 1 + min(int(accepted[at]), length)
             tokens, spent, at = tokens + made, spent + prices[at, length], at + made
-        rate = tokens / spent
+        rate = float(tokens / spent)
     return rate
 
 
@@ -62,6 +62,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--positions", type=int, default=6000)
     positions = parser.parse_args().positions
+    if positions < 100:
+        parser.error(f"--positions is {positions}; give 100 or more")
     config, dice = official_target("26b"), np.random.default_rng(0)
     assert config.experts
     expert = 3 * config.hidden_size * config.experts.intermediate_size * BITS / 8

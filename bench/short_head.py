@@ -27,6 +27,7 @@ import paceline
 from paceline.backends.base import Backend
 from paceline.bench.evaluation import Window, passes
 from paceline.decode.sampler import allowed
+from paceline.errors import PacelineError
 from paceline.quant.formats import PANEL
 from paceline.types import Float32, SamplingParams
 
@@ -103,6 +104,8 @@ def main() -> None:
     parser.add_argument("--clusters", type=int, default=0, help=f"and the {IN_CLUSTERS} tokens of the best of so many")
     parser.add_argument("--tokens", type=int, default=2000, help="of each text, at most")
     arguments = parser.parse_args()
+    if arguments.clusters and not Path(arguments.model).is_file():
+        parser.error(f"--clusters reads a GGUF file, and {arguments.model} is none")
     texts = arguments.texts or sorted((Path(paceline.__file__).parent / "assets" / "eval").glob("*.txt"))
     engine = paceline.load(arguments.model, drafter="none", context=arguments.tokens)
     clusters = Clusters.found(arguments.model, arguments.clusters) if arguments.clusters else None
@@ -131,4 +134,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (PacelineError, OSError) as error:
+        sys.exit(f"short_head: {error}")
