@@ -303,10 +303,6 @@ void bind_decoder(nb::module_& module) {
            "From now on, send rows to the target's experts so that neighbours share about this many of them, as the "
            "rows\n"
            "of a text do: for measurements. ValueError: a share that cannot be had, or a model without experts.")
-      .def(
-          "shorten_head", &Decoder::shorten_head, "frequent"_a, "recent"_a, no_gil,
-          "Of the drafter's dense head, compute so many tokens at the beginning of the vocabulary, and of tokens seen\n"
-          "from now on so many panels of 16. ValueError: a head with centroids, no drafter, or nothing to compute.")
       .def("observe", &Decoder::observe, no_gil,
            "From now on, sum up the squares of what matrices are multiplied with.")
       .def("seen", &seen, "matrix"_a,

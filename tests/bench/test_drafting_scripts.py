@@ -15,7 +15,7 @@ from paceline.bench.demand import experts_read
 from paceline.bench.shapes import official_target
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-drafting, expert_prices, short_head = map(importlib.import_module, ("drafting", "expert_prices", "short_head"))
+drafting, expert_prices, head_index = map(importlib.import_module, ("drafting", "expert_prices", "head_index"))
 
 
 class Writing(drafting.Text):
@@ -42,13 +42,12 @@ def test_ways_take_turns_and_write_equally_much(monkeypatch: pytest.MonkeyPatch)
     assert speeds == {0: 1, "auto": 3}
 
 
-def test_clusters_are_taken_whole_and_the_best_first() -> None:
-    clusters = short_head.Clusters(np.array([0, 1, 0, 2, 2]), np.array([0, 2, 1, 3, 4]), np.array([0, 2, 3]))
-    logits = np.array([1, 9, 3, 4, 5], np.float32)  # means: 2, 9, 4.5
-    assert clusters.best(logits, 1).tolist() == [False, True, False, False, False]
-    assert clusters.best(logits, 2).tolist() == [False, True, False, False, False]
-    assert clusters.best(logits, 3).tolist() == [False, True, False, True, True]
-    assert clusters.best(logits, 5).all()
+def test_lists_are_taken_whole_and_the_best_first() -> None:
+    lists = np.array([[0, 2], [1, 5], [3, 4]], np.int32)
+    logits = np.array([1, 9, 3, 4, 5, 1], np.float32)  # means: 2, 5, 4.5
+    assert head_index.reached(logits, lists, 1).tolist() == [False, True, False, False, False, True]
+    assert head_index.reached(logits, lists, 2).tolist() == [False, True, False, True, True, True]
+    assert head_index.reached(logits, lists, 3).all()
 
 
 @pytest.mark.parametrize("overlap", [0.0625, 0.6])

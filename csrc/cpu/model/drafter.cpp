@@ -2,17 +2,28 @@
 
 #include <algorithm>
 #include <cmath>
-#include <numeric>
+#include <functional>
 #include <stdexcept>
 
 namespace paceline {
 
 namespace {
 
-// Heads of so many tokens are shortened beside a mixture of experts, whose passes read so few weights that the whole head
-// would be a fifth of them: to the first tokens (49 to 57 % of English prose and code, of the 262,144 of Gemma), and to
-// panels that hold an eighth of all with them.
-constexpr int64_t kManyTokens = 1 << 16, kFrequent = 8192, kRecent = 1536;
+constexpr int64_t kStart = 4096;  // bytes of a panel that are requested while the lists before it are computed
+constexpr int64_t kLists = 16;    // of a head with centroids, that a worker takes at least
+
+// The numbers of the `count` best of n scores, ascending; of equal scores the first.
+void choose_lists(float* score, int64_t n, int64_t count, std::vector<int64_t>& chosen) {
+  for (int64_t i = 0; i < n; ++i)
+    if (std::isnan(score[i])) score[i] = -3e38f;  // damaged weights must not break the ordering below
+  std::vector<float> order(score, score + n);
+  std::nth_element(order.begin(), order.begin() + count - 1, order.end(), std::greater<float>());
+  const float least = order[size_t(count - 1)];
+  int64_t equal = count - std::count_if(score, score + n, [&](float s) { return s > least; });
+  chosen.clear();
+  for (int64_t i = 0; i < n; ++i)
+    if (score[i] > least || (score[i] == least && equal-- > 0)) chosen.push_back(i);
+}
 
 ModelConfig checked(const ModelConfig& c) {
   check_drafter(c);
@@ -41,8 +52,6 @@ DrafterWeights::DrafterWeights(const ModelConfig& c, const Weights& weights)
 Drafter::Drafter(const ModelConfig& config, const Weights& weights, std::shared_ptr<Target> target)
     : weights_(config, weights), target_(std::move(target)), runner_(target_->kernels(), weights_.config) {
   check_pair();
-  if (!config.centroids && config.vocab >= kManyTokens && target_->weights().config.experts)
-    shorten_head(kFrequent, kRecent);
   for (const Layer& layer : weights_.layers) views_.push_back(&target_->views(target_->last_layer(layer.sliding)));
 }
 
@@ -63,13 +72,6 @@ void Drafter::check_pair() const {
     check("head_dim", layer.head_dim, cached.head_dim);
     check("number of K/V heads", layer.kv_heads, cached.kv_heads);
   }
-}
-
-void Drafter::shorten_head(int64_t frequent, int64_t recent) {
-  if (weights_.centroids) throw std::invalid_argument("the drafter's head has centroids, which shorten it already");
-  if (frequent < 0 || recent < 0 || frequent + recent == 0)
-    throw std::invalid_argument("a head needs at least one token");
-  shortlist_.emplace(weights_.config.vocab, frequent, recent);
 }
 
 void Drafter::reserve(int64_t rows) {
@@ -97,10 +99,6 @@ std::vector<DraftResult> Drafter::draft(const std::vector<DraftRequest>& request
   }
   drafted_ = 0;
   reserve(count);
-  if (shortlist_) {
-    for (const DraftRequest& r : requests) shortlist_->see(r.newest);  // so that there is a token to choose
-    shortlist_->refresh();
-  }
   std::vector<Sampled> sampled;
   for (int64_t r = 0; r < count; ++r) {
     for (bool sliding : {true, false}) target_->rope(sliding).cover(requests[size_t(r)].position + 1);
@@ -158,8 +156,7 @@ void Drafter::choose(const Worker& w, const std::vector<DraftRequest>& requests,
   const std::array<const Matrix*, 2> matrices = {weights_.post_projection.get(), &first_head()};
   const auto acts = runner_.pack_activations(w, matrices, rows, runner_.temporary(w, 0), weights_.config.hidden);
   runner_.project(w, *matrices[0], acts[0], rows, next_.floats(), weights_.config.backbone);
-  if (shortlist_) short_head(w, acts[1], rows);
-  else runner_.project(w, *matrices[1], acts[1], rows, logits_.floats(), ld);
+  runner_.project(w, *matrices[1], acts[1], rows, logits_.floats(), ld);
   w.barrier();
   if (weights_.centroids) centroid_head(w, rows);
   w.for_share(rows, [&](int64_t r) {
@@ -193,22 +190,7 @@ Sampled Drafter::sample(const Logits& logits, const DraftRequest& request, int64
 
 // The tokens of a row's logits; null: all of them.
 const std::vector<int32_t>* Drafter::ids(int64_t row) const {
-  if (weights_.centroids) return &ids_[size_t(row)];
-  return shortlist_ ? &shortlist_->tokens() : nullptr;
-}
-
-// The panels of the shortlist, one beside the other.
-void Drafter::short_head(const Worker& w, const ActView& act, int64_t rows) {
-  const MatrixView& head = weights_.head->view();
-  const std::vector<Shortlist::Run>& runs = shortlist_->runs();
-  runner_.observe(w, weights_.head.get(), act, rows);
-  w.for_share(int64_t(runs.size()), [&](int64_t i) {
-    const Shortlist::Run& run = runs[size_t(i)];
-    MatrixView part = head;
-    part.rows = run.panels * kPanel;
-    part.data = head.panel(run.panel);
-    target_->kernels().matmul(part, act, rows, 0, part.units(), logits_.floats() + run.column, head.padded_rows());
-  });
+  return weights_.centroids ? &ids_[size_t(row)] : nullptr;
 }
 
 // The best centroids (their scores are in logits_) select the rows of the head that are computed; the others cannot be
@@ -221,27 +203,27 @@ void Drafter::centroid_head(const Worker& w, int64_t rows) {
   const int64_t panels = head.panels() / centroids.rows, width = panels * kPanel;  // a centroid
   const ActView single = rows_.view(*weights_.head, 1);  // each row has its own rows of the head: tiles of one
   w.for_share(rows, [&](int64_t r) {
-    float* score = logits_.floats() + r * ld;
-    for (int64_t i = 0; i < centroids.rows; ++i)
-      if (std::isnan(score[i])) score[i] = -3e38f;  // damaged weights must not break the ordering below
-    std::vector<int64_t>& chosen = clusters_[size_t(r)];
-    chosen.resize(size_t(centroids.rows));
-    std::iota(chosen.begin(), chosen.end(), int64_t(0));
-    std::nth_element(chosen.begin(), chosen.begin() + top_k - 1, chosen.end(),
-                     [&](int64_t a, int64_t b) { return score[a] != score[b] ? score[a] > score[b] : a < b; });
-    chosen.resize(size_t(top_k));
-    std::sort(chosen.begin(), chosen.end());
+    choose_lists(logits_.floats() + r * ld, centroids.rows, top_k, clusters_[size_t(r)]);
     kernels.pack_activations(single, r, runner_.temporary(w, r), weights_.config.hidden, 0, single.groups());
   });
   w.barrier();
 
   runner_.observe(w, weights_.head.get(), single, rows);
-  w.for_share(rows * top_k, [&](int64_t i) {
-    const int64_t r = i / top_k, cluster = clusters_[size_t(r)][size_t(i % top_k)];
-    MatrixView part = head;
-    part.rows = width;
-    part.data = head.panel(cluster * panels);
-    kernels.matmul(part, single.tile(r), 1, 0, part.units(), logits_.floats() + r * ld + i % top_k * width, ld);
+  w.parallel_for(rows * top_k, kLists, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin, next; i < end; i = next) {
+      const std::vector<int64_t>& chosen = clusters_[size_t(i / top_k)];
+      const auto list = [&](int64_t at) { return chosen[size_t(at % top_k)]; };
+      const int64_t stop = std::min(end, round_up(i + 1, top_k));
+      for (next = i + 1; next < stop && list(next) == list(next - 1) + 1;) ++next;  // neighbours in one go
+      for (int64_t p = 0; next < end && p < panels; ++p)  // where the kernels do not look ahead to
+        for (int64_t at = 0; at < std::min(kStart, head.stride); at += 64)
+          __builtin_prefetch(head.panel(list(next) * panels + p) + at);
+      MatrixView part = head;
+      part.rows = (next - i) * width;
+      part.data = head.panel(list(i) * panels);
+      float* out = logits_.floats() + i / top_k * ld + i % top_k * width;
+      kernels.matmul(part, single.tile(i / top_k), 1, 0, part.units(), out, ld);
+    }
   });
   w.barrier();
 

@@ -2,11 +2,9 @@
 #pragma once
 
 #include <memory>
-#include <optional>
 #include <vector>
 
 #include "model/layers.hpp"
-#include "model/shortlist.hpp"
 #include "model/target.hpp"
 
 namespace paceline {
@@ -65,14 +63,6 @@ class Drafter {
   Floats last_logits(int64_t row) const;
   Floats last_hidden(int64_t row) const;
 
-  // A text at hand has this token.
-  void see(int32_t token) {
-    if (shortlist_) shortlist_->see(token);
-  }
-  // Of a dense head, compute so many tokens at the beginning of the vocabulary, and of those seen from now on so many
-  // panels of 16. A head of many tokens starts like this beside a mixture. Throws std::invalid_argument for a head with centroids.
-  void shorten_head(int64_t frequent, int64_t recent);
-
   void set_observer(Observer* observer) { runner_.set_observer(observer); }
 
  private:
@@ -83,7 +73,6 @@ class Drafter {
   void choose(const Worker& w, const std::vector<DraftRequest>& requests, int64_t step, std::vector<Sampled>& sampled);
   Sampled sample(const Logits& logits, const DraftRequest& request, int64_t step) const;
   const Matrix& first_head() const { return weights_.centroids ? *weights_.centroids : *weights_.head; }
-  void short_head(const Worker& w, const ActView& act, int64_t rows);
   void centroid_head(const Worker& w, int64_t rows);
   const std::vector<int32_t>* ids(int64_t row) const;
 
@@ -93,7 +82,6 @@ class Drafter {
   std::vector<const std::vector<CacheView>*> views_;  // [layer]
   std::vector<std::vector<int64_t>> clusters_;        // [row]: the chosen centroids
   std::vector<std::vector<int32_t>> ids_;             // [row]: the tokens of its logits
-  std::optional<Shortlist> shortlist_;                // of a dense head; none: all of it is computed
   int64_t drafted_ = 0;                               // anchors of the last call of draft
   Buffer both_, x_, next_, logits_;
   PackedRows inputs_, rows_;

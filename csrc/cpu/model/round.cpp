@@ -94,10 +94,6 @@ std::vector<Result> Decoder::run_step(std::vector<Work>& works) {
     verify(works[i], row, results[i]);
     row += int64_t(results[i].drafted.size()) + 1;
   }
-  for (size_t i = 0; drafter_ && i < works.size(); ++i) {
-    for (int32_t token : works[i].tokens) drafter_->see(token);
-    for (int32_t token : results[i].sampled) drafter_->see(token);
-  }
   for (size_t i = 0; i < works.size(); ++i)
     if (works[i].samples) accept(works[i], first_rows[i], results[i]);
   return results;
@@ -240,12 +236,6 @@ void Decoder::simulate_routing(double overlap) {
   if (!(overlap >= 0 && overlap <= most / 100.0))
     throw std::invalid_argument("neighbours can share from 0 to " + std::to_string(most) + " % of their experts");
   target_->simulate_routing({config.experts, config.active_experts, overlap});
-}
-
-void Decoder::shorten_head(int64_t frequent, int64_t recent) {
-  const Lock lock(*this);
-  if (!drafter_) throw std::invalid_argument("no drafter is loaded");
-  drafter_->shorten_head(frequent, recent);
 }
 
 void Decoder::observe() {

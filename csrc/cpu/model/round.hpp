@@ -64,8 +64,6 @@ class Decoder {
   // For benchmarks: send rows to the target's experts so that neighbours share about this many of them, 0 to 0.9.
   // Throws std::invalid_argument for other shares, and for models without experts.
   void simulate_routing(double overlap);
-  // See Drafter::shorten_head.
-  void shorten_head(int64_t frequent, int64_t recent);
   // Observe what the matrices of both models are multiplied with, from now on and from zero.
   void observe();
   // What a matrix of either model was multiplied with; throws std::invalid_argument unless it is observed.

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paceline import _cpu
+from paceline.backends.cpu.head_index import indexed
 from paceline.backends.cpu.weights import Weights
 from paceline.checkpoint.sizes import cache_bytes
 from paceline.config import DrafterConfig, TargetConfig, check_pair
@@ -66,7 +67,7 @@ class CpuBackend:
             self._decoder = _cpu.Decoder(
                 config,
                 weights.tensors,
-                drafter[0] if drafter else None,
+                indexed(drafter[0]) if drafter else None,
                 drafter[1].tensors if drafter else {},
                 isa=isa,
                 threads=threads,

@@ -4,7 +4,8 @@ Names are canonical (`checkpoint.names`), except where the native layout differs
 
 * `layers.N.experts.gate_proj`, `up_proj` and `down_proj` are lists of matrices, one for each expert;
 * `ordered_head.weight` is the embedding of a drafter with centroids, its rows in the order of the centroids' token
-  lists, each list padded to whole panels; `ordered_head.tokens` (int32) names each row's token, -1 for padding;
+  lists, each list padded to whole panels; `ordered_head.tokens` (int32) names each row's token, -1 for padding. Large
+  heads that have no centroids in the files get them here (`head_index.py`);
 * `embed_tokens.scale` and `embed_tokens_per_layer.scale` [1] are the embeddings' factors.
 """
 
@@ -22,12 +23,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paceline import _cpu
+from paceline.backends.cpu.head_index import HeadIndex, build_index, indexed
 from paceline.checkpoint import TensorRef, Tensors
 from paceline.checkpoint.names import PLE_TABLE, TOKEN_ORDERING, expected_tensors
 from paceline.config import DrafterConfig, TargetConfig
 from paceline.errors import CheckpointError
 from paceline.quant.bf16 import embedding_factor, from_bf16
-from paceline.quant.formats import PANEL
+from paceline.quant.formats import FORMATS, PANEL
 from paceline.quant.lattice import SAMPLE, lies_on_q4_0
 from paceline.quant.recipes import RECIPES, Stored
 from paceline.types import Float32
@@ -89,6 +91,8 @@ class Weights:
 def native_shapes(config: TargetConfig | DrafterConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of the native tensors but for the scales: [n], [rows, columns], or [experts, rows, columns]."""
     shapes: dict[str, tuple[int, ...]] = {}
+    if isinstance(config, DrafterConfig):
+        config = indexed(config)
     ordered = isinstance(config, DrafterConfig) and config.centroids
     for name, shape in expected_tensors(config).items():
         prefix, _, last = name.rpartition(".")
@@ -173,17 +177,24 @@ def pack_checkpoint(
     weights = Weights(quant, embedding_scales(config, lambda name: tensors[name].dtype == "BF16"))
     chosen = choose_formats(config, quant, lambda name: _element(_source(tensors, name), quant)) | dict(formats or {})
     shapes = native_shapes(config)
+    index = _head_index(tensors) if "ordered_head.tokens" in shapes else None
     with _Pool(threads) as pool:
         jobs: dict[str, list[Future[None]]] = {}
         for name, shape in shapes.items():
             if name == PLE_TABLE:
                 weights.tensors[name] = map_table(tensors[name])
-            elif name == "ordered_head.tokens":
-                weights.tensors[name] = _ordered_tokens(tensors).ravel()
+            elif index and name == "ordered_head.tokens":
+                weights.tensors[name] = index.tokens.ravel()
+            elif index and name == CENTROIDS and index.centroids is not None:
+                weights.tensors[name] = _centroids(index.centroids, chosen[name])
             elif len(shape) == 1:
                 weights.tensors[name] = tensors.vector(name)
             else:
-                weights.tensors[name], parts = _start(tensors, name, chosen[name], importance or {})
+                if index and name == "ordered_head.weight":
+                    made = _ordered_head(tensors[EMBEDDING], index.tokens, chosen[name], (importance or {}).get(name))
+                else:
+                    made = _start(tensors, name, chosen[name], importance or {})
+                weights.tensors[name], parts = made
                 jobs[name] = [pool.submit(part) for part in parts]
         for name, running in jobs.items():
             for job in running:
@@ -230,7 +241,7 @@ def map_table(ref: TensorRef) -> _cpu.Table:
 
 def _source(tensors: Tensors, name: str) -> TensorRef:
     """The tensor in the files that a native matrix, or list of them, is made of."""
-    if name == "ordered_head.weight":
+    if name == "ordered_head.weight" or (name == CENTROIDS and name not in tensors.refs):
         return tensors[EMBEDDING]
     if name not in tensors.refs:  # gate and up projections of experts in one
         return tensors[f"{name.rpartition('.')[0]}.gate_up_proj"]
@@ -239,8 +250,6 @@ def _source(tensors: Tensors, name: str) -> TensorRef:
 
 def _start(tensors: Tensors, name: str, fmt: str, importance: Mapping[str, Float32]) -> tuple[Tensor, list[Job]]:
     """An empty matrix, or list of them, and what packs its parts."""
-    if name == "ordered_head.weight":
-        return _ordered_head(tensors, fmt, importance.get(name))
     if len(_source(tensors, name).shape) == 3:
         return _experts(tensors, name, fmt, importance)
     return _matrix(tensors[name], fmt, importance.get(name))
@@ -274,23 +283,34 @@ def _experts(tensors: Tensors, name: str, fmt: str, importance: Mapping[str, Flo
     return matrices, [partial(pack, expert) for expert in range(experts)]
 
 
-def _ordered_tokens(tensors: Tensors) -> NDArray[np.int32]:
-    """Tokens [centroids, panels of 16 rows] of a drafter's ordered head, -1 for padding."""
+def _head_index(tensors: Tensors) -> HeadIndex:
+    """The token lists of a drafter's ordered head: the files' own, or found in a dense one."""
+    if TOKEN_ORDERING not in tensors.refs:
+        return build_index(tensors[EMBEDDING])
     order = tensors[TOKEN_ORDERING]
     ordering = order.read().reshape(tensors[CENTROIDS].rows, -1)
     if not np.array_equal(np.sort(ordering, axis=None), np.arange(tensors[EMBEDDING].rows)):
         raise CheckpointError(f"{order.path}: {TOKEN_ORDERING} does not name every token once; download it again")
-    return np.pad(ordering.astype(np.int32), ((0, 0), (0, -ordering.shape[1] % PANEL)), constant_values=-1)
+    padding = (0, 0), (0, -ordering.shape[1] % PANEL)
+    return HeadIndex(np.pad(ordering.astype(np.int32), padding, constant_values=-1))
 
 
-def _ordered_head(tensors: Tensors, fmt: str, importance: Float32 | None) -> tuple[Tensor, list[Job]]:
-    ref = tensors[EMBEDDING]
-    tokens, rows = _ordered_tokens(tensors), ref.map()  # in no order: read whole, it would be there twice
+def _centroids(rows: Float32, fmt: str) -> _cpu.Matrix:
+    """Centroids that were found here, in a head of a format."""
+    matrix = _cpu.Matrix("q8_0" if FORMATS[fmt].quantised else fmt, *rows.shape)
+    matrix.pack(rows)
+    return matrix
+
+
+def _ordered_head(
+    ref: TensorRef, tokens: NDArray[np.int32], fmt: str, importance: Float32 | None
+) -> tuple[Tensor, list[Job]]:
+    rows = ref.map()  # in no order: read whole, it would be there twice
     matrix = _cpu.Matrix(fmt, tokens.size, ref.shape[1])
 
-    def pack(centroid: int) -> None:
-        members = tokens[centroid]
+    def pack(number: int) -> None:
+        members = tokens[number]
         listed = np.where(members[:, None] >= 0, rows[members], np.zeros((), rows.dtype))  # zero bytes are zeros
-        matrix.pack(listed, centroid * len(members), ref.block_type, importance)
+        matrix.pack(listed, number * len(members), ref.block_type, importance)
 
-    return matrix, [partial(pack, centroid) for centroid in range(len(tokens))]
+    return matrix, [partial(pack, number) for number in range(len(tokens))]
