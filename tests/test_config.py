@@ -262,7 +262,7 @@ def test_every_setting_has_a_least_and_a_most(name: str) -> None:
             read(whole)
 
 
-DRAFTER_SETTINGS = ("backbone_hidden_size", "num_centroids", "centroid_intermediate_top_k")
+DRAFTER_SETTINGS = ("draft_vocab_size", "backbone_hidden_size", "num_centroids", "centroid_intermediate_top_k")
 
 
 @pytest.mark.parametrize("value", ["8", 8.0, True, [8], {}, float("nan")])

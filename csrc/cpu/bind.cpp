@@ -107,7 +107,8 @@ ModelConfig config_of(nb::handle c) {
   if (!experts.is_none())
     out.experts = integer(experts, "count"), out.active_experts = integer(experts, "active"),
     out.expert_intermediate = integer(experts, "intermediate_size");
-  out.backbone = integer(c, "backbone_hidden_size"), out.centroids = integer(c, "centroids");
+  out.backbone = integer(c, "backbone_hidden_size"), out.draft_vocab = integer(c, "draft_vocab_size");
+  out.centroids = integer(c, "centroids");
   out.centroid_top_k = integer(c, "centroid_top_k");
   return out;
 }

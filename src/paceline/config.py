@@ -38,6 +38,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "top_k_experts": (1, 4096),
     "moe_intermediate_size": (1, 1 << 20),
     "backbone_hidden_size": (1, 1 << 16),
+    "draft_vocab_size": (1, 1 << 22),
     "num_centroids": (1, 1 << 22),
     "centroid_intermediate_top_k": (1, 1 << 22),
 }
@@ -197,15 +198,24 @@ class DrafterConfig(Stack):
 
     model_type: str
     backbone_hidden_size: int
+    draft_vocab_size: int  # tokens of the head; fewer than the vocabulary's are named by the tensor `draft_token_ids`
     centroids: int  # 0: dense head
     centroid_top_k: int
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_limit("backbone_hidden_size", self.backbone_hidden_size)
-        count, top_k = self.centroids, self.centroid_top_k
+        tokens, count, top_k = self.draft_vocab_size, self.centroids, self.centroid_top_k
+        if not 0 < tokens <= self.vocab_size or (count and self.restricted):
+            whole = f"all {self.vocab_size} tokens" if count else f"1 to {self.vocab_size} tokens"
+            raise CheckpointError(f"draft_vocab_size is {tokens}; this head has {whole}")
         if count and (self.vocab_size % count or not 0 < top_k <= count):
             raise CheckpointError(f"{count} centroids (top {top_k}) do not divide a vocabulary of {self.vocab_size}")
+
+    @property
+    def restricted(self) -> bool:
+        """Whether the head has a part of the vocabulary."""
+        return self.draft_vocab_size < self.vocab_size
 
 
 def check_limit(name: str, value: float) -> None:

@@ -62,7 +62,7 @@ std::vector<LayerConfig> target_layers(int64_t count, int64_t own, int64_t kv_he
 ModelConfig drafter_for(const ModelConfig& target, int64_t centroids) {
   ModelConfig c = base_config();
   c.hidden = 64, c.backbone = kHidden, c.layer_scalar = target.layer_scalar;
-  c.centroids = centroids, c.centroid_top_k = centroids / 4;
+  c.draft_vocab = c.vocab, c.centroids = centroids, c.centroid_top_k = centroids / 4;
   for (int64_t i = 0; i < 4; ++i) {
     const bool sliding = i != 3;
     c.layers.push_back({sliding, sliding ? 32 : 64, target.layers[0].kv_heads, 96, -1, false});

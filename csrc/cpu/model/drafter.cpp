@@ -37,7 +37,12 @@ DrafterWeights::DrafterWeights(const ModelConfig& c, const Weights& weights)
       post_projection(weights.matrix("post_projection.weight", c.backbone, c.hidden)),
       final_norm(weights.vector("norm.weight", c.hidden)), layers(find_layers(c, weights)) {
   if (!c.centroids) {
-    head = weights.matrix("embed_tokens.weight", c.vocab, c.hidden);
+    head = weights.matrix("embed_tokens.weight", c.draft_vocab, c.hidden);
+    if (c.draft_vocab < c.vocab) {
+      tokens = weights.integers("draft_token_ids");
+      check_range("the size of the tensor draft_token_ids", int64_t(tokens.size()), c.draft_vocab, c.draft_vocab);
+      for (int32_t token : tokens) check_range("a token of draft_token_ids", token, 0, c.vocab - 1);
+    }
   } else {
     const int64_t rows = c.centroids * round_up(c.vocab / c.centroids, kPanel);
     head = weights.matrix("ordered_head.weight", rows, c.hidden);
@@ -190,7 +195,8 @@ Sampled Drafter::sample(const Logits& logits, const DraftRequest& request, int64
 
 // The tokens of a row's logits; null: all of them.
 const std::vector<int32_t>* Drafter::ids(int64_t row) const {
-  return weights_.centroids ? &ids_[size_t(row)] : nullptr;
+  if (weights_.centroids) return &ids_[size_t(row)];
+  return weights_.tokens.empty() ? nullptr : &weights_.tokens;
 }
 
 // The best centroids (their scores are in logits_) select the rows of the head that are computed; the others cannot be

@@ -17,8 +17,8 @@ struct DrafterWeights {
   Floats final_norm;
   std::vector<Layer> layers;  // queries only
 
-  // The head. Dense: [vocab, hidden]. With centroids: the rows in the order of the centroids' token lists, each list
-  // padded to whole panels; `tokens` names the token of each row, -1 for padding.
+  // The head. Dense: [draft_vocab, hidden]; of a part of the vocabulary, `tokens` names the token of each row. With
+  // centroids: the rows in the order of the centroids' token lists, each list padded to whole panels, -1 in `tokens`.
   MatrixPtr head;
   MatrixPtr centroids;  // [count, hidden]; empty: dense head
   std::vector<int32_t> tokens;

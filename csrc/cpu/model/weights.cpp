@@ -108,6 +108,7 @@ void check_drafter(const ModelConfig& c) {
   check_stack(c);
   for (const LayerConfig& layer : c.layers) check_range("kv_source of a drafter's layer", layer.kv_source, -1, -1);
   check_range("backbone_hidden_size", c.backbone, 1, kMostWidth);
+  check_range("draft_vocab_size", c.draft_vocab, c.centroids ? c.vocab : 1, c.vocab);
   check_range("centroids", c.centroids, 0, c.vocab);
   if (c.centroids) {
     if (c.vocab % c.centroids)

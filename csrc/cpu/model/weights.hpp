@@ -45,6 +45,7 @@ struct ModelConfig {
 
   // Of drafters.
   int64_t backbone = 0;                       // hidden size of the target
+  int64_t draft_vocab = 0;                    // tokens of a drafter's head
   int64_t centroids = 0, centroid_top_k = 0;  // 0: dense head
 };
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from paceline import _cpu
 from paceline.backends.cpu.weights import Tensor, Weights, choose_formats, embedding_scales, native_shapes
-from paceline.checkpoint.names import PLE_TABLE
+from paceline.checkpoint.names import DRAFT_TOKENS, PLE_TABLE
 from paceline.config import DrafterConfig, TargetConfig
 
 
@@ -24,7 +24,7 @@ def random_weights(config: TargetConfig | DrafterConfig, quant: str) -> Weights:
     for name, shape in native_shapes(config).items():
         if name == PLE_TABLE:
             tensor: Tensor = _cpu.Table(np.zeros(shape, np.uint16))
-        elif name == "ordered_head.tokens":
+        elif name in ("ordered_head.tokens", DRAFT_TOKENS):
             tokens = np.arange(shape[0], dtype=np.int32)
             tensor = np.where(tokens < config.vocab_size, tokens, np.int32(-1))
         elif len(shape) == 3:

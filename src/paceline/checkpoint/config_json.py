@@ -90,11 +90,12 @@ def drafter_config(config: Mapping[str, Any]) -> DrafterConfig:
     layers = [
         dims.layer(index, full=full, kv_source=-1, has_v_proj=False) for index, full in enumerate(_full_attention(text))
     ]
-    ordered = _flag(config, "use_ordered_embeddings")
+    ordered, common = _flag(config, "use_ordered_embeddings"), _common(text, layers)
     return DrafterConfig(
-        **_common(text, layers),
+        **common,
         model_type=str(kind),
         backbone_hidden_size=_int(config, "backbone_hidden_size"),
+        draft_vocab_size=_int(config, "draft_vocab_size", common["vocab_size"]),
         centroids=_int(config, "num_centroids") if ordered else 0,
         centroid_top_k=_int(config, "centroid_intermediate_top_k", 32) if ordered else 0,
     )

@@ -30,6 +30,8 @@ EMBEDDING = "embed_tokens.weight"
 HEAD = "lm_head.weight"
 PLE_TABLE = "embed_tokens_per_layer.weight"
 TOKEN_ORDERING = "masked_embedding.token_ordering"
+DRAFT_TOKENS = "draft_token_ids"  # of a head with a part of the vocabulary
+TOKEN_IDS = (TOKEN_ORDERING, DRAFT_TOKENS)
 
 # Parts of official files that the text model does not need, by prefix of the canonical name.
 SKIPPED_PARTS = {
@@ -53,6 +55,7 @@ class Tensors:
     refs: Mapping[str, TensorRef]
     skipped: Mapping[str, str]  # name in the file -> why it is not needed
     norm_offset: float = 0.0  # what the files' norm weights lack
+    vocab_size: int = 0  # bounds token ids
 
     def __getitem__(self, name: str) -> TensorRef:
         return self.refs[name]
@@ -63,13 +66,17 @@ class Tensors:
         return {name.replace("experts.gate_proj", "experts.gate_up_proj"): ref.dtype for name, ref in self.refs.items()}
 
     def vector(self, name: str) -> NDArray[Any]:
-        """A tensor of one dimension: float32, of norms the values to multiply by; int32 or int64 as in the file.
+        """A tensor of one dimension: float32, of norms the values to multiply by; token ids int32 or int64.
 
         Raises:
-            CheckpointError: the file has shrunk since its header was read.
+            CheckpointError: the file has shrunk since its header was read, or ids occur twice or do not exist.
         """
-        values = self.refs[name].read()
-        if self.refs[name].dtype in INTEGER:
+        ref = self.refs[name]
+        values = ref.read()
+        if name in TOKEN_IDS:
+            if len(np.unique(values)) < len(values) or not 0 <= values.min() <= values.max() < self.vocab_size:
+                what = "names a token twice, or one that does not exist"
+                raise CheckpointError(f"{ref.path}: {ref.name} {what}; download it again")
             return values
         values = from_bf16(values) if values.dtype == np.uint16 else values.astype(np.float32)
         return values + np.float32(self.norm_offset) if self.norm_offset and "norm" in name else values
@@ -105,7 +112,7 @@ def drafter_tensors(config: DrafterConfig) -> Shapes:
     """Names and shapes of every tensor of a drafter."""
     hidden, backbone = config.hidden_size, config.backbone_hidden_size
     shapes: Shapes = {
-        EMBEDDING: (config.vocab_size, hidden),
+        EMBEDDING: (config.draft_vocab_size, hidden),
         "norm.weight": (hidden,),
         "pre_projection.weight": (hidden, 2 * backbone),
         "post_projection.weight": (backbone, hidden),
@@ -113,6 +120,8 @@ def drafter_tensors(config: DrafterConfig) -> Shapes:
     if config.centroids:
         shapes["masked_embedding.centroids.weight"] = (config.centroids, hidden)
         shapes[TOKEN_ORDERING] = (config.vocab_size,)
+    if config.restricted:
+        shapes[DRAFT_TOKENS] = (config.draft_vocab_size,)
     for index in range(len(config.layers)):
         shapes |= _layer(config, index)
     return shapes
@@ -205,7 +214,7 @@ def resolve(checkpoint: Checkpoint, config: TargetConfig | DrafterConfig) -> Ten
             f"so this is not the model that its settings describe; {checkpoint.cure}"
         )
     whole = isinstance(config, DrafterConfig) or config.norms_include_one
-    return Tensors(refs, skipped, norm_offset=0.0 if whole else 1.0)
+    return Tensors(refs, skipped, norm_offset=0.0 if whole else 1.0, vocab_size=config.vocab_size)
 
 
 def with_head(config: TargetConfig, tensors: Mapping[str, TensorRef]) -> TargetConfig:
@@ -279,7 +288,7 @@ def _check(name: str, ref: TensorRef, shape: tuple[int, ...], cure: str) -> None
             f"{ref.path}: the tensor {ref.name} has shape {list(ref.shape)}, but its settings call for {list(shape)}; "
             f"{cure}"
         )
-    kinds = INTEGER if name == TOKEN_ORDERING else FLOATING if len(shape) == 1 else (*FLOATING, *BLOCKS)
+    kinds = INTEGER if name in TOKEN_IDS else FLOATING if len(shape) == 1 else (*FLOATING, *BLOCKS)
     if ref.dtype not in kinds:
         raise CheckpointError(
             f"{ref.path}: the tensor {ref.name} has type {ref.dtype}, not {' or '.join(kinds)}; "

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from paceline.checkpoint.names import PLE_TABLE, TOKEN_ORDERING, expected_tensors
+from paceline.checkpoint.names import PLE_TABLE, TOKEN_IDS, expected_tensors
 from paceline.config import DrafterConfig, TargetConfig
 from paceline.quant.cache_formats import row_bytes
 from paceline.quant.formats import FORMATS
@@ -25,7 +25,7 @@ class Parameters:
 
 
 def count_parameters(config: TargetConfig | DrafterConfig) -> Parameters:
-    sizes = {name: math.prod(shape) for name, shape in expected_tensors(config).items() if name != TOKEN_ORDERING}
+    sizes = {name: math.prod(shape) for name, shape in expected_tensors(config).items() if name not in TOKEN_IDS}
     total = sum(sizes.values())
     effective = active = total - sizes.get(PLE_TABLE, 0)
     if isinstance(config, TargetConfig) and config.experts:
@@ -35,7 +35,7 @@ def count_parameters(config: TargetConfig | DrafterConfig) -> Parameters:
 
 
 def weight_bytes(config: TargetConfig | DrafterConfig, quant: str, elements: Mapping[str, str] = BF16) -> int:
-    """Memory of the packed weights: matrices by the recipe, vectors in f32, the token ordering in int32.
+    """Memory of the packed weights: matrices by the recipe, vectors in f32, token ids in int32.
 
     Args:
         config: the model's.

@@ -17,9 +17,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from paceline.checkpoint.names import DRAFT_TOKENS, TOKEN_ORDERING
 from paceline.config import DrafterConfig, TargetConfig
 from paceline.models.gemma4 import Angles, Decoder, KeysValues, TensorSource, load_block, load_decoder, run_decoder
 from paceline.models.matrix import Matrix
+from paceline.models.ops import UNSEEN
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Drafter:
     decoder: Decoder
     head: Matrix
     centroids: Matrix | None = None
-    tokens: Tensor | None = None  # [centroids, tokens of each]
+    tokens: Tensor | None = None  # [centroids, tokens of each]; without centroids [n], those of the head, None for all
 
 
 def step(
@@ -57,9 +59,13 @@ def step(
 
 
 def logits(drafter: Drafter, ops: ModuleType, state: Tensor, positions: Tensor) -> Tensor:
-    """State [M, H] -> [M, vocabulary], float32; tokens outside the best centroids get `ops.UNSEEN`."""
+    """State [M, H] -> [M, vocabulary], float32; tokens that the head does not score get `UNSEEN`."""
     if drafter.centroids is None:
-        return ops.scores(state, *drafter.head, 0.0)  # type: ignore[no-any-return]
+        scores: Tensor = ops.scores(state, *drafter.head, 0.0)
+        if drafter.tokens is None:
+            return scores
+        unseen = scores.new_full((len(scores), drafter.config.vocab_size), UNSEEN)
+        return unseen.index_copy(1, drafter.tokens, scores)
     chosen = ops.scores(state, *drafter.centroids, 0.0).topk(drafter.config.centroid_top_k, dim=-1).indices
     return ops.centroid_scores(state, chosen, drafter.head.values, drafter.tokens, positions)  # type: ignore[no-any-return]
 
@@ -71,7 +77,11 @@ def load_drafter(config: DrafterConfig, target: TargetConfig, w: TensorSource) -
         source = target.last_layer(sliding=layer.sliding)
         assert source is not None  # check_pair has refused such a pair
         blocks.append(load_block(config, index, source, w))
-    ordered = bool(config.centroids)
+    ordered, tokens = bool(config.centroids), None
+    if ordered:
+        tokens = w.vector(TOKEN_ORDERING).view(config.centroids, -1)
+    elif config.restricted:
+        tokens = w.vector(DRAFT_TOKENS).long()
     return Drafter(
         config=config,
         before=w.matrix("pre_projection.weight"),
@@ -79,5 +89,5 @@ def load_drafter(config: DrafterConfig, target: TargetConfig, w: TensorSource) -
         decoder=load_decoder(config, tuple(blocks), w),
         head=w.matrix("embed_tokens.weight", precise=ordered),
         centroids=w.matrix("masked_embedding.centroids.weight", precise=True) if ordered else None,
-        tokens=w.vector("masked_embedding.token_ordering").view(config.centroids, -1) if ordered else None,
+        tokens=tokens,
     )

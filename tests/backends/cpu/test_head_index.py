@@ -148,7 +148,7 @@ def test_which_heads_get_an_index() -> None:
             assert (indexed(config).centroids, indexed(config).centroid_top_k) == (8192, 1024)
     dense = official_drafter("26b")
     for vocabulary in (1 << 15, 3 << 16, (1 << 16) + LIST, (1 << 16) + 1):
-        other = replace(dense, vocab_size=vocabulary)
+        other = replace(dense, vocab_size=vocabulary, draft_vocab_size=vocabulary)
         assert indexed(other) is other
 
 

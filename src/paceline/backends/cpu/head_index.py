@@ -42,7 +42,13 @@ def indexed(config: DrafterConfig) -> DrafterConfig:
     Heads whose lists would not be a power of two stay whole; all official vocabularies have 2^18 tokens.
     """
     lists = config.vocab_size // LIST
-    if config.centroids or config.vocab_size < LEAST_TOKENS or lists * LIST != config.vocab_size or lists & (lists - 1):
+    if (
+        config.centroids
+        or config.restricted
+        or config.vocab_size < LEAST_TOKENS
+        or lists * LIST != config.vocab_size
+        or lists & (lists - 1)
+    ):
         return config
     return replace(config, centroids=lists, centroid_top_k=max(1, lists // CHOSEN))
 

@@ -6,6 +6,7 @@ Names are canonical (`checkpoint.names`), except where the native layout differs
 * `ordered_head.weight` is the embedding of a drafter with centroids, its rows in the order of the centroids' token
   lists, each list padded to whole panels; `ordered_head.tokens` (int32) names each row's token, -1 for padding. Large
   heads that have no centroids in the files get them here (`head_index.py`);
+* `draft_token_ids` is int32;
 * `embed_tokens.scale` and `embed_tokens_per_layer.scale` [1] are the embeddings' factors.
 """
 
@@ -25,9 +26,8 @@ from numpy.typing import NDArray
 from paceline import _cpu
 from paceline.backends.cpu.head_index import HeadIndex, build_index, indexed
 from paceline.checkpoint import TensorRef, Tensors
-from paceline.checkpoint.names import PLE_TABLE, TOKEN_ORDERING, expected_tensors
+from paceline.checkpoint.names import DRAFT_TOKENS, PLE_TABLE, TOKEN_ORDERING, expected_tensors
 from paceline.config import DrafterConfig, TargetConfig
-from paceline.errors import CheckpointError
 from paceline.quant.bf16 import embedding_factor, from_bf16
 from paceline.quant.formats import FORMATS, PANEL
 from paceline.quant.lattice import SAMPLE, lies_on_q4_0
@@ -123,7 +123,8 @@ def check_weights(weights: Weights, config: TargetConfig | DrafterConfig) -> Non
     for name, tensor in weights.tensors.items():
         shape: tuple[int, ...]
         if isinstance(tensor, np.ndarray):
-            right = tensor.dtype.str == ("<i4" if name == "ordered_head.tokens" else "<f4") and tensor.ndim == 1
+            integers = name in ("ordered_head.tokens", DRAFT_TOKENS)
+            right = tensor.dtype.str == ("<i4" if integers else "<f4") and tensor.ndim == 1
             shape = tensor.shape
         elif isinstance(tensor, list):
             right = len({matrix.shape for matrix in tensor}) == 1
@@ -187,6 +188,8 @@ def pack_checkpoint(
                 weights.tensors[name] = index.tokens.ravel()
             elif index and name == CENTROIDS and index.centroids is not None:
                 weights.tensors[name] = _centroids(index.centroids, chosen[name])
+            elif name == DRAFT_TOKENS:
+                weights.tensors[name] = tensors.vector(name).astype(np.int32)
             elif len(shape) == 1:
                 weights.tensors[name] = tensors.vector(name)
             else:
@@ -287,10 +290,7 @@ def _head_index(tensors: Tensors) -> HeadIndex:
     """The token lists of a drafter's ordered head: the files' own, or found in a dense one."""
     if TOKEN_ORDERING not in tensors.refs:
         return build_index(tensors[EMBEDDING])
-    order = tensors[TOKEN_ORDERING]
-    ordering = order.read().reshape(tensors[CENTROIDS].rows, -1)
-    if not np.array_equal(np.sort(ordering, axis=None), np.arange(tensors[EMBEDDING].rows)):
-        raise CheckpointError(f"{order.path}: {TOKEN_ORDERING} does not name every token once; download it again")
+    ordering = tensors.vector(TOKEN_ORDERING).reshape(tensors[CENTROIDS].rows, -1)
     padding = (0, 0), (0, -ordering.shape[1] % PANEL)
     return HeadIndex(np.pad(ordering.astype(np.int32), padding, constant_values=-1))
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from paceline.checkpoint import TensorRef, Tensors
-from paceline.checkpoint.names import TOKEN_ORDERING, expected_tensors
+from paceline.checkpoint.names import TOKEN_IDS, expected_tensors
 from paceline.config import DrafterConfig, TargetConfig
 from paceline.models.matrix import EXACT, PLAIN, Matrix, empty, pack, plain_format, random, widest
 from paceline.quant.recipes import RECIPES
@@ -133,7 +133,7 @@ class RandomSource:
 
     def vector(self, name: str) -> Tensor:
         shape = self._shapes[name]
-        if name == TOKEN_ORDERING:
+        if name in TOKEN_IDS:
             return torch.arange(*shape, device=self.device)
         value = 0.05 if "post_" in name and "norm" in name else 1.0
         return torch.full(shape, value, device=self.device)
