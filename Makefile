@@ -47,11 +47,11 @@ $(VENV)/.installed: $(BIN)/python $(NATIVE)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
 	touch $@
 
-# The native module's stub is generated, for mypy and for editors.
-$(VENV)/.installed-test: $(VENV)/.installed
+# In one go, because each installation compiles the native part. Its stub is generated, for mypy and for editors.
+$(VENV)/.installed-test: $(BIN)/python $(NATIVE)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	$(BIN)/python -m nanobind.stubgen -q -m paceline._cpu -o src/paceline/_cpu.pyi
-	touch $@
+	touch $(VENV)/.installed $@
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

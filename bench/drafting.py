@@ -257,6 +257,7 @@ def main() -> None:
     parser.add_argument("--acceptance", type=shares_of, default="0.8,0.65,0.5", help="by depth, SIMULATED")
     parser.add_argument("--then", type=shares_of, help=f"every other {BURST} tokens, SIMULATED")
     parser.add_argument("--echo", action="store_true", help="a text that copies, with --shape")
+    parser.add_argument("--expert-overlap", type=float, help="of neighbouring rows, for a mixture; default: 0.3")
     parser.add_argument("--lengths", type=lengths_of, default="1,2,3,4,6,8")
     parser.add_argument("--tokens", type=int, default=500)
     parser.add_argument("--runs", type=int, default=5)
@@ -265,12 +266,17 @@ def main() -> None:
     lengths = arguments.lengths
     if (arguments.then or arguments.echo) and not arguments.shape:
         parser.error("--then and --echo are SIMULATED; add --shape")
+    if arguments.expert_overlap is not None and not arguments.shape:
+        parser.error("--expert-overlap is SIMULATED; add --shape")
     if arguments.then and arguments.echo:
         parser.error("--then and --echo exclude each other; give one")
     if arguments.shape:
         shares = arguments.acceptance
         room, slots = 512 + arguments.tokens + 64, 1 + len(lengths) + 3
-        (pair,) = open_pairs(None, arguments.shape, arguments.quant, arguments.threads, "cpu", 512, room, slots=slots)
+        overlap = arguments.expert_overlap
+        (pair,) = open_pairs(
+            None, arguments.shape, arguments.quant, arguments.threads, "cpu", 512, room, overlap, slots=slots
+        )
         if arguments.echo:
             report = echo_speeds(pair, shares, arguments.tokens, arguments.runs)
         else:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from paceline.engine.proposers import (
     FADE,
     GUESSED,
+    GUESSES,
     LEAST_MATCH,
     MATCH_CLASSES,
     NOTHING_TRIED,
@@ -89,5 +90,8 @@ def test_chances_are_those_of_the_match_as_it_grows(length: int, most: int) -> N
     tokens = [*range(length + 20), -1, *range(length)]
     lookup = PromptLookup()
     lookup.read(tokens, 0)
-    expected = [lookup._chance(match_class(length + i)) for i in range(most)]
-    assert lookup.guess(tokens, most) == ([length + i for i in range(most)], expected)
+    guess, chances = lookup.guess(tokens, most)
+    assert guess == [length + i for i in range(most)]
+    for i, chance in enumerate(chances, start=length):
+        tried, right = lookup.rates[match_class(i)]
+        assert chance == pytest.approx((right + GUESSES * GUESSED[match_class(i)]) / (tried + GUESSES))

@@ -19,7 +19,7 @@ from paceline.engine.acceptance_monitor import AcceptanceMonitor
 from paceline.engine.cost_model import StepCosts
 from paceline.engine.proposers import NOTHING_TRIED, PromptLookup, Proposer, Rounds
 from paceline.engine.sequence import Sequence
-from paceline.types import NO_DRAFT, Draft
+from paceline.types import MAX_DRAFT, NO_DRAFT, Draft
 
 FIRST_CREDIT = 1.0  # plain rounds that drafting may lose before it has gained anything: 2 % of 60 tokens
 CREDIT_SHARE = 0.008  # of the rounds since then, in addition
@@ -100,15 +100,12 @@ class DraftControl(Proposer):
 
     def _worth_of(self, chances: list[float], value: float) -> int:
         """How many tokens of a guess are worth most; 0 if none is worth more than `value`."""
-        costs = self._current
-        if costs is None or costs.plain_seen < FIRST_PLAIN:
+        if not self._current or self._current.plain_seen < FIRST_PLAIN:
             return 0
         length, chance, gain = 0, 1.0, 0.0
         for i, p in enumerate(chances):
             chance *= p
             gain += chance
-            if i == len(self._given_costs):
-                self._given_costs.append(costs.price(i + 1, i + 1, given=True) - costs.plain)
             worth = gain - self._rate * self._given_costs[i]
             if worth > value:
                 value, length = worth, i + 1
@@ -142,10 +139,9 @@ class DraftControl(Proposer):
                 state.acceptance.rested += 1
         if seconds is None or not rounds:
             return
-        ms, made = seconds * 1e3, 1 + accepted / costs.count
-        plain = costs.plain if costs.plain_seen else 0.0
+        ms, made, plain = seconds * 1e3, 1 + accepted / costs.count, costs.plain
         usual = costs.observe(drafted or given, rows, ms, given=not drafted)
-        if drafted and plain:  # prompt lookup is observed without being tried
+        if drafted and costs.plain_seen:  # prompt lookup is observed without being tried
             self._credit += made - usual / plain
             if self._credit < FIRST_CREDIT:
                 self._rounds_left = min(self._rounds_left, FEW_ROUNDS)
@@ -171,7 +167,8 @@ class DraftControl(Proposer):
             drafts.append(depths)
         best = max(range(len(rates)), key=rates.__getitem__)
         best = best if rates[best] > LEAST_GAIN * rates[0] else 0
-        self._rate, self._given_costs = rates[best], []
+        self._rate = rates[best]
+        self._given_costs = [costs.price(n, n, given=True) - plain for n in range(1, MAX_DRAFT + 1)]
         rests = [self._pause(s, rates) - s.acceptance.rested for s in states] if known else []  # rounds until a try
         tried = None if self._blind or not known else self._to_try(rests, costs, best, rates, drafts, chances)
         if tried or not known:
@@ -181,10 +178,8 @@ class DraftControl(Proposer):
         else:  # what is due is put off if credit does not allow it yet
             self._rounds_left = min(rests) if min(rests) > 0 else LONGEST_PAUSE // 4
         for state, depth, gain in zip(states, tried or drafts[best], gains, strict=True):
-            cost = costs.price(depth, depth) - plain if depth else 0.0
-            state.plan, state.value = Draft(length=depth), gain[depth] - self._rate * cost
-            if tried:
-                state.value = math.inf  # no guess instead
+            worth = gain[depth] - self._rate * (costs.price(depth, depth) - plain)
+            state.plan, state.value = Draft(length=depth), math.inf if tried else worth  # no guess instead of a try
         if alone and best and self.stops_early and not tried:
             floors = stop_floors(prices, chances[0], self._rate)
             best = max(best, next((j for j, floor in enumerate(floors, start=1) if floor > 1), len(floors)))
