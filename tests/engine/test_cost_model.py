@@ -15,7 +15,7 @@ def after(*steps: tuple[int, float], count: int = 1, given: bool = False) -> Ste
     """The model after steps whose drafts had that length and which took so many milliseconds."""
     costs = StepCosts(count)
     for length, ms in steps:
-        costs.observe(length, length * count, ms, given=given and length > 0)
+        costs.observe(0 if given else length, length * count, ms)
     return costs
 
 
@@ -29,7 +29,7 @@ def test_prices_are_those_observed() -> None:
 
 def test_other_lengths_lie_on_the_line() -> None:
     costs = after(*[(0, 10.0), (2, 14.0), (4, 24.0)] * 30)
-    assert costs.price(1) == pytest.approx(12, rel=0.02)
+    assert costs.price(1) == pytest.approx(10 + 4 * 0.5**0.5, rel=0.02)  # the first rows are the dearest
     assert costs.price(3) == pytest.approx(19, rel=0.02)
     assert costs.price(6) == pytest.approx(31, rel=0.05)  # it goes on
     assert after((0, 10.0)).price(2) == pytest.approx(10 + 2 * GUESSED_ROW * 10)
@@ -39,7 +39,7 @@ def test_tokens_that_are_there_already_cost_no_more_than_drafted_ones() -> None:
     costs = after(*[(0, 10.0), (2, 14.0)] * 30)
     assert costs.price(2, given=True) == costs.price(2)
     for _ in range(40):
-        costs.observe(2, 2, 11.0, given=True)
+        costs.observe(0, 2, 11.0)
     assert costs.price(2, given=True) == pytest.approx(11, rel=0.05)
     assert costs.price(2) == pytest.approx(14, rel=0.1)
 
@@ -50,9 +50,19 @@ def test_a_step_of_several_costs_by_its_rows() -> None:
         costs.observe(0, 0, 10.0)
         costs.observe(2, 8, 18.0)
         costs.observe(2, 4, 14.0)  # two of four drafted
-    assert costs.price(2) == pytest.approx(18, rel=0.05)
-    assert costs.price(2, 4) == pytest.approx(14, rel=0.05)
-    assert costs.price(2, 1) == pytest.approx(11, rel=0.05)
+    assert costs.price(8) == pytest.approx(18, rel=0.05)
+    assert costs.price(4) == pytest.approx(14, rel=0.05)
+    assert costs.price(6) == pytest.approx(16, rel=0.05)
+
+
+def test_a_stair_is_not_taken_for_a_slower_machine() -> None:
+    """One row more than fits in a tile costs as much as many, and long without a plain step to compare with."""
+    costs = after(*[(0, 2.5)] * 10, count=8)
+    for _ in range(100):
+        for rows, ms in ((1, 3.4), (2, 3.5), (4, 3.8)):
+            costs.observe(1, rows, ms)
+    assert costs.plain == pytest.approx(2.5, rel=0.05)
+    assert costs.price(1) == pytest.approx(3.4, rel=0.05)
 
 
 def test_a_machine_that_slows_down_changes_no_ratio() -> None:
@@ -92,7 +102,7 @@ def test_prices_are_always_times(count: int, steps: list[tuple[int, float, bool,
     costs = StepCosts(count)
     for length, share, is_given, ms in steps:
         rows = max(length, int(share * length * count))
-        costs.observe(length, rows, ms, given=is_given and rows > 0)
+        costs.observe(0 if is_given else length, rows, ms)
         prices = [costs.price(n, given=kind) for n in range(16) for kind in (False, True)]
         assert all(0 < price < 1e9 for price in prices)
         assert costs.plain == costs.price(0) <= min(prices)

@@ -181,7 +181,7 @@ def test_a_fixed_length_beside_it_earns_no_credit() -> None:
         length = control.propose(one, 15).length
         results = [(fixed, Result((0,) * 2, (0,) * 4, (0.5,) * 4)), (one, Result((0,), (0,) * length, (0.5,) * length))]
         control.observe(results, 0.06)
-    assert control._credit < 2
+    assert control._costs[2].credit < 2
 
 
 def test_those_draft_whose_drafts_are_accepted() -> None:

@@ -17,30 +17,31 @@ OUTLIER = 2.0  # one time counts for at most so many times what was expected
 @dataclass
 class _Mean:
     ms: float
-    rows: float
     weight: float = GUESSED
 
-    def add(self, ms: float, rows: int) -> None:
+    def add(self, ms: float) -> None:
         self.weight = min(self.weight + 1, MEMORY)
         self.ms += (ms - self.ms) / self.weight
-        self.rows += (rows - self.rows) / self.weight
 
 
 @dataclass
 class StepCosts:
     """Milliseconds of steps in which `count` sequences decode.
 
-    Steps are told apart by the length of their drafts: of the drafter's, which takes as many steps of its own, and of
-    others, which are there already. A length not seen yet is priced by the line through those beside it: few steps tell
-    much, and kernels may have stairs. What accepted tokens cost, to sample and to write, is part of it.
+    Steps are told apart by the rows that all their drafts add, because kernels have stairs: with drafts of the
+    drafter's, which takes steps of its own, and with others, which are there already. A number not seen yet is priced
+    by the line through those beside it: few steps tell much. What accepted tokens cost, to sample and to write, is
+    part of it.
     """
 
     count: int
+    credit: float = 0.0  # plain rounds that drafting may lose; see draft_control
     observed: int = 0
     plain_seen: int = 0  # of these, without drafts
     plain_at: int = 0  # number of the last of them
+    longest: int = 0  # tokens of a draft of the drafter's
     _plain: float = 0.0
-    _drafted: dict[int, _Mean] = field(default_factory=dict)  # by length
+    _drafted: dict[int, _Mean] = field(default_factory=dict)  # by rows
     _given: dict[int, _Mean] = field(default_factory=dict)
     _speed: float = 1.0  # recent times by what was expected
 
@@ -49,48 +50,36 @@ class StepCosts:
         """Price of a step without drafts."""
         return self._speed * self._plain
 
-    @property
-    def longest(self) -> int:
-        """The longest draft of the drafter's that was seen."""
-        return max(self._drafted, default=0)
+    def seen(self, rows: int) -> bool:
+        """Whether drafts of the drafter's had so many tokens a few times."""
+        return rows in self._drafted and self._drafted[rows].weight > FEW
 
-    def seen(self, length: int) -> bool:
-        """Whether drafts of the drafter's had that length a few times."""
-        return length in self._drafted and self._drafted[length].weight > FEW
+    def price(self, rows: int, *, given: bool = False) -> float:
+        """Price of a step whose drafts have so many tokens together; `given`: they are there already."""
+        return self._speed * (self._plain + self._added(rows, self._given if given else self._drafted))
 
-    def price(self, length: int, rows: float | None = None, *, given: bool = False) -> float:
-        """Price of a step whose longest draft has that length.
-
-        Args:
-            length: tokens.
-            rows: tokens of all drafts; without it, all are as long.
-            given: whether the tokens are there already.
-        """
-        share = 1.0 if rows is None else rows / (self.count * max(length, 1))
-        return self._speed * (self._plain + share * self._added(length, self._given if given else self._drafted))
-
-    def _added(self, length: int, means: dict[int, _Mean]) -> float:
-        """What drafts of that length of all sequences add to a plain step."""
-        if not length:
+    def _added(self, rows: int, means: dict[int, _Mean]) -> float:
+        """What so many drafted tokens add to a plain step."""
+        if not rows:
             return 0.0
-        if length in means:
-            mean = means[length]
-            return max(mean.ms - self._plain, 0.0) * self.count * length / mean.rows
-        below = max((other for other in means if other < length), default=0)
-        above = min((other for other in means if other > length), default=0)
+        if rows in means:
+            return max(means[rows].ms - self._plain, 0.0)
+        below = max((other for other in means if other < rows), default=0)
+        above = min((other for other in means if other > rows), default=0)
         low = self._added(below, means)
         if above:
-            return low + (self._added(above, means) - low) * (length - below) / (above - below)
-        if means is self._given and below < length <= self.longest:  # a step of the drafter's takes a little
-            return self._added(length, self._drafted)
-        slope = GUESSED_ROW * self._plain * math.sqrt(self.count)
+            share = (rows - below) / (above - below)
+            return low + (self._added(above, means) - low) * (share if below else math.sqrt(share))
+        if means is self._given and rows <= max(self._drafted, default=0):  # a step of the drafter's takes a little
+            return self._added(rows, self._drafted)
+        slope = GUESSED_ROW * self._plain / math.sqrt(self.count)
         if below:  # the average, or that of the end if it is less: what is taken for cheap is tried, and then known
             before = max((other for other in means if other < below), default=0)
             slope = min(low / below, max((low - self._added(before, means)) / (below - before), slope / 4))
-        return low + slope * (length - below)
+        return low + slope * (rows - below)
 
-    def observe(self, length: int, rows: int, ms: float, *, given: bool = False) -> float:
-        """A step took that long; its longest draft and all drafts together had so many tokens.
+    def observe(self, length: int, rows: int, ms: float) -> float:
+        """A step took that long; the longest draft of the drafter's and all drafts together had so many tokens.
 
         Returns:
             What of its milliseconds counts: an outlier does in part.
@@ -98,15 +87,14 @@ class StepCosts:
         self.observed += 1
         if not self._plain:
             self._plain = max(ms, 1e-3)
-        speed, means = self._speed, self._given if given else self._drafted
-        expected = self.price(length, rows, given=given) if rows else self.plain
+        speed, means = self._speed, self._drafted if length else self._given
+        expected, self.longest = self.price(rows, given=not length), max(self.longest, length)
         ratio = min(max(ms / expected, 1 / OUTLIER), OUTLIER)
         usual = ratio * expected
         if rows:
-            if length not in means:
-                means[length] = _Mean(expected / speed, rows)
-            means[length].add(usual / speed, rows)
-            known = means[length].weight >= KNOWN
+            mean = means.setdefault(rows, _Mean(expected / speed))
+            mean.add(usual / speed)
+            known = mean.weight >= KNOWN
         else:
             self.plain_at, self.plain_seen = self.observed, self.plain_seen + 1
             known = self.plain_seen > FEW

@@ -64,7 +64,6 @@ class DraftControl(Proposer):
     _states: dict[Sequence, _State] = field(default_factory=dict)  # of sequences with an adaptive draft length
     _costs: dict[int, StepCosts] = field(default_factory=dict)  # by the number of sequences
     _current: StepCosts | None = None  # of those that decode; None if none of them is adaptive
-    _credit: float = FIRST_CREDIT
     _blind: bool = False  # the last step's time says nothing of its rounds
     _planned: list[Sequence] = field(default_factory=list)  # for whom plans were made
     _rounds_left: int = 0  # until they are made anew
@@ -85,7 +84,7 @@ class DraftControl(Proposer):
         states = [self._states[s] for s in sequences if s in self._states]
         self._current = None
         if states:
-            self._current = self._costs.setdefault(len(sequences), StepCosts(len(sequences)))
+            self._current = self._costs.setdefault(len(sequences), StepCosts(len(sequences), FIRST_CREDIT))
             self._plan(states, self._current)
 
     def propose(self, sequence: Sequence, most: int) -> Draft | None:
@@ -119,7 +118,7 @@ class DraftControl(Proposer):
         return lookup.guess(sequence.tokens, most)
 
     def observe(self, rounds: Rounds, seconds: float | None) -> None:
-        drafted = given = rows = accepted = 0
+        drafted = rows = accepted = 0
         costs, self._blind = self._current, seconds is None
         if costs is None:
             return
@@ -128,8 +127,6 @@ class DraftControl(Proposer):
             rows, accepted = rows + length, accepted + result.accepted
             if result.confidence:
                 drafted = max(drafted, length)
-            else:
-                given = max(given, length)
             state = self._states.get(sequence)
             if state and result.confidence:
                 state.rounds += 1
@@ -140,12 +137,12 @@ class DraftControl(Proposer):
         if seconds is None or not rounds:
             return
         ms, made, plain = seconds * 1e3, 1 + accepted / costs.count, costs.plain
-        usual = costs.observe(drafted or given, rows, ms, given=not drafted)
+        usual = costs.observe(drafted, rows, ms)
         if drafted and costs.plain_seen:  # prompt lookup is observed without being tried
-            self._credit += made - usual / plain
-            if self._credit < FIRST_CREDIT:
+            costs.credit += made - usual / plain
+            if costs.credit < FIRST_CREDIT:
                 self._rounds_left = min(self._rounds_left, FEW_ROUNDS)
-        self._credit = max(-FIRST_CREDIT, min(MOST_CREDIT, self._credit + CREDIT_SHARE * made))
+        costs.credit = max(-FIRST_CREDIT, min(MOST_CREDIT, costs.credit + CREDIT_SHARE * made))
 
     def _plan(self, states: list[_State], costs: StepCosts) -> None:
         """Decide how far each of the sequences drafts in the next rounds."""
@@ -157,10 +154,10 @@ class DraftControl(Proposer):
         for length in range(1, min(MAX_DEPTH, 2 * costs.longest + 1) + 1 if known and self.has_drafter else 1):
             depths = [length]
             if not alone:  # each as far as its gain is worth the time of its rows
-                worth = max(rates) * (costs.price(length) - plain) / (count * length)
+                worth = max(rates) * (costs.price(count * length) - plain) / (count * length)
                 depths = [max(range(length + 1), key=lambda d, gain=gain: gain[d] - worth * d) for gain in gains]  # type: ignore[misc]
-            price = costs.price(length, sum(depths))
-            if (price / plain - 1) * (UNSURE if length > costs.longest else 1) > self._credit:
+            price = costs.price(sum(depths))
+            if (price / plain - 1) * (UNSURE if length > costs.longest else 1) > costs.credit:
                 break
             prices.append(price)
             rates.append((count + sum(gain[d] for gain, d in zip(gains, depths, strict=True))) / price)
@@ -168,7 +165,7 @@ class DraftControl(Proposer):
         best = max(range(len(rates)), key=rates.__getitem__)
         best = best if rates[best] > LEAST_GAIN * rates[0] else 0
         self._rate = rates[best]
-        self._given_costs = [costs.price(n, n, given=True) - plain for n in range(1, MAX_DRAFT + 1)]
+        self._given_costs = [costs.price(n, given=True) - plain for n in range(1, MAX_DRAFT + 1)]
         rests = [self._pause(s, rates) - s.acceptance.rested for s in states] if known else []  # rounds until a try
         tried = None if self._blind or not known else self._to_try(rests, costs, best, rates, drafts, chances)
         if tried or not known:
@@ -178,7 +175,7 @@ class DraftControl(Proposer):
         else:  # what is due is put off if credit does not allow it yet
             self._rounds_left = min(rests) if min(rests) > 0 else LONGEST_PAUSE // 4
         for state, depth, gain in zip(states, tried or drafts[best], gains, strict=True):
-            worth = gain[depth] - self._rate * (costs.price(depth, depth) - plain)
+            worth = gain[depth] - self._rate * (costs.price(depth) - plain)
             state.plan, state.value = Draft(length=depth), math.inf if tried else worth  # no guess instead of a try
         if alone and best and self.stops_early and not tried:
             floors = stop_floors(prices, chances[0], self._rate)
@@ -205,11 +202,12 @@ class DraftControl(Proposer):
             longer = best + 1 < len(drafts) and not costs.seen(best + 1)
             # even if it costs no more than this one, it has to gain something
             return drafts[best + 1] if longer and chances[0][best] > LEAST_CHANCE else None
-        depths = [depth or int(left <= 0) for depth, left in zip(drafts[best], rests, strict=True)]
+        soon = LONGEST_PAUSE // 4 if min(rests) <= 0 else -1  # together: of many rows in a step the first ones are dear
+        depths = [depth or int(left <= soon) for depth, left in zip(drafts[best], rests, strict=True)]
         if not self.has_drafter or depths == drafts[best]:
             return None
-        more = costs.price(max(depths), sum(depths)) - costs.price(max(drafts[best]), sum(drafts[best]))
-        return depths if more / costs.plain <= self._credit else None
+        more = costs.price(sum(depths)) - costs.price(sum(drafts[best]))
+        return depths if more / costs.plain <= costs.credit else None
 
     @staticmethod
     def _pause(state: _State, rates: list[float]) -> int:
