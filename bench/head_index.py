@@ -23,12 +23,12 @@ from numpy.typing import NDArray
 
 import paceline
 from paceline.backends.base import Backend
-from paceline.backends.cpu.head_index import CHOSEN, build_index
+from paceline.backends.cpu.head_index import CHOSEN, build_index, divides
 from paceline.bench.evaluation import Window, passes
 from paceline.checkpoint import Checkpoint, locate, resolve
 from paceline.checkpoint.names import EMBEDDING, HEAD
 from paceline.decode.sampler import allowed
-from paceline.errors import PacelineError
+from paceline.errors import PacelineError, SettingsError
 from paceline.types import Float32, SamplingParams
 
 SAMPLING = SamplingParams(temperature=1.0, top_k=64, top_p=0.95)
@@ -39,6 +39,10 @@ def lists_of(model: str) -> NDArray[np.int32]:
     """The lists of tokens [lists, tokens of each] of a model's head."""
     checkpoint = Checkpoint.open(locate(model, print))
     config = checkpoint.target_config()
+    if not divides(config.vocab_size):
+        raise SettingsError(
+            f"{model}: {config.vocab_size} tokens are no power of two of lists, so no head like it has any"
+        )
     return build_index(resolve(checkpoint, config)[EMBEDDING if config.tied_head else HEAD]).tokens
 
 

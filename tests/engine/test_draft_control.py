@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from paceline.decode.draft_length import MAX_DEPTH
-from paceline.engine.draft_control import DraftControl
+from paceline.engine.draft_control import FIRST_CREDIT, DraftControl
 from paceline.engine.proposers import PromptLookup
 from paceline.engine.sequence import Sequence
 from paceline.types import CONFIDENCE_BINS, Draft, Result
@@ -153,8 +153,11 @@ def test_a_useless_drafter_costs_a_percent_of_a_long_one(costs: str) -> None:
     assert Simulation(COSTS[costs], PROFILES["zero"], 0).run(20000, None) > 0.99 / COSTS[costs][0]
 
 
-def shared(rounds: int, plain: float, row: float, *chances: float) -> list[list[int]]:
-    """Draft lengths of sequences that decode together: their first drafts are accepted with these chances."""
+def shared(rounds: int, plain: float, row: float, *chances: float, stair: float = 0) -> list[list[int]]:
+    """Draft lengths of sequences that decode together: their first drafts are accepted with these chances.
+
+    Milliseconds: of a plain step, what each drafted row adds, and what the first one adds besides.
+    """
     dice, control = random.Random(0), NoLookup(True, False)
     sequences = [adaptive() for _ in chances]
     for sequence in sequences:
@@ -167,7 +170,7 @@ def shared(rounds: int, plain: float, row: float, *chances: float) -> list[list[
         for length, chance in zip(lengths[-1], chances, strict=True):
             accepted = next((i for i in range(length) if dice.random() >= chance), length)
             results.append(Result((0,) * (accepted + 1), (0,) * length, (0.5,) * length))
-        ms = plain + row * sum(lengths[-1])
+        ms = plain + row * sum(lengths[-1]) + (stair if any(lengths[-1]) else 0)
         control.observe(list(zip(sequences, results, strict=True)), ms / 1e3)
     return lengths
 
@@ -194,6 +197,26 @@ def test_nobody_drafts_where_rows_are_dear() -> None:
     drafted = sum(map(sum, shared(300, 10, 12.0, 0.5, 0.5)))
     assert drafted < 20
     assert sum(map(sum, shared(300, 10, 0.1, 0.5, 0.5))) > 300
+
+
+def test_where_the_first_row_is_dear_tries_are_rare_and_made_together() -> None:
+    lengths = shared(400, 10, 0.2, *[0.2] * 8, stair=6)
+    tries = [sum(map(bool, step)) for step in lengths[50:] if any(step)]
+    assert 0 < len(tries) < 50
+    assert sum(tries) > 4 * len(tries)
+
+
+def test_what_one_sequence_gains_is_not_spent_by_several() -> None:
+    control, one, other = NoLookup(True, False), adaptive(), adaptive()
+    control.begin(one)
+    for _ in range(60):
+        control.prepare([one])
+        length = control.propose(one, 15).length
+        control.observe([(one, Result((0,) * (length + 1), (0,) * length, (0.9,) * length))], 0.01 + 0.0005 * length)
+    assert control._costs[1].credit > 5
+    control.begin(other)
+    control.prepare([one, other])
+    assert control._costs[2].credit == FIRST_CREDIT
 
 
 def test_a_try_is_due_again_after_a_while() -> None:

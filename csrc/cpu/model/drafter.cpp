@@ -217,8 +217,7 @@ void Drafter::centroid_head(const Worker& w, int64_t rows) {
   runner_.observe(w, weights_.head.get(), single, rows);
   w.parallel_for(rows * top_k, kLists, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin, next; i < end; i = next) {
-      const std::vector<int64_t>& chosen = clusters_[size_t(i / top_k)];
-      const auto list = [&](int64_t at) { return chosen[size_t(at % top_k)]; };
+      const auto list = [&](int64_t at) { return clusters_[size_t(at / top_k)][size_t(at % top_k)]; };
       const int64_t stop = std::min(end, round_up(i + 1, top_k));
       for (next = i + 1; next < stop && list(next) == list(next - 1) + 1;) ++next;  // neighbours in one go
       for (int64_t p = 0; next < end && p < panels; ++p)  // where the kernels do not look ahead to

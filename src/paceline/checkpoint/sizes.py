@@ -42,7 +42,8 @@ def weight_bytes(config: TargetConfig | DrafterConfig, quant: str, elements: Map
         quant: a recipe.
         elements: types of the tensors in the files, by canonical name; bf16 where none is given.
 
-    The per-layer-embedding table is not counted: it stays in its file and is read by row.
+    Not counted are the per-layer-embedding table, which stays in its file and is read by row, and the index of a large
+    dense draft head on the CPU, a thirtieth of it.
     """
     matrices = _matrices(config, elements)
     formats = RECIPES[quant].formats(matrices)

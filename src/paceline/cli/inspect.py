@@ -165,6 +165,7 @@ def _drafter(target: TargetConfig, folder: Path) -> dict[str, Any]:
         "layers": len(config.layers),
         "hidden_size": config.hidden_size,
         "centroids": config.centroids,
+        "head_tokens": config.draft_vocab_size,
         "parameters": count_parameters(config).total,
         "files": _file_sizes(checkpoint),
         "memory": {
@@ -251,7 +252,7 @@ def _cache_line(cache: dict[str, int]) -> str:
 def _drafter_lines(drafter: dict[str, Any] | None) -> list[tuple[str, str]]:
     if drafter is None:
         return [("drafter", "none found")]
-    head = f"{drafter['centroids']} centroids" if drafter["centroids"] else "dense head"
+    head = f"{drafter['centroids']} centroids" if drafter["centroids"] else f"head of {drafter['head_tokens']} tokens"
     return [
         ("drafter", drafter["folder"]),
         ("", f"{drafter['layers']} layers, hidden {drafter['hidden_size']}, {head}, {_count(drafter['parameters'])}"),

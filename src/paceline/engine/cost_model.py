@@ -30,8 +30,9 @@ class StepCosts:
 
     Steps are told apart by the rows that all their drafts add, because kernels have stairs: with drafts of the
     drafter's, which takes steps of its own, and with others, which are there already. A number not seen yet is priced
-    by the line through those beside it: few steps tell much. What accepted tokens cost, to sample and to write, is
-    part of it.
+    by the line through those beside it, below the smallest one by a root, because the first rows cost most: few steps
+    tell much. What accepted tokens cost, to sample and to write, is part of it, and so are the drafter's steps: several
+    sequences mostly draft equally far.
     """
 
     count: int

@@ -202,7 +202,8 @@ class DraftControl(Proposer):
             longer = best + 1 < len(drafts) and not costs.seen(best + 1)
             # even if it costs no more than this one, it has to gain something
             return drafts[best + 1] if longer and chances[0][best] > LEAST_CHANCE else None
-        soon = LONGEST_PAUSE // 4 if min(rests) <= 0 else -1  # together: of many rows in a step the first ones are dear
+        due = any(left <= 0 for depth, left in zip(drafts[best], rests, strict=True) if not depth)
+        soon = LONGEST_PAUSE // 4 if due else -1  # together: of many rows in a step the first ones are dear
         depths = [depth or int(left <= soon) for depth, left in zip(drafts[best], rests, strict=True)]
         if not self.has_drafter or depths == drafts[best]:
             return None

@@ -147,8 +147,11 @@ def test_which_heads_get_an_index() -> None:
         else:
             assert (indexed(config).centroids, indexed(config).centroid_top_k) == (8192, 1024)
     dense = official_drafter("26b")
-    for vocabulary in (1 << 15, 3 << 16, (1 << 16) + LIST, (1 << 16) + 1):
-        other = replace(dense, vocab_size=vocabulary, draft_vocab_size=vocabulary)
+    others = [
+        replace(dense, vocab_size=vocabulary, draft_vocab_size=vocabulary)
+        for vocabulary in (1 << 15, 3 << 16, (1 << 16) + LIST, (1 << 16) + 1)
+    ]
+    for other in (*others, replace(dense, draft_vocab_size=1 << 16), replace(dense, hidden_size=4096)):
         assert indexed(other) is other
 
 
@@ -185,7 +188,8 @@ def test_lists_hold_similar_rows_and_every_token_once(tmp_path: Path, element: s
 
 def test_numbers_that_are_none_do_not_stop_a_start(tmp_path: Path) -> None:
     rows = np.random.default_rng(0).standard_normal((4 * LIST, 64), np.float32)
-    rows[7], rows[9, 3] = np.nan, np.inf
-    index = build_index(stored(tmp_path, rows, "F32"))
+    rows[7], rows[9, 3], rows[50] = np.nan, np.inf, 1e30
+    with np.errstate(all="raise"):
+        index = build_index(stored(tmp_path, rows, "F32"))
     assert np.isfinite(index.centroids).all()
     np.testing.assert_array_equal(np.sort(index.tokens, axis=None), np.arange(len(rows)))

@@ -260,6 +260,19 @@ def test_a_drafters_tokens_are_checked() -> None:
             decoder(drafter=DRAFTER_CONFIG, drafter_tensors=given | {"ordered_head.tokens": tokens.astype(np.int32)})
 
 
+def test_a_draft_vocabulary_is_checked() -> None:
+    config = replace(DRAFTER_CONFIG, centroids=0, centroid_top_k=0, draft_vocab_size=48)
+    given = tensors(config)
+    ids = given["draft_token_ids"]
+    for tokens in (ids[:-1], np.where(ids == 3, VOCAB, ids), np.where(ids == 3, -1, ids), ids[:0]):
+        with pytest.raises(ValueError, match="draft_token_ids"):
+            decoder(drafter=config, drafter_tensors=given | {"draft_token_ids": tokens.astype(np.int32)})
+    decoder(drafter=config, drafter_tensors=given)
+    for size in (0, VOCAB + 1):
+        with pytest.raises(ValueError, match="draft_vocab_size"):
+            decoder(drafter=replace(config, draft_vocab_size=size), drafter_tensors=given)
+
+
 def misaligned(array: np.ndarray, offset: int = 1) -> np.ndarray:
     """A copy at an address that is not a multiple of two."""
     memory = np.zeros(array.nbytes + 128, np.uint8)

@@ -173,7 +173,7 @@ def pack_checkpoint(
         threads: that pack at once.
 
     Raises:
-        CheckpointError: a file ended early, or a drafter's token ordering is damaged.
+        CheckpointError: a file ended early, or a drafter's token ids are damaged.
     """
     weights = Weights(quant, embedding_scales(config, lambda name: tensors[name].dtype == "BF16"))
     chosen = choose_formats(config, quant, lambda name: _element(_source(tensors, name), quant)) | dict(formats or {})
