@@ -137,10 +137,10 @@ def drafter_proposer(backend: Backend, one: Sequence, drafting: Drafting) -> Dra
 def with_past(control: DraftControl, one: Sequence, drafting: Drafting) -> DraftControl:
     control.begin(one)
     if drafting.draft_tokens is None:
-        costs = StepCosts(1)
+        costs = StepCosts(1, drafting.credit)
         for length, ms in enumerate(drafting.costs * 2):
             costs.observe(length % len(drafting.costs), length % len(drafting.costs), ms)
-        control._costs[1], control._credit = costs, drafting.credit
+        control._costs[1] = costs
         tried = [tried for tried, _ in drafting.seen]
         kept = [tried * share for tried, share in drafting.seen]
         control._states[one].acceptance = Acceptance(tried, kept, rested=drafting.rested)
