@@ -17,7 +17,7 @@ from paceline.backends.cpu.convert import convert
 from paceline.checkpoint.names import DRAFT_TOKENS
 from paceline.errors import CheckpointError
 from paceline.types import GREEDY, Draft, SamplingParams, Work
-from tests.fixtures.backends import cpu_backend, run, sequence, torch_backend
+from tests.fixtures.backends import assert_drafts_change_nothing, cpu_backend, torch_backend
 from tests.fixtures.pairs import VOCABULARY, write_pair
 
 ABSENT = -3e38
@@ -82,12 +82,7 @@ def test_both_backends_draft_the_same(pair: tuple[Path, Path], drafter: Path, pa
 def test_the_text_is_the_same(pair: tuple[Path, Path], drafter: Path, make: type, params: SamplingParams) -> None:
     backend = make(pair[0], drafter, "q8", slots=2)
     prompts = [PROMPT, [9, 8, 7]]
-    plain = run(backend, [sequence(backend, p, params=params) for p in prompts])
-    drafted = run(backend, [sequence(backend, p, params=params, draft_tokens=4) for p in prompts])
-    for one, other in zip(plain, drafted, strict=True):
-        assert one.tokens == other.tokens
-        np.testing.assert_array_equal(one.logits.view(np.uint32), other.logits.view(np.uint32))
-        assert other.statistics.drafted
+    assert_drafts_change_nothing(backend, prompts, params)
 
 
 def test_converted_folders_keep_it(pair: tuple[Path, Path], drafter: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from paceline.engine.acceptance_monitor import AcceptanceMonitor
 from paceline.engine.cost_model import StepCosts
 from paceline.engine.proposers import NOTHING_TRIED, PromptLookup, Proposer, Rounds
 from paceline.engine.sequence import Sequence
-from paceline.types import MAX_DRAFT, NO_DRAFT, Draft
+from paceline.types import NO_DRAFT, Draft
 
 FIRST_CREDIT = 1.0  # plain rounds that drafting may lose before it has gained anything: 2 % of 60 tokens
 CREDIT_SHARE = 0.008  # of the rounds since then, in addition
@@ -99,12 +99,15 @@ class DraftControl(Proposer):
 
     def _worth_of(self, chances: list[float], value: float) -> int:
         """How many tokens of a guess are worth most; 0 if none is worth more than `value`."""
-        if not self._current or self._current.plain_seen < FIRST_PLAIN:
+        costs = self._current
+        if not costs or costs.plain_seen < FIRST_PLAIN:
             return 0
         length, chance, gain = 0, 1.0, 0.0
         for i, p in enumerate(chances):
             chance *= p
             gain += chance
+            if i == len(self._given_costs):  # few rounds have a guess
+                self._given_costs.append(costs.price(i + 1, given=True) - costs.plain)
             worth = gain - self._rate * self._given_costs[i]
             if worth > value:
                 value, length = worth, i + 1
@@ -164,8 +167,7 @@ class DraftControl(Proposer):
             drafts.append(depths)
         best = max(range(len(rates)), key=rates.__getitem__)
         best = best if rates[best] > LEAST_GAIN * rates[0] else 0
-        self._rate = rates[best]
-        self._given_costs = [costs.price(n, given=True) - plain for n in range(1, MAX_DRAFT + 1)]
+        self._rate, self._given_costs = rates[best], []
         rests = [self._pause(s, rates) - s.acceptance.rested for s in states] if known else []  # rounds until a try
         tried = None if self._blind or not known else self._to_try(rests, costs, best, rates, drafts, chances)
         if tried or not known:

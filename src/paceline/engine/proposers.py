@@ -95,9 +95,17 @@ class PromptLookup:
         guess = tokens[self._at : self._at + most]
         while len(guess) < most:  # a text that repeats its own end
             guess.append(guess[len(guess) - (len(tokens) - self._at)])
-        pairs = zip(self.rates, GUESSED, strict=True)
-        by_class = [(kept + GUESSES * guessed) / (tried + GUESSES) for (tried, kept), guessed in pairs]
-        return guess, [by_class[match_class(length)] for length in range(self._length, self._length + most)]
+        chances: list[float] = []
+        while len(chances) < most:
+            i = match_class(self._length + len(chances))
+            left = most - len(chances)
+            more = left if i == MATCH_CLASSES - 1 else min(left, (4 << i) - self._length - len(chances))
+            chances += [self._chance(i)] * more
+        return guess, chances
+
+    def _chance(self, i: int) -> float:
+        tried, kept = self.rates[i]
+        return (kept + GUESSES * GUESSED[i]) / (tried + GUESSES)
 
 
 def match_class(length: int) -> int:

@@ -18,7 +18,7 @@ from paceline.bench.shapes import TARGETS, official_drafter
 from paceline.checkpoint import TensorRef
 from paceline.quant.bf16 import from_bf16, to_bf16
 from paceline.types import GREEDY, Draft, SamplingParams, Work
-from tests.fixtures.backends import cpu_backend, run, sequence
+from tests.fixtures.backends import assert_drafts_change_nothing, cpu_backend
 from tests.fixtures.pairs import VOCABULARY, write_pair
 
 ABSENT = -3e38
@@ -92,12 +92,7 @@ def test_all_lists_are_the_whole_head(
 def test_the_text_is_the_same(pair: tuple[Path, Path], quant: str, params: SamplingParams) -> None:
     prompts = [PROMPT, [9, 8, 7], [400]]
     backend = cpu_backend(*pair, quant, slots=3, threads=2)
-    plain = run(backend, [sequence(backend, p, params=params) for p in prompts])
-    drafted = run(backend, [sequence(backend, p, params=params, draft_tokens=4) for p in prompts])
-    for one, other in zip(plain, drafted, strict=True):
-        assert one.tokens == other.tokens
-        np.testing.assert_array_equal(one.logits.view(np.uint32), other.logits.view(np.uint32))
-        assert other.statistics.drafted
+    assert_drafts_change_nothing(backend, prompts, params)
 
 
 @pytest.mark.usefixtures("small_heads")
