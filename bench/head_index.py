@@ -80,6 +80,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2000, help="of each text, at most")
     parser.add_argument("--one-in", type=int, default=CHOSEN, help="lists that is scored (default: %(default)s)")
     arguments = parser.parse_args()
+    if arguments.one_in < 1:
+        parser.error(f"--one-in is {arguments.one_in}; give 1 or more")
     texts = arguments.texts or sorted((Path(paceline.__file__).parent / "assets" / "eval").glob("*.txt"))
     lists = lists_of(arguments.model)
     engine = paceline.load(arguments.model, drafter="none", context=arguments.tokens)
