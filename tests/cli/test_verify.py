@@ -59,11 +59,16 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CpuBackend, "run", broken_run)
 
 
+def assert_no_complaints(err: str) -> None:
+    """A random pair's low acceptance may be told: whether enough was drafted for that depends on the measured times."""
+    assert [line for line in err.splitlines() if not line.startswith("paceline: drafter: ")] == []
+
+
 def test_a_whole_pair(model: Path, prompts: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--prompts", str(prompts), "--max-tokens", "12", "--quant", "bf16", "--threads", "2"]
     assert run(["verify", str(model), *options, "--json"]) == 0
     out, err = capsys.readouterr()
-    assert err == ""
+    assert_no_complaints(err)
     assert len(out.splitlines()) == 1
     found = json.loads(out)
     assert found.keys() >= KEYS
@@ -81,7 +86,7 @@ def test_a_whole_pair(model: Path, prompts: Path, capsys: pytest.CaptureFixture[
 def test_the_report_for_people(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["verify", str(model), "--max-tokens", "3", "--quant", "q8", "--threads", "1"]) == 0
     out, err = capsys.readouterr()
-    assert err == ""
+    assert_no_complaints(err)
     assert "prompts: 6" in out
     assert "4 drafts, 2 threads" in out  # with one thread loaded, two are the other number
     assert "IDENTICAL: 126 runs, 378 rows" in out
@@ -97,7 +102,7 @@ def test_a_broken_backend(
     options = ["--prompts", str(prompts), "--max-tokens", "6", "--quant", "f32"]
     assert run(["verify", str(model), *options, *["--json"] * as_json]) == 1
     out, err = capsys.readouterr()
-    assert err == ""
+    assert_no_complaints(err)
     if not as_json:
         assert "IDENTICAL" not in out
         assert "DIFFERENT: " in out
