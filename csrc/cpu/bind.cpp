@@ -247,6 +247,26 @@ Numpy<float, 1> hidden(const Decoder& decoder, int64_t slot) {
   return array_of(state);
 }
 
+Numpy<float, 2> states(const Decoder& decoder) {
+  Floats rows;
+  {
+    const GilReleased release;
+    rows = decoder.states();
+  }
+  const size_t hidden = size_t(decoder.target().weights().config.hidden);
+  return array_of<2>(rows, {rows.size() / hidden, hidden});
+}
+
+Numpy<float, 4> keys_values(const Decoder& decoder, int64_t layer, int64_t slot, int64_t first, int64_t count) {
+  Floats numbers;
+  {
+    const GilReleased release;
+    numbers = decoder.keys_values(layer, slot, first, count);
+  }
+  const LayerConfig& config = decoder.target().weights().config.layers[size_t(layer)];
+  return array_of<4>(numbers, {2, size_t(config.kv_heads), size_t(count), size_t(config.head_dim)});
+}
+
 nb::tuple last_draft_step(const Decoder& decoder, int64_t row) {
   std::pair<Floats, Floats> step;
   {
@@ -300,6 +320,12 @@ void bind_decoder(nb::module_& module) {
       .def_prop_ro("isa", [](const Decoder& d) { return d.target().kernels().name; })
       .def_prop_ro("cache_bytes", [](const Decoder& d) { return d.target().cache().bytes(); })
       .def("hidden", &hidden, "slot"_a, "The target's state [hidden] at the slot's last accepted row.")
+      .def(
+          "states", &states,
+          "The target's states [rows, hidden] at the rows that the last step sampled after, in the order of its works.")
+      .def("keys_values", &keys_values, "layer"_a, "slot"_a, "first"_a, "count"_a,
+           "Keys, then values, of a layer that has its own: [2, kv_heads, count, head_dim].\n\n"
+           "ValueError: positions that the cache does not hold (any more).")
       .def("simulate_routing", &Decoder::simulate_routing, "overlap"_a, no_gil,
            "From now on, send rows to the target's experts so that neighbours share about this many of them, as the "
            "rows\n"

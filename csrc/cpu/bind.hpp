@@ -66,11 +66,14 @@ Numpy<T, N> owned(T* data, const std::array<size_t, N>& shape) {
   return Numpy<T, N>(data, N, shape.data(), owner);
 }
 
-inline Numpy<float, 1> array_of(const std::vector<float>& values) {
+template <size_t N>
+Numpy<float, N> array_of(const std::vector<float>& values, const std::array<size_t, N>& shape) {
   float* out = new float[values.size()];
   std::copy(values.begin(), values.end(), out);
-  return owned<float, 1>(out, {values.size()});
+  return owned<float, N>(out, shape);
 }
+
+inline Numpy<float, 1> array_of(const std::vector<float>& values) { return array_of<1>(values, {values.size()}); }
 
 // A table over rows, in place. Blocks come as bytes with the name of their type.
 Table table_of(const AnyRows& rows, const std::string& type);

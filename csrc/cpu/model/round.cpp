@@ -131,7 +131,8 @@ void Decoder::forward(const std::vector<Work>& works) {
     tokens.insert(tokens.end(), work.draft.begin(), work.draft.end());
     for (size_t i = 0; i < rows; ++i) sampled.push_back(work.samples && i + 1 >= committed);
   }
-  target_->forward(slots.data(), positions.data(), tokens.data(), sampled.data(), int64_t(tokens.size()));
+  sampled_rows_ =
+      target_->forward(slots.data(), positions.data(), tokens.data(), sampled.data(), int64_t(tokens.size()));
 }
 
 // Sample row after row until a token differs from the draft.
@@ -214,6 +215,16 @@ Floats Decoder::hidden(int64_t slot) const {
     throw std::invalid_argument("slot " + std::to_string(slot) + " has no hidden state: nothing was sampled in it");
   const int64_t size = target_->weights().config.hidden;
   return Floats(hidden_.floats() + slot * size, hidden_.floats() + (slot + 1) * size);
+}
+
+Floats Decoder::states() const {
+  const Lock lock(*this);
+  return Floats(target_->hidden(), target_->hidden() + sampled_rows_ * target_->weights().config.hidden);
+}
+
+Floats Decoder::keys_values(int64_t layer, int64_t slot, int64_t first, int64_t count) const {
+  const Lock lock(*this);
+  return target_->cache().numbers(layer, slot, first, count);
 }
 
 std::pair<Floats, Floats> Decoder::last_draft_step(int64_t row) const {

@@ -59,6 +59,10 @@ class Decoder {
   // [hidden] the target's state at the slot's last accepted row, which a drafter continues from. Throws
   // std::invalid_argument when there is none yet.
   Floats hidden(int64_t slot) const;
+  // [rows][hidden] the target's states at the rows that the last step sampled after, in the order of its works.
+  Floats states() const;
+  // Of the cache: see KvCache::numbers.
+  Floats keys_values(int64_t layer, int64_t slot, int64_t first, int64_t count) const;
   // Of the last draft step: see Drafter::last_logits and last_hidden.
   std::pair<Floats, Floats> last_draft_step(int64_t row) const;
   // For benchmarks: send rows to the target's experts so that neighbours share about this many of them, 0 to 0.9.
@@ -87,6 +91,7 @@ class Decoder {
   std::shared_ptr<Target> target_;
   std::unique_ptr<Drafter> drafter_;
   std::unique_ptr<Observer> observer_;  // null: nothing is observed
+  int64_t sampled_rows_ = 0;            // of the last step
   Buffer hidden_;                       // [slots][hidden]: the target's state at each slot's last accepted row
   std::vector<uint8_t> has_hidden_;     // [slots]
 };

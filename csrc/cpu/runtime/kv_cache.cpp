@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "formats/elements.hpp"
 #include "runtime/elementary.hpp"
 
 namespace paceline {
@@ -69,6 +70,42 @@ void KvCache::truncate(int64_t slot, int64_t length) {
     throw std::invalid_argument("cannot roll back to " + std::to_string(length) + ": the sliding rings hold only " +
                                 std::to_string(ring_) + " rows");
   current = length;
+}
+
+// Column d of the key or the value in one of a block's sixteen lanes.
+static float number(CacheFormat format, const uint8_t* block, bool is_key, int64_t lane, int64_t d) {
+  const auto index = [&](int64_t column) {
+    return is_key ? column * kBlockRows + lane : (column / 16 * kBlockRows + lane) * 16 + column % 16;
+  };
+  if (format == CacheFormat::f32) return reinterpret_cast<const float*>(block)[index(d)];
+  const auto bf16 = [](const uint8_t* at, int64_t i) {
+    return bf16_to_float(reinterpret_cast<const uint16_t*>(at)[i]);
+  };
+  if (format == CacheFormat::bf16) return bf16(block, index(d));
+  const uint8_t* group = block + d / kCacheGroup * kGroupBytes;
+  return bf16(group, lane) * float(int8_t(group[kScaleBytes + index(d % kCacheGroup)]));
+}
+
+std::vector<float> KvCache::numbers(int64_t layer, int64_t slot, int64_t first, int64_t count) const {
+  check_slot(slot);
+  check_range("layer", layer, 0, int64_t(places_.size()) - 1);
+  const Place& place = places_[size_t(layer)];
+  if (!place.key_bytes) throw std::invalid_argument("layer " + std::to_string(layer) + " has no K/V of its own");
+  if (first < 0 || count < 0 || count > length(slot) || first > length(slot) - count ||
+      first < high_[size_t(slot)] - place.ring)
+    throw std::invalid_argument("the cache does not hold " + std::to_string(count) + " rows from " +
+                                std::to_string(first) + " on");
+  const CacheView cache = view(layer, slot);
+  const int64_t heads = place.key_bytes / (place.ring / kBlockRows * CacheView::block_bytes(format_, place.head_dim));
+  std::vector<float> out;
+  out.reserve(product({2, heads, count, place.head_dim}));
+  for (const bool is_key : {true, false})
+    for (int64_t head = 0; head < heads; ++head)
+      for (int64_t p = first; p < first + count; ++p) {
+        const uint8_t* block = is_key ? cache.key_block(head, p) : cache.value_block(head, p);
+        for (int64_t d = 0; d < place.head_dim; ++d) out.push_back(number(format_, block, is_key, p % kBlockRows, d));
+      }
+  return out;
 }
 
 template <class F>

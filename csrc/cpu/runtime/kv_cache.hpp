@@ -47,6 +47,10 @@ class KvCache {
   void truncate(int64_t slot, int64_t length);
   void clear(int64_t slot);
 
+  // Keys, then values, of a layer with its own at positions first .. first + count: [2][kv_heads][count][head_dim]. Throws
+  // std::invalid_argument for positions that are not in the cache, or no longer in a sliding ring.
+  std::vector<float> numbers(int64_t layer, int64_t slot, int64_t first, int64_t count) const;
+
   // The rows of a slot, copied out and back in: whole sliding rings, and full layers as far as they are filled.
   struct Place {
     int64_t ring, head_dim, key_bytes;

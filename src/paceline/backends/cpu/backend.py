@@ -148,6 +148,18 @@ class CpuBackend:
         """From now on, send rows to the target's experts so that neighbours have that share in common."""
         self._decoder.simulate_routing(overlap)
 
+    def states(self) -> NDArray[np.float32]:
+        """The target's states [rows, hidden] at the rows that the last step sampled after."""
+        return self._decoder.states()
+
+    def keys_values(self, layer: int, slot: int, first: int, count: int) -> NDArray[np.float32]:
+        """Keys, then values, of a layer that has its own: [2, kv_heads, count, head_dim].
+
+        Raises:
+            ValueError: positions that the cache does not hold (any more).
+        """
+        return self._decoder.keys_values(layer, slot, first, count)
+
     def observe(self) -> None:
         """From now on, sum up the squares of what the pair's matrices are multiplied with."""
         self._decoder.observe()
