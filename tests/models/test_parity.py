@@ -9,7 +9,6 @@ import pytest
 import torch
 import transformers as hf
 from tools.tiny_python.evaluate import greedy
-from tools.tiny_python.sequences import Cache, DraftRows, draft, states
 from torch import Tensor
 
 from paceline.backends.torch.weights import CheckpointSource
@@ -19,6 +18,7 @@ from paceline.models import drafter as drafters
 from paceline.models import ops
 from paceline.models.drafter import Drafter, load_drafter
 from paceline.models.gemma4 import Target, embed, load_target, logits
+from paceline.train.sequences import Cache, DraftRows, draft, states
 from tests.fixtures.pairs import SHAPES, VOCABULARY, WINDOW, Head, write_pair
 
 ROWS = 5 * WINDOW

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from tools.tiny_python.sequences import Cache, states
 from torch import Tensor
 
 from paceline.backends.base import Backend
@@ -18,6 +17,7 @@ from paceline.backends.torch.weights import CheckpointSource
 from paceline.checkpoint import Checkpoint, resolve
 from paceline.models import ops
 from paceline.models.gemma4 import Target, load_target, logits
+from paceline.train.sequences import Cache, states
 from tests.fixtures.backends import all_logits, any_backend, run, sequence, torch_backend
 from tests.fixtures.gemma3 import SHAPES, read_gemma3, write_gemma3
 from tests.fixtures.pairs import VOCABULARY, WINDOW

@@ -9,12 +9,12 @@ import torch
 import transformers as hf
 from tokenizers import Tokenizer
 from tools.tiny_python.evaluate import acceptance, greedy, held_out_prompts
-from tools.tiny_python.sequences import states
 from tools.tiny_python.tokenizer import SPECIAL
 
 import paceline.errors
 from paceline.models.drafter import Drafter
 from paceline.models.gemma4 import Target
+from paceline.train.sequences import states
 from tests.models.test_parity import logits_of, our_pair
 
 TARGET = Path(paceline.errors.__file__).parent / "assets" / "tiny-python"

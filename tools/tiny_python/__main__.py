@@ -13,16 +13,18 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 from tools.tiny_python.card import Figures, card
-from tools.tiny_python.checkpoint import trained
 from tools.tiny_python.data import Corpus, Sources, standard_library
 from tools.tiny_python.drafter import Distillation, drafter_of
 from tools.tiny_python.evaluate import acceptance, held_out_loss, held_out_prompts
 from tools.tiny_python.export import write_drafter, write_target
-from tools.tiny_python.optimizer import Parameters
-from tools.tiny_python.run import Run
 from tools.tiny_python.target import target_of, train_target
 from tools.tiny_python.tokenizer import train_tokenizer
-from tools.tiny_python.workers import Workers
+from torch import Tensor
+
+from paceline.train.optimizer import Parameters
+from paceline.train.progress import trained
+from paceline.train.run import Run, Step
+from paceline.train.workers import Workers
 
 
 def train(out: Path, minutes: float, drafter_minutes: float, threads: int | None, seed: int) -> None:
@@ -34,8 +36,12 @@ def train(out: Path, minutes: float, drafter_minutes: float, threads: int | None
     tokenizer = kept_tokenizer(state / "tokenizer.json", sources)
     corpus = Corpus.encode(sources.training, tokenizer)
     say(f"{len(sources.training)} files, {len(corpus.tokens)} tokens; {len(sources.held_out)} files held out")
-    target = train_target(corpus, Run(state / "target.pt", minutes, workers, 0.1, say), seed)
-    drafter = Distillation(corpus, Run(state / "drafter.pt", drafter_minutes, workers, 0.0, say), seed).train(target)
+    runs = (state / "target.pt", minutes, 0.1), (state / "drafter.pt", drafter_minutes, 0.0)
+    first, second = (
+        Run[Tensor](path, limit, workers, decay, compiled=True, report=say_some) for path, limit, decay in runs
+    )
+    target = train_target(corpus, first, seed)
+    drafter = Distillation(corpus, second, say, seed).train(target)
     figures = measure(target, drafter, tokenizer, sources, len(corpus.tokens), state, workers.count)
     say(f"{figures.loss}; acceptance length {figures.on_source.length:.3f}, {figures.generating.length:.3f}")
     write_target(target, tokenizer, out / "tiny-python", card(target, drafter, figures))
@@ -59,8 +65,7 @@ def measure(
 ) -> Figures:
     """Figures on the held-out files."""
     pair = target_of(target), drafter_of(drafter)
-    target_seconds, target_tokens = trained(state / "target.pt")
-    drafter_seconds, drafter_tokens = trained(state / "drafter.pt")
+    target_run, drafter_run = trained(state / "target.pt"), trained(state / "drafter.pt")
     return Figures(
         loss=held_out_loss(pair[0], tokenizer, sources.held_out),
         on_source=acceptance(*pair, held_out_prompts(tokenizer, sources.held_out, 12, 128), 2),
@@ -68,12 +73,17 @@ def measure(
         files=len(sources.training),
         held_out_files=len(sources.held_out),
         corpus_tokens=corpus_tokens / 1e6,
-        target_tokens=target_tokens / 1e6,
-        target_minutes=target_seconds / 60,
-        drafter_tokens=drafter_tokens / 1e6,
-        drafter_minutes=drafter_seconds / 60,
+        target_tokens=target_run.tokens / 1e6,
+        target_minutes=target_run.seconds / 60,
+        drafter_tokens=drafter_run.tokens / 1e6,
+        drafter_minutes=drafter_run.seconds / 60,
         threads=threads,
     )
+
+
+def say_some(step: Step) -> None:
+    if step.number % 20 == 0:
+        say(str(step))
 
 
 def say(line: str) -> None:

@@ -6,7 +6,8 @@ import platform
 from dataclasses import dataclass
 
 from tools.tiny_python.evaluate import Acceptance, Loss
-from tools.tiny_python.optimizer import Parameters
+
+from paceline.train.optimizer import Parameters
 
 TEMPLATE = """\
 ---

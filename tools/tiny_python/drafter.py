@@ -8,6 +8,7 @@ drafter meets.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,11 +17,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from tools.tiny_python.data import Corpus
-from tools.tiny_python.optimizer import Parameters
-from tools.tiny_python.run import Run
-from tools.tiny_python.sequences import Cache, DraftRows, PlainWeights, states
 from tools.tiny_python.target import CONFIG as TARGET_CONFIG
-from tools.tiny_python.target import WINDOW, first_weights, rope_json, target_of
+from tools.tiny_python.target import WINDOW, rope_json, target_of
 from tools.tiny_python.tokenizer import BOS, EOS, PAD, VOCABULARY
 from torch import Tensor
 from torch.nn import functional as F
@@ -30,6 +28,10 @@ from paceline.checkpoint.names import TOKEN_ORDERING, drafter_tensors
 from paceline.models import ops
 from paceline.models.drafter import Drafter, load_drafter
 from paceline.models.gemma4 import Target, embed, logits
+from paceline.train.optimizer import Parameters
+from paceline.train.run import Run
+from paceline.train.sequences import Cache, DraftRows, PlainWeights, states
+from paceline.train.shape import first_weights
 
 DEPTH = 4  # draft steps unrolled in training
 CENTROIDS = 128
@@ -173,7 +175,8 @@ class Distillation:
     """Trains a drafter against a finished target in bfloat16."""
 
     corpus: Corpus
-    run: Run
+    run: Run[Tensor]
+    report: Callable[[str], None] = print
     seed: int = 0
     sequences: int = 6
     length: int = 320
@@ -183,10 +186,10 @@ class Distillation:
         """Train, or resume; returns the weights in bfloat16."""
         fixed = target_of({name: weights.detach() for name, weights in target.items()})
         own = self.own_text(fixed)
-        self.run.report(f"{own.numel()} tokens of the target's own text")
+        self.report(f"{own.numel()} tokens of the target's own text")
 
-        def batch(share: float, step: int) -> Tensor:
-            return self.batch(own, np.random.default_rng((self.seed, step)))
+        def batch(share: float, step: int) -> tuple[Tensor, ...]:
+            return self.batch(own, np.random.default_rng((self.seed, step))).chunk(self.run.workers.count)
 
         return self.run.train(new_drafter(target, self.seed), partial(distillation_loss, fixed), batch)
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import torch
 from tokenizers import Tokenizer
-from tools.tiny_python.sequences import Cache, draft, states
 from tools.tiny_python.tokenizer import BOS
 from torch.nn import functional as F
 
 from paceline.models import ops
 from paceline.models.drafter import Drafter
 from paceline.models.gemma4 import Target, logits
+from paceline.train.sequences import Cache, draft, states
 
 
 @dataclass(frozen=True)

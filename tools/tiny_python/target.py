@@ -9,19 +9,19 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from tools.tiny_python.data import Corpus
-from tools.tiny_python.optimizer import Parameters
-from tools.tiny_python.run import Run
-from tools.tiny_python.sequences import PlainWeights, states
 from tools.tiny_python.tokenizer import BOS, EOS, PAD, TURN_END, VOCABULARY
 from torch import Tensor
 from torch.nn import functional as F
 
 from paceline.checkpoint.config_json import target_config
-from paceline.checkpoint.names import PLE_TABLE, Shapes, target_tensors
+from paceline.checkpoint.names import PLE_TABLE, target_tensors
 from paceline.models import ops
 from paceline.models.gemma4 import Target, load_target, logits
+from paceline.train.optimizer import Parameters
+from paceline.train.run import Run
+from paceline.train.sequences import PlainWeights, states
+from paceline.train.shape import first_weights
 
 WINDOW = 128
 # (share of the training time from which it holds, sequences per step, tokens per sequence): mostly short sequences,
@@ -74,20 +74,6 @@ def rope_json() -> dict[str, Any]:
 CONFIG = target_config(target_json())
 
 
-def first_weights(shapes: Shapes, seed: int) -> Parameters:
-    """First weights in float32: embeddings and attention scores of about unit variance, small residual branches."""
-    generator = torch.Generator().manual_seed(seed)
-    weights = {}
-    for name, shape in shapes.items():
-        if len(shape) == 2:
-            weights[name] = torch.randn(shape, generator=generator) * shape[1] ** -0.5
-        elif name.endswith(("q_norm.weight", "k_norm.weight")):
-            weights[name] = torch.full(shape, 1.5 * shape[0] ** -0.25)
-        else:
-            weights[name] = torch.full(shape, 0.4 if ".post_" in name else 1.0)
-    return weights
-
-
 def new_target(seed: int) -> Parameters:
     """First weights of the target."""
     weights = first_weights(target_tensors(CONFIG), seed)
@@ -107,11 +93,11 @@ def next_token_loss(weights: Parameters, tokens: Tensor) -> Tensor:
     return F.cross_entropy(scores, tokens[:, 1:].flatten())
 
 
-def train_target(corpus: Corpus, run: Run, seed: int) -> Parameters:
+def train_target(corpus: Corpus, run: Run[Tensor], seed: int) -> Parameters:
     """Train, or resume; returns the weights in bfloat16."""
 
-    def batch(share: float, step: int) -> Tensor:
+    def batch(share: float, step: int) -> tuple[Tensor, ...]:
         sequences, length = next((s, t) for start, s, t in reversed(LENGTHS) if share >= start)
-        return corpus.batch(np.random.default_rng((seed, step)), sequences, length)
+        return corpus.batch(np.random.default_rng((seed, step)), sequences, length).chunk(run.workers.count)
 
     return run.train(new_target(seed), next_token_loss, batch)

@@ -197,6 +197,29 @@ def plot_losses(report: Mapping[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
+def plot_training(report: Mapping[str, Any], path: Path) -> None:
+    """Draw the loss of a training, and how likely a draft at each depth is accepted, against its time.
+
+    Raises:
+        SettingsError: matplotlib is not installed, or the file cannot be written.
+    """
+    figure = _figure_class()(figsize=(9, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    history = report["history"]
+    minutes = [point["seconds"] / 60 for point in history]
+    left.plot(minutes, [point["loss"] for point in history], color="#2f6f9f")
+    left.set(xlabel="minutes of training", ylabel="loss, nats a step")
+    for depth, shares in enumerate(zip(*(point["agreement"] for point in history), strict=True), start=1):
+        right.plot(minutes, shares, color="#2f6f9f", alpha=1 - 0.2 * (depth - 1))
+        right.annotate(str(depth), (minutes[-1], shares[-1]), textcoords="offset points", xytext=(4, -3))
+    right.set(xlabel="minutes of training", ylabel="acceptance at depth 1, 2, ...", ylim=(0, 1))
+    for axes in (left, right):
+        axes.grid(axis="y", color="#dddddd")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"drafter of {report['settings']['target']}")
+    _save(figure, path)
+
+
 def check_plot(path: Path) -> None:
     """Find out before minutes of measuring whether a plot can be drawn.
 

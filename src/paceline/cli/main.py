@@ -18,13 +18,14 @@ from paceline.cli.eval import evaluate
 from paceline.cli.generate import generate
 from paceline.cli.inspect import inspect
 from paceline.cli.serve import serve
+from paceline.cli.train import train
 from paceline.cli.verify import verify
 from paceline.errors import PacelineError
 
 USER_ERROR = 2
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
-for command in (generate, serve, chat, demo, inspect, convert, verify):
+for command in (generate, serve, chat, demo, inspect, convert, train, verify):
     app.command()(command)
 app.command("eval")(evaluate)
 app.add_typer(bench, name="bench")

@@ -17,12 +17,12 @@ Result = TypeVar("Result")
 
 
 class Workers:
-    """A fixed number of threads; PyTorch itself is set to one thread."""
+    """A fixed number of threads, in each of which PyTorch itself uses `each` threads."""
 
-    def __init__(self, count: int | None = None) -> None:
+    def __init__(self, count: int | None = None, each: int = 1) -> None:
         self.count = count or os.cpu_count() or 1
-        torch.set_num_threads(1)
-        self._pool = ThreadPoolExecutor(self.count, initializer=torch.set_num_threads, initargs=(1,))
+        torch.set_num_threads(each)
+        self._pool = ThreadPoolExecutor(self.count, initializer=torch.set_num_threads, initargs=(each,))
 
     def run(self, jobs: Sequence[Callable[[], Result]], *, together: bool = True) -> list[Result]:
         """Run all jobs and return their results in order; one after the other if not `together` (the first call may

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from tools.tiny_python.optimizer import Optimizer
 
-SAVE_EVERY = 120.0  # seconds of training
+from paceline.files import atomic_file
+from paceline.train.optimizer import Optimizer
 
 
 @dataclass
@@ -20,6 +20,7 @@ class Progress:
     seconds: float = 0.0
     tokens: int = 0
     saved: float = 0.0  # `seconds` at the last save
+    history: list[dict[str, Any]] = field(default_factory=list)  # what was found at every save
 
     @classmethod
     def resume(cls, path: Path, optimizer: Optimizer) -> Progress:
@@ -28,23 +29,20 @@ class Progress:
             return cls(path)
         state = torch.load(path, weights_only=True)
         optimizer.restore(state["optimizer"])
-        return cls(path, state["seconds"], state["tokens"], state["seconds"])
-
-    def advance(self, seconds: float, tokens: int, optimizer: Optimizer) -> None:
-        self.seconds += seconds
-        self.tokens += tokens
-        if self.seconds - self.saved > SAVE_EVERY:
-            self.save(optimizer)
+        return _from(path, state)
 
     def save(self, optimizer: Optimizer) -> None:
         self.saved = self.seconds
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_suffix(".new")
-        torch.save({"optimizer": optimizer.state(), "seconds": self.seconds, "tokens": self.tokens}, beside)
-        os.replace(beside, self.path)
+        state = {"optimizer": optimizer.state(), "seconds": self.seconds, "tokens": self.tokens}
+        with atomic_file(self.path) as file:
+            torch.save({**state, "history": self.history}, file)
 
 
-def trained(path: Path) -> tuple[float, int]:
-    """Seconds and tokens of the run stored at `path`."""
-    state = torch.load(path, weights_only=True)
-    return state["seconds"], state["tokens"]
+def trained(path: Path) -> Progress:
+    """Progress of the run stored at `path`."""
+    return _from(path, torch.load(path, weights_only=True))
+
+
+def _from(path: Path, state: dict[str, Any]) -> Progress:
+    return Progress(path, state["seconds"], state["tokens"], state["seconds"], state["history"])

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from tools.tiny_python.workers import Workers
 from torch import Tensor
+
+from paceline.train.workers import Workers
 
 Parameters = dict[str, Tensor]
 """A model's weights by canonical name; those that are trained are leaves of the gradient."""
@@ -42,6 +43,7 @@ class Optimizer:
         self.adam_names = [name for name in self.masters if name not in muon]
         self.second = {name: torch.zeros_like(self.masters[name]) for name in self.adam_names}
         self.steps = 0
+        self._dtype = next(iter(self.parameters[0].values())).dtype
 
     @torch.no_grad()
     def step(self, factor: float) -> None:
@@ -66,7 +68,7 @@ class Optimizer:
             momentum.lerp_(gradient, 1 - MUON_MOMENTUM)
             updates.append(gradient.lerp(momentum, MUON_MOMENTUM))
         rows, columns = updates[0].shape
-        directions = orthogonal(torch.stack(updates)) * max(1.0, rows / columns) ** 0.5
+        directions = orthogonal(torch.stack(updates), self._dtype) * max(1.0, rows / columns) ** 0.5
         for name, direction in zip(names, directions, strict=True):
             self.masters[name].mul_(1 - rate * self.decay).sub_(direction.float(), alpha=rate)
 
@@ -97,9 +99,9 @@ class Optimizer:
         self._publish()
 
 
-def orthogonal(matrices: Tensor) -> Tensor:
-    """Approximately U V^T of each matrix [N, rows, columns], by five quintic Newton-Schulz steps in bfloat16."""
-    x: Tensor = matrices.bfloat16()
+def orthogonal(matrices: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Approximately U V^T of each matrix [N, rows, columns], by five quintic Newton-Schulz steps, in a type."""
+    x: Tensor = matrices.to(dtype)
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x

@@ -1,0 +1,95 @@
+"""Texts that a drafter is trained on: prompts, each continued by the target itself, because that is what it drafts for.
+
+A prompt is a line of a file, or the beginning of a stretch of a text. One in `HELD_OUT` is kept for measurements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+import paceline
+from paceline.engine.engine import Engine, Request
+from paceline.errors import PromptError
+from paceline.types import GREEDY, Event, SamplingParams
+
+HELD_OUT = 10  # one prompt in so many
+GREEDY_SHARE = 4  # one text in so many is greedy
+OFFICIAL = SamplingParams(temperature=1.0, top_k=64, top_p=0.95)  # of all Gemma 4 models; for files that say nothing
+SHORTEST = 4  # tokens of a prompt that is cut from a text
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Token ids of prompts."""
+
+    training: list[list[int]]
+    held_out: list[list[int]]
+
+    def text(self, number: int, *, held_out: bool) -> list[int]:
+        """The prompt of a text: all take turns."""
+        prompts = self.held_out if held_out else self.training
+        return prompts[number % len(prompts)]
+
+
+def read_prompts(engine: Engine, lines: Sequence[str], texts: Sequence[str], length: int, seed: int) -> Prompts:
+    """Prompts in an order of chance.
+
+    Args:
+        engine: its tokenizer, and its chat template for lines, if it has one.
+        lines: prompts.
+        texts: they are cut into stretches of `length` tokens, of which up to a half is given to the target.
+        length: tokens of a text that is trained on.
+        seed: of the order, and of how much of each stretch is given.
+
+    Raises:
+        PromptError: fewer than two prompts.
+    """
+    dice = np.random.default_rng(seed)
+    raw = engine.chat_template is None
+    prompts = [engine.encode(line, raw=raw)[: length // 2] for line in lines]
+    first = [] if engine.tokenizer.bos_id is None else [engine.tokenizer.bos_id]
+    for text in texts:
+        tokens = engine.tokenizer.encode(text)
+        for start in range(0, len(tokens), length):
+            given = int(dice.integers(SHORTEST, length // 2))
+            prompts.append(first + tokens[start : start + given])
+    prompts = [prompts[i] for i in dice.permutation(len(prompts)) if prompts[i]]
+    if len(prompts) < 2:
+        raise PromptError("there is too little text; give two prompts or more, or a longer text")
+    held_out = max(1, len(prompts) // HELD_OUT)
+    return Prompts(prompts[held_out:], prompts[:held_out])
+
+
+def bundled_prompts(engine: Engine) -> list[str]:
+    """Short prompts that come with paceline: questions for a model with a chat template, else beginnings of texts."""
+    name = "raw.txt" if engine.chat_template is None else "chat.txt"
+    return (Path(paceline.__file__).parent / "assets" / "prompts" / name).read_text(encoding="utf-8").splitlines()
+
+
+def sampling_of(engine: Engine) -> SamplingParams:
+    """The model's own settings, if it has any."""
+    return engine.sampling if engine.sampling.temperature else OFFICIAL
+
+
+def write_texts(engine: Engine, prompts: Sequence[list[int]], length: int, seeds: Sequence[int]) -> list[list[int]]:
+    """Prompts with the target's continuation up to `length` tokens or its end; the same for the same seeds."""
+    failures: list[Exception] = []
+
+    def deliver(event: Event | Exception) -> None:
+        if isinstance(event, Exception):
+            failures.append(event)
+
+    own, sequences = sampling_of(engine), []
+    for prompt, seed in zip(prompts, seeds, strict=True):
+        params = replace(own, seed=seed) if seed % GREEDY_SHARE else GREEDY
+        request = Request(params, max_tokens=max(1, length - len(prompt)), draft_tokens=0)
+        sequences.append(engine.submit(prompt, request, deliver))
+    while engine.scheduler.busy and not failures:
+        engine.scheduler.tick()
+    if failures:
+        raise failures[0]
+    return [sequence.tokens[:length] for sequence in sequences]

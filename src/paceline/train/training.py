@@ -1,0 +1,406 @@
+"""`paceline train` from beginning to end: capture, distillation, measurement, export.
+
+Everything in between is kept in a folder beside the result, from which a run that was stopped at any moment goes on:
+the settings, the shards of captured texts, the first weights, and the training state. It goes when the result is there.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+import paceline
+from paceline.backends.cpu.backend import CpuBackend
+from paceline.backends.cpu.processors import default_threads
+from paceline.backends.torch.load import open_device
+from paceline.checkpoint import Checkpoint, Tensors, locate, resolve
+from paceline.checkpoint.config_json import drafter_config
+from paceline.checkpoint.names import DRAFT_TOKENS, TOKEN_ORDERING, drafter_tensors
+from paceline.checkpoint.tensors import BLOCKS
+from paceline.config import DrafterConfig, TargetConfig, check_pair
+from paceline.engine.engine import Engine
+from paceline.errors import CheckpointError, SettingsError
+from paceline.files import read_json
+from paceline.models.matrix import pack
+from paceline.train import acceptance, capture, texts
+from paceline.train.card import card
+from paceline.train.distill import Batch, Data, Distillation, embeddings_path
+from paceline.train.export import replace_folder, write_model
+from paceline.train.optimizer import Parameters
+from paceline.train.progress import trained
+from paceline.train.run import Run, Step
+from paceline.train.shape import drafter_json, new_drafter, sources
+from paceline.train.workers import Workers
+
+LEAST_SHARDS = 2
+TEXTS, POSITIONS = 4, 96  # of a worker's part of a batch
+EXAMINED = 32  # held-out texts, at every save
+MEASURED = 100  # held-out prompts, at the end
+REPLICA_BYTES = 2 << 30
+
+Progress = Callable[[str, int, int], None]  # what is done, how much of it, of how much
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run's result depends on.
+
+    Args:
+        target: a model's name.
+        start: a drafter's name to start from; empty for a new one.
+        quant: format of the target's weights, which the drafter is trained for.
+        tokens: positions to capture.
+        length: tokens of a text at most.
+        minutes: of training.
+        hidden_size: of a new drafter; None for what official ones have.
+        intermediate_size: likewise.
+        draft_vocabulary: tokens of a new drafter's head; None for all.
+        seed: of all that is random.
+        max_tokens: of each text that acceptance is measured on.
+        data: names of the files that prompts and texts are from.
+    """
+
+    target: str
+    start: str = ""
+    quant: str = "auto"
+    tokens: int = 400_000
+    length: int = 512
+    minutes: float = 60.0
+    hidden_size: int | None = None
+    intermediate_size: int | None = None
+    draft_vocabulary: int | None = None
+    seed: int = 0
+    max_tokens: int = 128
+    data: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """Raises `SettingsError` for what no run can have."""
+        if self.start and (self.hidden_size or self.intermediate_size or self.draft_vocabulary):
+            raise SettingsError("a drafter to start from has its own sizes; leave them out, or leave out --from")
+
+
+@dataclass
+class Training:
+    """A run.
+
+    Args:
+        settings: see there.
+        out: the folder to write, which must not exist.
+        lines: prompts; None for those that come with paceline, unless there are documents.
+        documents: whole texts.
+        budget: bytes of disk that captured texts may take.
+        threads: of the processor; None for as many as `paceline.load` takes.
+        device: of PyTorch, for the distillation.
+        notify: receives one-line notices.
+        progress: told how far it is.
+    """
+
+    settings: Settings
+    out: Path
+    lines: Sequence[str] | None
+    documents: Sequence[str]
+    budget: int
+    threads: int | None = None
+    device: str = "cpu"
+    notify: Callable[[str], None] = lambda _: None
+    progress: Progress = lambda what, done, total: None
+    _engine: Engine | None = field(default=None, init=False)
+
+    def run(self) -> dict[str, Any]:
+        """Train, or go on where a run was stopped; returns a report for JSON.
+
+        Raises:
+            PacelineError: a model that cannot be loaded, settings or texts that cannot be used, no room.
+        """
+        self.settings.check()
+        if self.out.exists():
+            raise SettingsError(f"{self.out}: exists already; give a folder that does not")
+        open_device(self.device)
+        sources(self.target)
+        shards = self._shards()
+        self._open_folder(shards)
+        self._capture(shards)
+        self._first_weights(shards)
+        self._release()
+        weights = self._distil(shards)
+        write = self._writer(weights)
+        replace_folder(self.folder / "drafter", write)
+        found = self._measure()
+        about = self._report(shards, found)
+
+        def fill(fresh: Path) -> None:
+            write(fresh)
+            (fresh / "README.md").write_text(card(about))
+
+        replace_folder(self.out, fill)
+        shutil.rmtree(self.folder)
+        return about
+
+    # -- what it works on ----------------------------------------------------------------------------------------------
+
+    @property
+    def folder(self) -> Path:
+        """Where everything in between is kept."""
+        return self.out.with_name(self.out.name + ".train")
+
+    @cached_property
+    def target(self) -> TargetConfig:
+        return Checkpoint.open(locate(self.settings.target, self.notify)).target_config()
+
+    @cached_property
+    def _start_files(self) -> Checkpoint:
+        """Of the drafter to start from."""
+        found = Checkpoint.open(locate(self.settings.start, self.notify))
+        if found.packed:
+            raise CheckpointError(f"{found.path}: holds packed weights alone; give the drafter as published")
+        return found
+
+    @cached_property
+    def config_json(self) -> Mapping[str, Any]:
+        """`config.json` of the drafter."""
+        s = self.settings
+        if s.start:
+            return self._start_files.config
+        return drafter_json(self.target, s.hidden_size, s.intermediate_size, s.draft_vocabulary)
+
+    @cached_property
+    def drafter(self) -> DrafterConfig:
+        config = drafter_config(self.config_json)
+        check_pair(self.target, config)
+        return config
+
+    def _shards(self) -> int:
+        """How many shards hold the tokens asked for, or as many as the budget allows."""
+        if self.settings.length > self.target.max_positions:
+            raise SettingsError(f"--length is more than the {self.target.max_positions} tokens that the model can take")
+        size = capture.SHARD * self.settings.length
+        wanted = max(LEAST_SHARDS, -(-self.settings.tokens // size))
+        most = self.budget // (size * capture.position_bytes(self.target))
+        if most < LEAST_SHARDS:
+            needed = LEAST_SHARDS * size * capture.position_bytes(self.target) / 1e9
+            raise SettingsError(f"--budget {self.budget / 1e9:g} holds too few texts; {needed:.1f} is the least here")
+        if most < wanted:
+            self.notify(f"budget: {most * size:,} tokens of text, {self.budget / 1e9:g} GB; --budget allows more")
+        return min(wanted, most)
+
+    def _open_folder(self, shards: int) -> None:
+        """A new folder, or that of a run with the same settings."""
+        path = self.folder / "settings.json"
+        mine = json.loads(json.dumps({**asdict(self.settings), "shards": shards}))
+        if path.exists():
+            theirs = read_json(path)
+            odd = next((key for key in mine if mine[key] != theirs.get(key)), None)
+            if odd is not None:
+                raise SettingsError(
+                    f"{self.folder}: was begun with {odd} {theirs.get(odd)!r}, which is now {mine[odd]!r}; "
+                    "give the same settings to go on, or delete the folder"
+                )
+            self.notify(f"{self.folder}: going on with what is there")
+            return
+        drafter, _ = self.drafter, self._prompts  # what is wrong with them is told before anything is written
+        free = shutil.disk_usage(next(p for p in self.folder.absolute().parents if p.exists())).free
+        needed = shards * capture.SHARD * self.settings.length * capture.position_bytes(self.target)
+        if free < needed:
+            raise SettingsError(
+                f"{self.folder}: {needed / 1e9:.1f} GB of captured texts do not fit; {free / 1e9:.1f} GB are free; "
+                "give a smaller --budget or fewer --tokens"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        capture.write_bytes(path, json.dumps(mine).encode())
+        self.notify(f"drafter: {drafter.hidden_size} wide, head of {drafter.draft_vocab_size:,} tokens")
+
+    # -- the steps -----------------------------------------------------------------------------------------------------
+
+    @property
+    def _texts(self) -> capture.Shards:
+        return capture.Shards(self.folder)
+
+    def _open_engine(self) -> Engine:
+        if self._engine is None:
+            self._engine = paceline.load(
+                self.settings.target,
+                drafter="none",
+                quant=self.settings.quant,
+                threads=self.threads,
+                context=min(self.settings.length + 1, self.target.max_positions),
+                slots=capture.SHARD,
+                prompt_chunk=capture.ROWS,
+                draft_tokens=0,
+                notify=self.notify,
+            )
+        return self._engine
+
+    def _release(self) -> None:
+        self._engine = None
+        gc.collect()  # weights are in cycles
+
+    @cached_property
+    def _prompts(self) -> texts.Prompts:
+        engine = self._open_engine()
+        lines = self.lines
+        if lines is None:
+            lines = [] if self.documents else texts.bundled_prompts(engine)
+        return texts.read_prompts(engine, lines, self.documents, self.settings.length, self.settings.seed)
+
+    def _capture(self, shards: int) -> None:
+        """Let the target write texts, and keep what it did."""
+        missing = [number for number in range(shards) if not self._texts.path(number).exists()]
+        if not missing:
+            return
+        engine, prompts, length = self._open_engine(), self._prompts, self.settings.length
+        backend = engine.backend
+        assert isinstance(backend, CpuBackend)
+        for number in missing:
+            self.progress("writing texts", number * capture.SHARD, shards * capture.SHARD)
+            seeds = range(number * capture.SHARD, (number + 1) * capture.SHARD)
+            given = [prompts.text(seed - number, held_out=False) for seed in seeds[:-1]]
+            given.append(prompts.text(number, held_out=True))
+            written = texts.write_texts(engine, given, length, seeds)
+            kept = []
+            for place, tokens in enumerate(written):
+                self.progress("capturing", number * capture.SHARD + place, shards * capture.SHARD)
+                kept.append(capture.captured(backend, self.target, tokens, length))
+            self._texts.write(number, kept)
+
+    def _first_weights(self, shards: int) -> None:
+        """The drafter's first weights, and what the texts' tokens are to the target."""
+        path, table = self.folder / "first.safetensors", embeddings_path(self.folder)
+        if path.exists() and table.exists():
+            return
+        engine = self._open_engine()
+        backend = engine.backend
+        assert isinstance(backend, CpuBackend)
+        tokens = torch.unique(torch.cat([torch.unique(part) for part in self._texts.tokens(shards)]))
+        rows = torch.from_numpy(capture.embeddings(backend, tokens.numpy().astype(np.int32))).bfloat16()
+        capture.write_bytes(table, save({"tokens": tokens.int(), "embeddings": rows}))
+        weights = self._start(backend, shards)
+        capture.write_bytes(path, save({name: tensor.contiguous() for name, tensor in weights.items()}))
+
+    def _start(self, backend: CpuBackend, shards: int) -> Parameters:
+        config = self.drafter
+        if self.settings.start:
+            found = resolve(self._start_files, config)
+            return {name: _values(found, name) for name in found.refs}
+        chosen = None
+        if config.restricted:
+            shares = self._texts.top_shares(shards, config.vocab_size)
+            chosen = shares.topk(config.draft_vocab_size).indices.sort().values.numpy().astype(np.int32)
+        norms = {}
+        for index in sources(self.target):
+            norm = backend.weights.tensors[f"layers.{index}.self_attn.q_norm.weight"]
+            assert isinstance(norm, np.ndarray)
+            norms[self.target.layers[index].sliding] = torch.from_numpy(norm) * self.target.attention_scale
+        return new_drafter(config, lambda part: capture.embeddings(backend, part), norms, chosen, self.settings.seed)
+
+    def _distil(self, shards: int) -> Parameters:
+        self.progress("training", 0, int(60 * self.settings.minutes))
+        data = Data(self._texts, shards, self.settings.seed)
+        dtype = training_dtype(self.device)
+        workers = self._workers()
+        loss = Distillation(self.drafter, self.target, data.embeddings.to(self.device))
+
+        def batch(share: float, step: int) -> list[Batch]:
+            first = step * workers.count
+            parts = (data.batch(first + part, TEXTS, POSITIONS) for part in range(workers.count))
+            return [part.to(self.device, dtype) for part in parts]
+
+        def examine(weights: Parameters) -> dict[str, Any]:
+            sums = counts = torch.zeros(())
+            for _, held_out in zip(range(EXAMINED), data.held_out(POSITIONS), strict=False):
+                found = loss.agreement(weights, held_out.to(self.device, dtype))
+                sums, counts = sums + found[0].cpu(), counts + found[1].cpu()
+            return {"agreement": [round(float(x), 4) for x in sums / counts.clamp(min=1)]}
+
+        run = Run[Batch](
+            path=self.folder / "state.pt",
+            minutes=self.settings.minutes,
+            workers=workers,
+            dtype=dtype,
+            device=self.device,
+            report=self._report_step,
+            examine=examine,
+        )
+        return run.train(load_file(self.folder / "first.safetensors"), loss.loss, batch)
+
+    def _workers(self) -> Workers:
+        """A replica for each thread, as far as memory goes; the threads that are left work inside of them."""
+        if self.device != "cpu":
+            return Workers(1)
+        threads = self.threads or default_threads()
+        size = 4 * sum(math.prod(shape) for shape in drafter_tensors(self.drafter).values())  # with gradients, bfloat16
+        count = max(1, min(threads, REPLICA_BYTES // size))
+        return Workers(count, threads // count)
+
+    def _report_step(self, step: Step) -> None:
+        self.progress(f"training, loss {step.loss:.3f}", int(step.seconds), int(step.total))
+
+    def _writer(self, weights: Parameters) -> Callable[[Path], None]:
+        whole = (DRAFT_TOKENS, TOKEN_ORDERING)
+        kept = {name: w if name in whole else w.detach().bfloat16() for name, w in weights.items()}
+        return lambda folder: write_model(folder, self.config_json, kept)
+
+    @property
+    def _measuring(self) -> float:
+        """Seconds that each measurement may take, of large models that would take hours."""
+        return max(60.0, 6 * self.settings.minutes)
+
+    def _measure(self) -> dict[str, dict[str, Any]]:
+        """Acceptance on held-out prompts, of the drafter that was started from, too."""
+        found, prompts = {}, self._prompts.held_out[:MEASURED]
+        self._release()
+        drafters = {"before": self.settings.start} if self.settings.start else {}
+        for name, drafter in {**drafters, "after": str(self.folder / "drafter")}.items():
+            engine = paceline.load(
+                self.settings.target,
+                drafter=drafter,
+                quant=self.settings.quant,
+                threads=self.threads,
+                context=min(self.settings.length + self.settings.max_tokens, self.target.max_positions),
+            )
+
+            def report(done: int, name: str = name, total: int = 2 * len(prompts)) -> None:
+                self.progress(f"measuring, {name}", done, total)
+
+            measured = acceptance.measure(engine, prompts, self.settings.max_tokens, self._measuring, report)
+            found[name] = {sampling: one.report() for sampling, one in measured.items()}
+            prompts = prompts[: min(one.texts for one in measured.values())]
+        return found
+
+    def _report(self, shards: int, found: Mapping[str, Any]) -> dict[str, Any]:
+        progress = trained(self.folder / "state.pt")
+        return {
+            "command": "train",
+            "version": paceline.__version__,
+            "settings": asdict(self.settings),
+            "texts": shards * capture.SHARD,
+            "drafted_positions": progress.tokens,
+            "training_seconds": round(progress.seconds),
+            "history": progress.history,
+            "acceptance": found,
+        }
+
+
+def _values(found: Tensors, name: str) -> Tensor:
+    """A tensor of a drafter's files: in float32, or token ids."""
+    ref = found.refs[name]
+    if len(ref.shape) == 1:
+        return torch.from_numpy(found.vector(name))
+    return pack(ref.read(), "f32", ref.dtype if ref.dtype in BLOCKS else "").values
+
+
+def training_dtype(device: str) -> torch.dtype:
+    """bfloat16 where it is fast; else float32."""
+    fast = device != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32

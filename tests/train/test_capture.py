@@ -1,0 +1,164 @@
+"""What is captured natively is what the model in PyTorch computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from paceline.backends.torch.weights import CheckpointSource
+from paceline.checkpoint import Checkpoint, resolve
+from paceline.errors import BackendError, SettingsError
+from paceline.models import ops
+from paceline.models.gemma4 import Target, embed, load_target, logits
+from paceline.train import capture
+from paceline.train.sequences import Cache, states
+from paceline.train.shape import sources
+from paceline.types import GREEDY, Draft, Work
+from tests.fixtures.backends import cpu_backend
+from tests.fixtures.gemma3 import write_gemma3
+from tests.fixtures.pairs import SHAPES, VOCABULARY, WINDOW, write_pair
+
+LENGTH = 9 * WINDOW  # the last chunk is not whole, and sliding rings have gone round
+
+
+def target_in_pytorch(folder: Path) -> Target:
+    checkpoint = Checkpoint.open(folder)
+    config = checkpoint.target_config()
+    return load_target(config, CheckpointSource(resolve(checkpoint, config), "f32", torch.device("cpu")))
+
+
+def text(count: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(4, VOCABULARY, count).tolist()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [*SHAPES, "gemma3 small", "gemma3 large"])
+def test_against_pytorch(shape: str, tmp_path: Path) -> None:
+    """States, keys and values of both layers, and the best logits, at every position."""
+    if shape.startswith("gemma3"):
+        folder = write_gemma3(tmp_path / "target", shape.removeprefix("gemma3 "))
+    else:
+        folder, _ = write_pair(tmp_path, shape)
+    target, backend, tokens = target_in_pytorch(folder), cpu_backend(folder, None), text(LENGTH)
+    found = capture.captured(backend, target.config, tokens, LENGTH + 5)
+    cache = Cache()
+    hidden = states(target, torch.tensor([tokens]), cache)[0]
+    expected = {"states": hidden}
+    for kind, layer in zip(capture.KINDS, sources(target.config), strict=True):
+        keys, values = cache.rows[layer]
+        expected |= {f"{kind}.keys": keys[0].transpose(0, 1), f"{kind}.values": values[0].transpose(0, 1)}
+    for name, theirs in expected.items():
+        ours = found[name].float()
+        ours = ours.transpose(0, 1) if "." in name else ours
+        assert (ours[:LENGTH] - theirs).abs().max() <= 0.005 * theirs.abs().max(), name  # bfloat16 has 8 bits
+        assert not ours[LENGTH:].any(), name
+    scores = logits(target, ops, hidden)
+    best = scores.topk(capture.KEPT, dim=-1)
+    assert torch.equal(found["top_ids"][:LENGTH, :3].long(), best.indices[:, :3])
+    shifted = best.values - best.values[:, :1]
+    torch.testing.assert_close(found["top_logits"][:LENGTH].float(), shifted, atol=0.01, rtol=0.002)
+    assert found["tokens"].tolist() == [*tokens, *[0] * 5]
+    assert found["lengths"] == LENGTH
+    rows = capture.embeddings(backend, np.array(tokens, np.int32))
+    torch.testing.assert_close(torch.from_numpy(rows), embed(target, torch.tensor(tokens)), rtol=1e-3, atol=1e-3)
+
+
+def test_bytes_of_a_position(tmp_path: Path) -> None:
+    folder, _ = write_pair(tmp_path, "12b")
+    backend = cpu_backend(folder, None)
+    config = Checkpoint.open(folder).target_config()
+    found = capture.captured(backend, config, text(40), 40)
+    assert sum(tensor.nbytes for tensor in found.values()) == 40 * capture.position_bytes(config) + 4
+
+
+@pytest.mark.parametrize("kv", ["bf16", "q8"])
+def test_formats_of_the_cache(kv: str, tmp_path: Path) -> None:
+    """Other formats give the same numbers as f32, rounded."""
+    folder, _ = write_pair(tmp_path, "e4b")
+    config = Checkpoint.open(folder).target_config()
+    rows = []
+    for fmt in ("f32", kv):
+        backend = cpu_backend(folder, None, kv=fmt)
+        slot = backend.open_slot()
+        backend.run([Work(slot, 0, text(20))])
+        rows.append([backend.keys_values(layer, slot, 4, 16) for layer in sources(config)])
+    for exact, rounded in zip(*rows, strict=True):
+        apart = np.abs(exact - rounded).max()
+        assert 0 < apart <= 0.02 * np.abs(exact).max()
+
+
+def test_rows_that_the_cache_does_not_hold(tmp_path: Path) -> None:
+    folder, _ = write_pair(tmp_path, "text")
+    config = Checkpoint.open(folder).target_config()
+    backend = cpu_backend(folder, None, max_rows=16)
+    sliding, full = sources(config)
+    slot = backend.open_slot()
+    for start in range(0, 64, 16):
+        backend.run([Work(slot, start, text(16))])
+    assert backend.keys_values(full, slot, 0, 64).shape[2] == 64
+    assert backend.keys_values(sliding, slot, 64 - WINDOW, WINDOW).shape[2] == WINDOW
+    for layer, first, count in (
+        (sliding, 0, 4),  # the ring has gone round
+        (full, 60, 5),
+        (full, -1, 2),
+        (full, 0, -1),
+        (full, 1 << 62, 1),
+        (99, 0, 1),
+        (-1, 0, 1),
+        (len(config.layers) - 1, 0, 1),  # shares the keys and values of another
+    ):
+        with pytest.raises(ValueError, match=r"does not hold|layer"):
+            backend.keys_values(layer, slot, first, count)
+    with pytest.raises(IndexError):
+        backend.keys_values(full, 7, 0, 1)
+
+
+def test_states_of_several_works(tmp_path: Path) -> None:
+    """Those of the rows that are sampled after, in the order of the works; of a chunk that is not, none."""
+    folder, _ = write_pair(tmp_path, "text")
+    backend = cpu_backend(folder, None, slots=3)
+    first, second, third = (backend.open_slot() for _ in range(3))
+    works = [
+        Work(first, 0, text(5), GREEDY),
+        Work(second, 0, text(4, seed=1)),
+        Work(third, 0, text(3, seed=2), GREEDY, Draft(tuple(text(2, seed=3)), simulated=2)),
+    ]
+    backend.run(works)
+    together = backend.states()
+    assert len(together) == 1 + 3
+    np.testing.assert_array_equal(together[0], backend._decoder.hidden(first))
+    np.testing.assert_array_equal(together[3], backend._decoder.hidden(third))
+
+
+@pytest.mark.parametrize("width", [20, 64, 500, 5000])
+def test_the_best_logits(width: int) -> None:
+    dice = np.random.default_rng(width)
+    for spread in (0.01, 3.0, 300.0):
+        row = (spread * dice.standard_normal(width)).astype(np.float32)
+        ids, kept = capture.best(row)
+        order = np.argsort(-row, kind="stable")[: capture.KEPT]
+        np.testing.assert_array_equal(np.sort(row[ids]), np.sort(row[order]))
+        np.testing.assert_array_equal(kept, row[ids] - row.max())
+        assert kept[0] == 0
+        assert np.all(np.diff(kept) <= 0)
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    shards = capture.Shards(tmp_path)
+    texts = [{"tokens": torch.full((6,), row, dtype=torch.int32)} for row in range(capture.SHARD)]
+    shards.write(3, texts)
+    assert shards.read(3, [2, 5])["tokens"].tolist() == [[2] * 6, [5] * 6]
+    assert [path.name for path in tmp_path.iterdir()] == ["00003.safetensors"]
+    with pytest.raises(SettingsError, match="cannot be written"):
+        capture.Shards(tmp_path / "missing").write(0, texts)
+
+
+def test_more_than_a_context(tmp_path: Path) -> None:
+    folder, _ = write_pair(tmp_path, "text")
+    backend = cpu_backend(folder, None, context=32)
+    with pytest.raises(BackendError, match="context"):
+        capture.captured(backend, Checkpoint.open(folder).target_config(), text(40), 40)
+    backend.open_slot()  # it was given back
