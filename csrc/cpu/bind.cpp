@@ -217,9 +217,10 @@ nb::list run(Decoder& decoder, const nb::typed<nb::sequence, nb::object>& given)
     Result& result = results[i];
     nb::object logits = nb::none();
     if (works[i].logits) {
-      float* rows = new float[result.logits.size()];
-      std::copy(result.logits.begin(), result.logits.end(), rows);
-      logits = nb::cast(owned<float, 2>(rows, {result.sampled.size(), size_t(vocab)}));
+      auto* rows = new Floats(std::move(result.logits));  // megabytes, which are not copied
+      const nb::capsule owner(rows, [](void* p) noexcept { delete static_cast<Floats*>(p); });
+      const size_t shape[] = {result.sampled.size(), size_t(vocab)};
+      logits = nb::cast(Numpy<float, 2>(rows->data(), 2, shape, owner));
     }
     out.append(nb::make_tuple(tuple_of(result.sampled), tuple_of(result.drafted), tuple_of(result.confidence), logits));
   }

@@ -139,6 +139,7 @@ void Decoder::forward(const std::vector<Work>& works) {
 void Decoder::verify(Work& work, int64_t first_row, Result& result) {
   const int64_t vocab = target_->weights().config.vocab;
   const int64_t next = work.position + int64_t(work.tokens.size()), drafted = int64_t(work.draft.size());
+  if (work.logits) result.logits.reserve(size_t((drafted + 1) * vocab));
   for (int64_t i = 0; i <= drafted; ++i) {
     float* logits = target_->logits() + (first_row + i) * target_->logits_ld();
     if (work.logits) result.logits.insert(result.logits.end(), logits, logits + vocab);
