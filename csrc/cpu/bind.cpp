@@ -258,6 +258,18 @@ Numpy<float, 2> states(const Decoder& decoder) {
   return array_of<2>(rows, {rows.size() / hidden, hidden});
 }
 
+nb::tuple best(Decoder& decoder, int64_t count) {
+  std::pair<std::vector<int32_t>, Floats> best;
+  {
+    const GilReleased release;
+    best = decoder.best(count);
+  }
+  const std::array<size_t, 2> shape{best.first.size() / size_t(count), size_t(count)};
+  int32_t* ids = new int32_t[best.first.size()];
+  std::copy(best.first.begin(), best.first.end(), ids);
+  return nb::make_tuple(owned<int32_t, 2>(ids, shape), array_of<2>(best.second, shape));
+}
+
 Numpy<float, 4> keys_values(const Decoder& decoder, int64_t layer, int64_t slot, int64_t first, int64_t count) {
   Floats numbers;
   {
@@ -324,6 +336,10 @@ void bind_decoder(nb::module_& module) {
       .def(
           "states", &states,
           "The target's states [rows, hidden] at the rows that the last step sampled after, in the order of its works.")
+      .def("best", &best, "count"_a,
+           "Tokens and logits [rows, count] of the same rows: the best ones, best first, of equal ones the first "
+           "token.\n\n"
+           "ValueError: there are not as many, or they are no numbers.")
       .def("keys_values", &keys_values, "layer"_a, "slot"_a, "first"_a, "count"_a,
            "Keys, then values, of a layer that has its own: [2, kv_heads, count, head_dim].\n\n"
            "ValueError: positions that the cache does not hold (any more).")

@@ -85,21 +85,31 @@ def test_what_is_written_is_read(first_pair: tuple[Parameters, Parameters], tmp_
         assert all(np.array_equal(read[name].read(), tensor.numpy()) for name, tensor in weights.items())
 
 
-def test_a_run_is_resumed_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "compile", lambda loss, **_: loss)  # takes minutes
-    steps, lines = [], []
+def test_a_run_is_resumed_and_reports(tmp_path: Path) -> None:
+    steps, reports = [], []
 
-    def batch(share: float, step: int) -> torch.Tensor:
+    def batch(share: float, step: int) -> tuple[torch.Tensor, ...]:
         assert 0 <= share < 1
         steps.append(step)
-        return torch.full((2, 16), step)
+        return torch.full((2, 16), step).chunk(2)
+
+    def examine(weights: Parameters) -> dict[str, float]:
+        return {"largest": float(weights["w"].max())}
 
     for minutes in (0.004, 0.008):
-        run = Run(tmp_path / "state.pt", minutes, Workers(2), report=lines.append)
+        run = Run(tmp_path / "state.pt", minutes, Workers(2), report=reports.append, examine=examine)
         weights = run.train({"w": torch.full((4,), 0.01)}, lambda w, tokens: w["w"].float().square().sum(), batch)
     assert len(steps) > 20
     assert steps == list(range(len(steps)))  # the second run continued the first
-    assert lines[0].startswith("step 20 share 0.")
+    assert [report.number for report in reports] == list(range(1, 1 + len(steps)))
+    assert str(reports[19]).startswith("step 20 share 0.")
+    progress = trained(tmp_path / "state.pt")
+    assert progress.tokens == 32 * len(steps)
+    assert progress.seconds >= 0.48
+    times = [found["seconds"] for found in progress.history]
+    assert times == sorted(times)
+    assert times[-1] == progress.seconds
+    assert progress.history[-1]["largest"] < progress.history[0]["largest"] < 0.01
     assert weights["w"].dtype == torch.bfloat16
     assert (weights["w"] < 0.01).all()
 

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 
+import paceline
+from paceline.backends.cpu.backend import CpuBackend
 from paceline.backends.torch.weights import CheckpointSource
+from paceline.bench.shapes import TARGETS
 from paceline.checkpoint import Checkpoint, resolve
+from paceline.checkpoint.config_json import target_config
+from paceline.checkpoint.names import target_tensors
+from paceline.config import TargetConfig
 from paceline.errors import BackendError, SettingsError
 from paceline.models import ops
 from paceline.models.gemma4 import Target, embed, load_target, logits
 from paceline.train import capture
 from paceline.train.sequences import Cache, states
 from paceline.train.shape import sources
-from paceline.types import GREEDY, Draft, Work
+from paceline.types import GREEDY, Draft, SamplingParams, Work
 from tests.fixtures.backends import cpu_backend
+from tests.fixtures.checkpoints import TEXT
 from tests.fixtures.gemma3 import write_gemma3
 from tests.fixtures.pairs import SHAPES, VOCABULARY, WINDOW, write_pair
 
@@ -28,6 +39,14 @@ def target_in_pytorch(folder: Path) -> Target:
     checkpoint = Checkpoint.open(folder)
     config = checkpoint.target_config()
     return load_target(config, CheckpointSource(resolve(checkpoint, config), "f32", torch.device("cpu")))
+
+
+def captured(backend: CpuBackend, config: TargetConfig, tokens: list[int], length: int) -> dict[str, torch.Tensor]:
+    """What the target does over given tokens."""
+    recording = capture.Recording(list(tokens), GREEDY)
+    capture.Recorder(backend, config, (), len(tokens)).record([recording])
+    assert recording.tokens == tokens
+    return recording.tensors(length)
 
 
 def text(count: int, seed: int = 0) -> list[int]:
@@ -43,7 +62,7 @@ def test_against_pytorch(shape: str, tmp_path: Path) -> None:
     else:
         folder, _ = write_pair(tmp_path, shape)
     target, backend, tokens = target_in_pytorch(folder), cpu_backend(folder, None), text(LENGTH)
-    found = capture.captured(backend, target.config, tokens, LENGTH + 5)
+    found = captured(backend, target.config, tokens, LENGTH + 5)
     cache = Cache()
     hidden = states(target, torch.tensor([tokens]), cache)[0]
     expected = {"states": hidden}
@@ -70,7 +89,7 @@ def test_bytes_of_a_position(tmp_path: Path) -> None:
     folder, _ = write_pair(tmp_path, "12b")
     backend = cpu_backend(folder, None)
     config = Checkpoint.open(folder).target_config()
-    found = capture.captured(backend, config, text(40), 40)
+    found = captured(backend, config, text(40), 40)
     assert sum(tensor.nbytes for tensor in found.values()) == 40 * capture.position_bytes(config) + 4
 
 
@@ -133,17 +152,84 @@ def test_states_of_several_works(tmp_path: Path) -> None:
     np.testing.assert_array_equal(together[3], backend._decoder.hidden(third))
 
 
-@pytest.mark.parametrize("width", [20, 64, 500, 5000])
-def test_the_best_logits(width: int) -> None:
-    dice = np.random.default_rng(width)
-    for spread in (0.01, 3.0, 300.0):
-        row = (spread * dice.standard_normal(width)).astype(np.float32)
-        ids, kept = capture.best(row)
-        order = np.argsort(-row, kind="stable")[: capture.KEPT]
-        np.testing.assert_array_equal(np.sort(row[ids]), np.sort(row[order]))
-        np.testing.assert_array_equal(kept, row[ids] - row.max())
-        assert kept[0] == 0
-        assert np.all(np.diff(kept) <= 0)
+@pytest.mark.parametrize("count", [1, 2, 64, VOCABULARY])
+def test_the_best_logits(count: int, tmp_path: Path) -> None:
+    """Against a stable sort of all."""
+    folder, _ = write_pair(tmp_path, "text")
+    backend = cpu_backend(folder, None, threads=2)
+    slot, tokens = backend.open_slot(), text(20)
+    draft = Draft(tuple(tokens[1:]), simulated=19)
+    [result] = backend.run([Work(slot, 0, tokens[:1], GREEDY, draft, logits=True)])
+    ids, kept = backend.best(count)
+    np.testing.assert_array_equal(ids, np.argsort(-result.logits, axis=-1, kind="stable")[:, :count])
+    np.testing.assert_array_equal(kept, np.take_along_axis(result.logits, ids, axis=-1))
+
+
+def test_the_best_of_a_large_vocabulary() -> None:
+    """Of many blocks, the last of them not whole; and all logits alike."""
+    for spread in (1, 0):
+        native, tokens = wide_model(5003, spread), [1, 2, 3]
+        slot = native.open_slot()
+        [result] = native.run([Work(slot, 0, tokens[:1], GREEDY, Draft((2, 3), simulated=2), logits=True)])
+        ids, _ = native.best(64)
+        np.testing.assert_array_equal(ids, np.argsort(-result.logits, axis=-1, kind="stable")[:, :64])
+
+
+def wide_model(vocabulary: int, spread: float) -> CpuBackend:
+    """A random target of so many tokens; with a spread of 0 all have the same logit."""
+    settings = TEXT | {"vocab_size": vocabulary, "vocab_size_per_layer_input": vocabulary}
+    config, dice = target_config(settings), np.random.default_rng(0)
+    shapes = target_tensors(config)
+    arrays = {name: dice.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    arrays["embed_tokens.weight"] *= spread
+    with tempfile.TemporaryDirectory() as folder:
+        save_file({f"model.{name}": array for name, array in arrays.items()}, Path(folder) / "model.safetensors")
+        (Path(folder) / "config.json").write_text(json.dumps(settings))
+        return cpu_backend(Path(folder), None)
+
+
+@pytest.mark.parametrize("count", [0, -1, VOCABULARY + 1])
+def test_more_logits_than_there_are(count: int, tmp_path: Path) -> None:
+    folder, _ = write_pair(tmp_path, "text")
+    backend = cpu_backend(folder, None)
+    backend.run([Work(backend.open_slot(), 0, text(3), GREEDY)])
+    with pytest.raises(BackendError, match="count"):
+        backend.best(count)
+
+
+def test_texts_that_the_target_writes(tmp_path: Path) -> None:
+    """Several at once are those of the engine, and what is kept is what each alone gives, bit for bit."""
+    folder, _ = write_pair(tmp_path, "e2b", text=True)
+    engine = paceline.load(str(folder), drafter="none", context=128, slots=5, prompt_chunk=capture.ROWS, threads=2)
+    config, backend = engine.target_config, engine.backend
+    prompts = [text(count, seed=count) for count in (1, 2, 33, 34, 40)]
+    params = [
+        SamplingParams(temperature=2.0, seed=7),
+        GREEDY,
+        *(SamplingParams(temperature=3.0, seed=i) for i in range(3)),
+    ]
+    stops = frozenset(range(100, 110))  # so that some end early
+    recordings = [capture.Recording(list(p), s) for p, s in zip(prompts, params, strict=True)]
+    capture.Recorder(backend, config, stops, 60).record(recordings)
+    lengths = [len(one.tokens) for one in recordings]
+    assert max(lengths) == 60
+    assert min(lengths) < 60
+    engine = dataclasses.replace(engine, stop_ids=stops)
+    for one, prompt, sampling in zip(recordings, prompts, params, strict=True):
+        with engine.stream(prompt, sampling=sampling, max_tokens=60 - len(prompt)) as stream:
+            for _ in stream:
+                pass
+            assert one.tokens == stream.sequence.tokens
+        alone = captured(backend, config, one.tokens, 60)
+        together = one.tensors(60)
+        assert alone.keys() == together.keys()
+        for name in alone:
+            assert torch.equal(alone[name], together[name]), name
+
+
+def test_how_many_texts_at_once() -> None:
+    assert capture.at_once(target_config(TARGETS["e2b"]), 512) == capture.TOGETHER
+    assert capture.at_once(target_config(TARGETS["31b"]), 8192) == capture.SHARD
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
@@ -160,5 +246,5 @@ def test_more_than_a_context(tmp_path: Path) -> None:
     folder, _ = write_pair(tmp_path, "text")
     backend = cpu_backend(folder, None, context=32)
     with pytest.raises(BackendError, match="context"):
-        capture.captured(backend, Checkpoint.open(folder).target_config(), text(40), 40)
+        captured(backend, Checkpoint.open(folder).target_config(), text(40), 40)
     backend.open_slot()  # it was given back

@@ -24,6 +24,7 @@ from paceline.train.sequences import Cache, DraftRows, PlainWeights
 from paceline.train.shape import drafter_json, new_drafter, sources
 from tests.fixtures.backends import cpu_backend
 from tests.fixtures.pairs import VOCABULARY, write_pair
+from tests.train.test_capture import captured as recorded
 
 LENGTH = 40
 
@@ -53,7 +54,7 @@ def captured(folder: Path, shape: str, head: str) -> Case:
     lengths = [LENGTH] * (capture.SHARD - 1) + [20]
     texts = [dice.integers(4, VOCABULARY, count).tolist() for count in lengths]
     shards = capture.Shards(folder)
-    shards.write(0, [capture.captured(backend, config, tokens, LENGTH) for tokens in texts])
+    shards.write(0, [recorded(backend, config, tokens, LENGTH) for tokens in texts])
     tokens = torch.unique(next(shards.tokens(1)))
     rows = torch.from_numpy(capture.embeddings(backend, tokens.numpy()))
     embeddings_path(folder).write_bytes(save({"tokens": tokens.int(), "embeddings": rows}))
@@ -139,6 +140,15 @@ def test_steps_beyond_a_text_do_not_count(case: Case) -> None:
     cut = dataclasses.replace(batch, lengths=torch.full_like(batch.lengths, int(batch.positions[3]) + 2))
     for depth, step in enumerate(loss_of(case).steps(case.weights, cut)):
         assert torch.equal(step.seen[0], batch.positions + depth < cut.lengths[0])
+
+
+def test_depth_grows(case: Case) -> None:
+    depths = [case.data.batch(0, 1, 5, share / 100).depth for share in range(101)]
+    assert depths[0] == 1
+    assert depths == sorted(depths)
+    assert depths[30:] == [DEPTH] * 71
+    batch = case.data.batch(0, 1, 5, 0.1).to("cpu", torch.float32)
+    assert len(list(loss_of(case).steps(case.weights, batch))) == batch.depth == 2
 
 
 @torch.no_grad()

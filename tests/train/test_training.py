@@ -127,7 +127,7 @@ def test_killed_at_any_moment(target: str, tmp_path: Path) -> None:
     """Ten times, then to the end: as good as without, and nothing is left but the drafter."""
 
     def command(name: str) -> list[str]:
-        options = ["--tokens", "40000", "--length", "48", "--minutes", "0.4", "--threads", "1", *SMALL]
+        options = ["--tokens", "200000", "--length", "48", "--minutes", "0.4", "--threads", "1", *SMALL]
         return [sys.executable, "-m", "paceline", "train", target, str(tmp_path / name), *options]
 
     dice, stages = random.Random(0), set()

@@ -1,6 +1,8 @@
 #include "model/round.hpp"
 
 #include <algorithm>
+#include <functional>
+#include <limits>
 #include <stdexcept>
 #include <string>
 
@@ -221,6 +223,48 @@ Floats Decoder::hidden(int64_t slot) const {
 Floats Decoder::states() const {
   const Lock lock(*this);
   return Floats(target_->hidden(), target_->hidden() + sampled_rows_ * target_->weights().config.hidden);
+}
+
+// Of one row. The maxima of disjoint blocks are logits, too, so the best of all are no worse than the best of them: few
+// are left to sort. Returns whether there were as many numbers.
+static bool best_of(const float* logits, int64_t vocab, int64_t count, int32_t* ids, float* values) {
+  constexpr int64_t blocks = 1024;
+  const int64_t width = std::max(int64_t(1), vocab / std::max(blocks, count));
+  std::vector<float> maxima;
+  for (int64_t first = 0; first + width <= vocab; first += width) {
+    float top = -std::numeric_limits<float>::infinity();
+    for (int64_t t = first; t < first + width; ++t) top = logits[t] > top ? logits[t] : top;  // passes over NaNs
+    maxima.push_back(top);
+  }
+  std::nth_element(maxima.begin(), maxima.begin() + (count - 1), maxima.end(), std::greater<>());
+  const float least = maxima[size_t(count - 1)];
+  std::vector<int32_t> found;
+  for (int64_t t = 0; t < vocab; ++t)
+    if (logits[t] >= least) found.push_back(int32_t(t));
+  if (int64_t(found.size()) < count) return false;
+  std::partial_sort(found.begin(), found.begin() + count, found.end(),
+                    [&](int32_t a, int32_t b) { return logits[a] != logits[b] ? logits[a] > logits[b] : a < b; });
+  for (int64_t i = 0; i < count; ++i) values[i] = logits[ids[i] = found[size_t(i)]];
+  return true;
+}
+
+std::pair<std::vector<int32_t>, Floats> Decoder::best(int64_t count) {
+  const Lock lock(*this);
+  const int64_t vocab = target_->weights().config.vocab;
+  const size_t size = product({sampled_rows_, check_range("count", count, 1, vocab)});
+  std::pair<std::vector<int32_t>, Floats> out;
+  out.first.resize(size);
+  out.second.resize(size);
+  std::atomic<bool> whole = true;
+  target_->pool().run([&](const Worker& w) {
+    w.for_share(sampled_rows_, [&](int64_t row) {
+      const float* logits = target_->logits() + row * target_->logits_ld();
+      if (!best_of(logits, vocab, count, out.first.data() + row * count, out.second.data() + row * count))
+        whole = false;
+    });
+  });
+  if (!whole) throw std::invalid_argument("the model's logits are no numbers; its weights are damaged");
+  return out;
 }
 
 Floats Decoder::keys_values(int64_t layer, int64_t slot, int64_t first, int64_t count) const {

@@ -61,6 +61,9 @@ class Decoder {
   Floats hidden(int64_t slot) const;
   // [rows][hidden] the target's states at the rows that the last step sampled after, in the order of its works.
   Floats states() const;
+  // Tokens and logits [rows][count] of the same rows: the best ones, best first, of equal ones the first token. Throws
+  // std::invalid_argument unless there are as many, all of them numbers.
+  std::pair<std::vector<int32_t>, Floats> best(int64_t count);
   // Of the cache: see KvCache::numbers.
   Floats keys_values(int64_t layer, int64_t slot, int64_t first, int64_t count) const;
   // Of the last draft step: see Drafter::last_logits and last_hidden.

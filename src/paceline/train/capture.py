@@ -14,8 +14,8 @@ The last text of a shard is of a held-out prompt. `embeddings.safetensors` has w
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -27,16 +27,18 @@ from torch import Tensor
 from paceline import _cpu
 from paceline.backends.cpu.backend import CpuBackend
 from paceline.checkpoint.names import EMBEDDING
+from paceline.checkpoint.sizes import cache_bytes
 from paceline.config import TargetConfig
 from paceline.errors import SettingsError
 from paceline.files import atomic_file
 from paceline.train.shape import sources
-from paceline.types import GREEDY, Draft, Float32, Int32, Work
+from paceline.types import Draft, Float32, Int32, SamplingParams, Work
 
-SHARD = 16  # texts, written by the target at once
+SHARD = 16  # texts
+TOGETHER = 64  # texts written at once
+CACHE_BYTES = 2 << 30  # of their KV cache
 KEPT = 64  # best logits of a position: official settings sample from no more
-ROWS = 32  # of one pass; with a vocabulary of 262,144 the logits of a row are a megabyte
-BLOCKS = 1024  # of a row, whose maxima tell where the best logits begin
+ROWS = 32  # of a prompt in one pass
 KINDS = {"sliding": True, "full": False}
 
 
@@ -47,47 +49,111 @@ def position_bytes(config: TargetConfig) -> int:
     return 2 * (config.hidden_size + keys_values) + (4 + 2) * min(KEPT, config.vocab_size) + 4
 
 
-def captured(backend: CpuBackend, config: TargetConfig, tokens: Sequence[int], length: int) -> dict[str, Tensor]:
-    """What the target does over a text, padded to `length` positions; see above, without the first dimension."""
-    layers = dict(zip(KINDS, sources(config), strict=True))
-    states, tops, rows = [], [], {kind: [] for kind in KINDS}  # type: ignore[var-annotated]
-    slot = backend.open_slot()
-    try:
-        for start in range(0, len(tokens), ROWS):
-            first, *rest = tokens[start : start + ROWS]
-            draft = Draft(tuple(rest), simulated=len(rest))  # accepted whole, whatever is sampled
-            [result] = backend.run([Work(slot, start, [first], GREEDY, draft, logits=True)])
-            assert result.logits is not None
-            states.append(backend.states())
-            tops += [best(row) for row in result.logits]
-            for kind, layer in layers.items():
-                rows[kind].append(backend.keys_values(layer, slot, start, len(rest) + 1))
-    finally:
-        backend.close_slot(slot)
-    padding = length - len(tokens)
-    ids, logits = (torch.from_numpy(np.stack(part)) for part in zip(*tops, strict=True))
-    out = {
-        "tokens": torch.tensor([*tokens, *[0] * padding], dtype=torch.int32),
-        "lengths": torch.tensor(len(tokens), dtype=torch.int32),
-        "states": _padded(torch.from_numpy(np.concatenate(states)).bfloat16(), 0, padding),
-        "top_ids": _padded(ids, 0, padding),
-        "top_logits": _padded(logits.half(), 0, padding),
-    }
-    for kind in KINDS:
-        both = _padded(torch.from_numpy(np.concatenate(rows[kind], axis=2)).bfloat16(), 2, padding)
-        out |= {f"{kind}.keys": both[0], f"{kind}.values": both[1]}
-    return out
+def at_once(config: TargetConfig, length: int) -> int:
+    """How many texts of a length are written together: whole shards, as far as memory goes."""
+    most = CACHE_BYTES // cache_bytes(config, length) // SHARD
+    return SHARD * max(1, min(TOGETHER // SHARD, most))
 
 
-def best(logits: Float32) -> tuple[Int32, Float32]:
-    """The KEPT best tokens of a row [vocabulary], best first, and their logits less the best."""
-    count, width = min(KEPT, len(logits)), len(logits) // BLOCKS or 1
-    # The maxima of disjoint blocks are logits, too, so the best of all are no worse than the best of them.
-    maxima = logits[: len(logits) // width * width].reshape(-1, width).max(axis=1)
-    least = np.partition(maxima, len(maxima) - count)[len(maxima) - count]
-    found = np.flatnonzero(logits >= least)  # few of many: sorting them all would take milliseconds
-    found = found[np.argsort(-logits[found], kind="stable")[:count]]
-    return found.astype(np.int32), logits[found] - logits[found[0]]
+@dataclass
+class Recording:
+    """A text that the target continues, and what it does at every position.
+
+    Args:
+        tokens: the prompt; what the target writes is appended.
+        params: how it is sampled.
+    """
+
+    tokens: list[int]
+    params: SamplingParams
+    slot: int = -1
+    ended: bool = False
+    states: list[Float32] = field(default_factory=list)  # [rows, H] each
+    ids: list[Int32] = field(default_factory=list)  # [rows, K] each, as are the next
+    logits: list[Float32] = field(default_factory=list)
+    rows: dict[str, list[Float32]] = field(default_factory=lambda: {kind: [] for kind in KINDS})  # keys and values
+    run: int = 0  # tokens that the target has run
+    kept: int = 0  # of which keys and values were read
+
+    def work(self) -> Work:
+        """What to run next: of the prompt `ROWS` tokens, of the text one."""
+        first, *rest = self.tokens[self.run : self.run + ROWS]
+        return Work(self.slot, self.run, [first], self.params, Draft(tuple(rest), simulated=len(rest)))
+
+    def tensors(self, length: int) -> dict[str, Tensor]:
+        """What was kept, padded to `length` positions; see above, without the first dimension."""
+        padding = length - len(self.tokens)
+        logits = np.concatenate(self.logits)
+        out = {
+            "tokens": torch.tensor([*self.tokens, *[0] * padding], dtype=torch.int32),
+            "lengths": torch.tensor(len(self.tokens), dtype=torch.int32),
+            "states": _padded(torch.from_numpy(np.concatenate(self.states)).bfloat16(), 0, padding),
+            "top_ids": _padded(torch.from_numpy(np.concatenate(self.ids)), 0, padding),
+            "top_logits": _padded(torch.from_numpy(logits - logits[:, :1]).half(), 0, padding),
+        }
+        for kind, parts in self.rows.items():
+            both = _padded(torch.from_numpy(np.concatenate(parts, axis=2)).bfloat16(), 2, padding)
+            out |= {f"{kind}.keys": both[0], f"{kind}.values": both[1]}
+        return out
+
+
+@dataclass(frozen=True)
+class Recorder:
+    """Lets a target write texts, all at once, and records what it does.
+
+    Args:
+        backend: the target, with a slot for each text.
+        config: its settings.
+        stop_ids: tokens that end a text.
+        length: tokens of a text at most.
+    """
+
+    backend: CpuBackend
+    config: TargetConfig
+    stop_ids: Collection[int]
+    length: int
+
+    def record(self, texts: Sequence[Recording]) -> None:
+        """Run prompts, then continue them together until each has `length` tokens or ends."""
+        for text in texts:
+            text.slot = self.backend.open_slot()
+        try:
+            for text in texts:
+                while text.run < len(text.tokens) - 1:
+                    self._advance([text])
+            while running := [text for text in texts if not text.ended]:
+                self._advance(running)
+        finally:
+            for text in texts:
+                self.backend.close_slot(text.slot)
+
+    def _advance(self, texts: Sequence[Recording]) -> None:
+        works = [text.work() for text in texts]
+        results = self.backend.run(works)
+        states, (ids, logits) = self.backend.states(), self.backend.best(min(KEPT, self.config.vocab_size))
+        first = 0
+        for text, result in zip(texts, results, strict=True):
+            mine = slice(first, first + len(result.sampled))
+            first = mine.stop
+            text.states.append(states[mine])
+            text.ids.append(ids[mine])
+            text.logits.append(logits[mine])
+            text.run += len(result.sampled)
+            if text.run == len(text.tokens):
+                token = result.sampled[-1]
+                text.ended = token in self.stop_ids or len(text.tokens) >= self.length
+                if not text.ended:
+                    text.tokens.append(token)
+            self._keep(text)
+
+    def _keep(self, text: Recording) -> None:
+        """Read keys and values now and then: sliding rings forget."""
+        count = text.run - text.kept
+        if count < ROWS and not text.ended:
+            return
+        for kind, layer in zip(KINDS, sources(self.config), strict=True):
+            text.rows[kind].append(self.backend.keys_values(layer, text.slot, text.kept, count))
+        text.kept = text.run
 
 
 def _padded(x: Tensor, dim: int, padding: int) -> Tensor:

@@ -47,7 +47,7 @@ def card(report: Mapping[str, Any]) -> str:
         max_tokens=settings["max_tokens"],
         rows="\n".join(rows),
         texts=report["texts"],
-        quant=settings["quant"],
+        quant=report["weights"],
         length=settings["length"],
         data=", ".join(settings["data"]),
         positions=report["drafted_positions"],

@@ -9,7 +9,7 @@ where a step is accepted with the probability that both distributions share.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -28,6 +28,7 @@ from paceline.train.sequences import Cache, DraftRows, PlainWeights
 from paceline.train.shape import sources
 
 DEPTH = 4  # draft steps unrolled
+GROWTH = 0.3  # share of the training over which they become as many: later ones are of no use before
 LEAST_REACH = 0.1  # weight of a step that is hardly ever reached: at first none is, and it must begin somewhere
 CENTROID_WEIGHT = 0.25  # of the loss of choosing centroids, beside that of tokens
 MOST_SCORED = 1 << 15  # tokens that are scored in training; of larger heads the rest is estimated from a sample
@@ -44,6 +45,7 @@ class Batch:
     top_ids: Tensor  # [B, T, K]
     top_logits: Tensor  # [B, T, K]
     rows: dict[str, tuple[Tensor, Tensor]]  # keys and values by kind, [B, kv_heads, T, head_dim]
+    depth: int = DEPTH  # steps to unroll
 
     def numel(self) -> int:
         return len(self.tokens) * len(self.positions)
@@ -58,6 +60,7 @@ class Batch:
             top_ids=self.top_ids.to(device),
             top_logits=self.top_logits.to(device).float(),
             rows=rows,
+            depth=self.depth,
         )
 
 
@@ -82,11 +85,12 @@ class Data:
         object.__setattr__(self, "embeddings", file["embeddings"])
         object.__setattr__(self, "numbers", file["tokens"])
 
-    def batch(self, step: int, texts: int, positions: int) -> Batch:
-        """Texts of training prompts, by the number of the step."""
+    def batch(self, step: int, texts: int, positions: int, share: float = 1.0) -> Batch:
+        """Texts of training prompts, by the number of the step and the share of the training that is done."""
         dice = np.random.default_rng((self.seed, step))
         shard = int(dice.integers(self.count))
-        return self._read(shard, sorted(dice.choice(SHARD - 1, min(texts, SHARD - 1), replace=False)), positions, dice)
+        rows = sorted(dice.choice(SHARD - 1, min(texts, SHARD - 1), replace=False))
+        return replace(self._read(shard, rows, positions, dice), depth=min(DEPTH, 1 + int(DEPTH * share / GROWTH)))
 
     def held_out(self, positions: int) -> Iterator[Batch]:
         """The text of a held-out prompt of each shard."""
@@ -161,7 +165,7 @@ class Distillation:
         rows = DraftRows(drafter, cache, batch.positions, len(batch.tokens))
         feedback = batch.states[:, batch.positions - 1]
         scored, estimate = self._scored(weights, batch)
-        for step in range(DEPTH):
+        for step in range(batch.depth):
             newest = batch.positions + step
             state, feedback = rows.step(self.embeddings[batch.tokens[:, newest]].to(feedback.dtype), feedback)
             ids = batch.top_ids[:, newest]  # [B, A, K]

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 import paceline
-from paceline.engine.engine import Engine, Request
+from paceline.engine.engine import Engine
 from paceline.errors import PromptError
-from paceline.types import GREEDY, Event, SamplingParams
+from paceline.types import GREEDY, SamplingParams
 
 HELD_OUT = 10  # one prompt in so many
 GREEDY_SHARE = 4  # one text in so many is greedy
@@ -75,21 +75,6 @@ def sampling_of(engine: Engine) -> SamplingParams:
     return engine.sampling if engine.sampling.temperature else OFFICIAL
 
 
-def write_texts(engine: Engine, prompts: Sequence[list[int]], length: int, seeds: Sequence[int]) -> list[list[int]]:
-    """Prompts with the target's continuation up to `length` tokens or its end; the same for the same seeds."""
-    failures: list[Exception] = []
-
-    def deliver(event: Event | Exception) -> None:
-        if isinstance(event, Exception):
-            failures.append(event)
-
-    own, sequences = sampling_of(engine), []
-    for prompt, seed in zip(prompts, seeds, strict=True):
-        params = replace(own, seed=seed) if seed % GREEDY_SHARE else GREEDY
-        request = Request(params, max_tokens=max(1, length - len(prompt)), draft_tokens=0)
-        sequences.append(engine.submit(prompt, request, deliver))
-    while engine.scheduler.busy and not failures:
-        engine.scheduler.tick()
-    if failures:
-        raise failures[0]
-    return [sequence.tokens[:length] for sequence in sequences]
+def params_of(engine: Engine, number: int) -> SamplingParams:
+    """How a text is sampled: its number is the seed."""
+    return replace(sampling_of(engine), seed=number) if number % GREEDY_SHARE else GREEDY

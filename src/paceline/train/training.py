@@ -117,6 +117,7 @@ class Training:
     notify: Callable[[str], None] = lambda _: None
     progress: Progress = lambda what, done, total: None
     _engine: Engine | None = field(default=None, init=False)
+    _weights: str = field(default="", init=False)  # format of the target's
 
     def run(self) -> dict[str, Any]:
         """Train, or go on where a run was stopped; returns a report for JSON.
@@ -235,7 +236,7 @@ class Training:
                 quant=self.settings.quant,
                 threads=self.threads,
                 context=min(self.settings.length + 1, self.target.max_positions),
-                slots=capture.SHARD,
+                slots=capture.at_once(self.target, self.settings.length),
                 prompt_chunk=capture.ROWS,
                 draft_tokens=0,
                 notify=self.notify,
@@ -259,20 +260,25 @@ class Training:
         missing = [number for number in range(shards) if not self._texts.path(number).exists()]
         if not missing:
             return
-        engine, prompts, length = self._open_engine(), self._prompts, self.settings.length
-        backend = engine.backend
+        engine = self._open_engine()
+        backend, length = engine.backend, self.settings.length
         assert isinstance(backend, CpuBackend)
-        for number in missing:
-            self.progress("writing texts", number * capture.SHARD, shards * capture.SHARD)
-            seeds = range(number * capture.SHARD, (number + 1) * capture.SHARD)
-            given = [prompts.text(seed - number, held_out=False) for seed in seeds[:-1]]
-            given.append(prompts.text(number, held_out=True))
-            written = texts.write_texts(engine, given, length, seeds)
-            kept = []
-            for place, tokens in enumerate(written):
-                self.progress("capturing", number * capture.SHARD + place, shards * capture.SHARD)
-                kept.append(capture.captured(backend, self.target, tokens, length))
-            self._texts.write(number, kept)
+        recorder = capture.Recorder(backend, self.target, engine.stop_ids, length)
+        together = backend.info.slots // capture.SHARD
+        for first in range(0, len(missing), together):
+            group = missing[first : first + together]
+            self.progress("writing texts", capture.SHARD * (shards - len(missing) + first), capture.SHARD * shards)
+            recordings = [self._recording(engine, shard, place) for shard in group for place in range(capture.SHARD)]
+            recorder.record(recordings)
+            for number, shard in enumerate(group):
+                kept = recordings[capture.SHARD * number : capture.SHARD * (number + 1)]
+                self._texts.write(shard, [recording.tensors(length) for recording in kept])
+
+    def _recording(self, engine: Engine, shard: int, place: int) -> capture.Recording:
+        """A text of a shard, whose last one is of a held-out prompt."""
+        number, held_out = capture.SHARD * shard + place, place == capture.SHARD - 1
+        prompt = self._prompts.text(shard if held_out else number - shard, held_out=held_out)
+        return capture.Recording(list(prompt), texts.params_of(engine, number))
 
     def _first_weights(self, shards: int) -> None:
         """The drafter's first weights, and what the texts' tokens are to the target."""
@@ -301,7 +307,7 @@ class Training:
         for index in sources(self.target):
             norm = backend.weights.tensors[f"layers.{index}.self_attn.q_norm.weight"]
             assert isinstance(norm, np.ndarray)
-            norms[self.target.layers[index].sliding] = torch.from_numpy(norm) * self.target.attention_scale
+            norms[self.target.layers[index].sliding] = torch.from_numpy(norm.copy()) * self.target.attention_scale
         return new_drafter(config, lambda part: capture.embeddings(backend, part), norms, chosen, self.settings.seed)
 
     def _distil(self, shards: int) -> Parameters:
@@ -313,7 +319,7 @@ class Training:
 
         def batch(share: float, step: int) -> list[Batch]:
             first = step * workers.count
-            parts = (data.batch(first + part, TEXTS, POSITIONS) for part in range(workers.count))
+            parts = (data.batch(first + part, TEXTS, POSITIONS, share) for part in range(workers.count))
             return [part.to(self.device, dtype) for part in parts]
 
         def examine(weights: Parameters) -> dict[str, Any]:
@@ -369,6 +375,7 @@ class Training:
                 threads=self.threads,
                 context=min(self.settings.length + self.settings.max_tokens, self.target.max_positions),
             )
+            self._weights = engine.backend.info.quant
 
             def report(done: int, name: str = name, total: int = 2 * len(prompts)) -> None:
                 self.progress(f"measuring, {name}", done, total)
@@ -384,6 +391,7 @@ class Training:
             "command": "train",
             "version": paceline.__version__,
             "settings": asdict(self.settings),
+            "weights": self._weights,
             "texts": shards * capture.SHARD,
             "drafted_positions": progress.tokens,
             "training_seconds": round(progress.seconds),

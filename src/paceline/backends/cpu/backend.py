@@ -152,6 +152,18 @@ class CpuBackend:
         """The target's states [rows, hidden] at the rows that the last step sampled after."""
         return self._decoder.states()
 
+    def best(self, count: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """Tokens and logits [rows, count] of the same rows: the best ones, best first.
+
+        Raises:
+            BackendError: logits that are no numbers.
+        """
+        try:
+            tokens, logits = self._decoder.best(count)
+        except ValueError as error:
+            raise BackendError(str(error)) from error
+        return tokens, logits
+
     def keys_values(self, layer: int, slot: int, first: int, count: int) -> NDArray[np.float32]:
         """Keys, then values, of a layer that has its own: [2, kv_heads, count, head_dim].
 
