@@ -19,6 +19,7 @@ from paceline.bench.shapes import TARGETS
 from paceline.checkpoint import Checkpoint, resolve
 from paceline.checkpoint.config_json import target_config
 from paceline.checkpoint.names import target_tensors
+from paceline.checkpoint.sizes import cache_bytes
 from paceline.config import TargetConfig
 from paceline.errors import BackendError, SettingsError
 from paceline.models import ops
@@ -227,9 +228,30 @@ def test_texts_that_the_target_writes(tmp_path: Path) -> None:
             assert torch.equal(alone[name], together[name]), name
 
 
+def test_penalties_and_suppressed_tokens(tmp_path: Path) -> None:
+    """A model's own settings hold while it writes."""
+    folder, _ = write_pair(tmp_path, "e2b", text=True)
+    engine = paceline.load(str(folder), drafter="none", context=128, prompt_chunk=capture.ROWS, threads=2)
+    params = SamplingParams(temperature=1.0, seed=3, repetition_penalty=1.5, suppressed=tuple(range(50, 400)))
+    recording = capture.Recording(text(40), params)
+    capture.Recorder(engine.backend, engine.target_config, engine.stop_ids, 70).record([recording])
+    with engine.stream(text(40), sampling=params, max_tokens=30) as stream:
+        for _ in stream:
+            pass
+    assert recording.tokens == stream.sequence.tokens
+    written = recording.tokens[40:]
+    assert len(written) > 5
+    assert not set(written) & set(range(50, 400))
+
+
 def test_how_many_texts_at_once() -> None:
     assert capture.at_once(target_config(TARGETS["e2b"]), 512) == capture.TOGETHER
-    assert capture.at_once(target_config(TARGETS["31b"]), 8192) == capture.SHARD
+    for shape in TARGETS:
+        config = target_config(TARGETS[shape])
+        for length in (64, 512, 2048):
+            count = capture.at_once(config, length)
+            assert count == 1 or count * cache_bytes(config, length) <= capture.CACHE_BYTES
+            assert count % capture.SHARD == 0 or count < capture.SHARD
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:

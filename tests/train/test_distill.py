@@ -13,7 +13,6 @@ from safetensors.torch import save
 from torch import Tensor
 
 from paceline.checkpoint import Checkpoint, resolve
-from paceline.checkpoint.config_json import drafter_config
 from paceline.config import DrafterConfig, TargetConfig
 from paceline.models import ops
 from paceline.models.drafter import load_drafter
@@ -21,7 +20,7 @@ from paceline.train import capture, distill
 from paceline.train.distill import DEPTH, Data, Distillation, embeddings_path
 from paceline.train.run import replica
 from paceline.train.sequences import Cache, DraftRows, PlainWeights
-from paceline.train.shape import drafter_json, new_drafter, sources
+from paceline.train.shape import new_config, new_drafter, sources
 from tests.fixtures.backends import cpu_backend
 from tests.fixtures.pairs import VOCABULARY, write_pair
 from tests.train.test_capture import captured as recorded
@@ -82,6 +81,9 @@ def test_steps_against_one_position_at_a_time(case: Case) -> None:
             feedback = batch.states[text, position - 1].view(1, 1, -1)
             for depth, step in enumerate(steps):
                 at = position + depth
+                assert bool(step.seen[text, place]) == (at < LENGTH)
+                if at >= LENGTH:
+                    break
                 newest = case.data.embeddings[batch.tokens[text, at]].float().view(1, 1, -1)
                 state, feedback = DraftRows(drafter, cache, torch.tensor([position])).step(newest, feedback)
                 scores = ops.scores(state[0], *dataclasses.replace(drafter, centroids=None).head, 0.0)[0]
@@ -123,8 +125,11 @@ def test_a_large_head_is_estimated(case: Case, monkeypatch: pytest.MonkeyPatch) 
     weights = case.weights | {"embed_tokens.weight": 0.3 * head}  # without tails that a sample may miss
     whole = [step.loss for step in loss.steps(weights, batch)]
     monkeypatch.setattr(distill, "MOST_SCORED", 400)
+    monkeypatch.setattr(distill, "LEAST_SAMPLED", 50)
     scored, estimate = loss._scored(weights, batch)
-    assert (scored.columns[batch.top_ids] >= 0).all()
+    for depth in range(DEPTH):
+        newest = (batch.positions + depth).clamp(max=LENGTH - 1)
+        assert (scored.columns[batch.top_ids[:, newest]] >= 0).all()
     assert len(scored.head) == 400
     assert float(estimate.max()) > 0
     for exact, sampled in zip(whole, loss.steps(weights, batch), strict=True):
@@ -135,11 +140,13 @@ def test_a_large_head_is_estimated(case: Case, monkeypatch: pytest.MonkeyPatch) 
 def test_steps_beyond_a_text_do_not_count(case: Case) -> None:
     [held_out] = case.data.held_out(50)
     assert held_out.tokens.shape == (1, 20)
-    assert held_out.positions.tolist() == list(range(1, 20 - DEPTH))
+    assert held_out.positions.tolist() == list(range(1, 20))
+    assert held_out.numel() == 19
     batch = case.data.batch(2, 15, 30).to("cpu", torch.float32)
     cut = dataclasses.replace(batch, lengths=torch.full_like(batch.lengths, int(batch.positions[3]) + 2))
     for depth, step in enumerate(loss_of(case).steps(case.weights, cut)):
         assert torch.equal(step.seen[0], batch.positions + depth < cut.lengths[0])
+    assert cut.numel() == int((batch.positions < cut.lengths[0]).sum()) * 15
 
 
 def test_depth_grows(case: Case) -> None:
@@ -177,7 +184,7 @@ def test_a_new_drafter(vocabulary: int | None, tmp_path: Path) -> None:
     """Its head begins as the target's embedding, seen from fewer directions; its queries as the target's."""
     target, _ = write_pair(tmp_path, "text")
     backend, config = cpu_backend(target, None), Checkpoint.open(target).target_config()
-    settings = drafter_config(drafter_json(config, 48, 64, vocabulary))
+    settings = new_config(config, 48, 64, vocabulary)
     tokens = None if vocabulary is None else np.arange(7, 7 + vocabulary, dtype=np.int32)
     norms = {sliding: torch.full((config.layers[i].head_dim,), 0.5) for sliding, i in ((True, 0), (False, 4))}
     weights = new_drafter(settings, lambda part: capture.embeddings(backend, part), norms, tokens, 0)

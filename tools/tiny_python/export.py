@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -9,7 +12,7 @@ from tools.tiny_python.drafter import drafter_json
 from tools.tiny_python.target import target_json
 from tools.tiny_python.tokenizer import write_tokenizer
 
-from paceline.train.export import replace_folder, write_model
+from paceline.train.export import write_model
 from paceline.train.optimizer import Parameters
 
 
@@ -21,9 +24,22 @@ def write_target(weights: Parameters, tokenizer: Tokenizer, folder: Path, card: 
         write_tokenizer(tokenizer, fresh)
         (fresh / "README.md").write_text(card)
 
-    replace_folder(folder, fill)
+    _replace_folder(folder, fill)
 
 
 def write_drafter(weights: Parameters, folder: Path) -> None:
     """Weights and config; the tokenizer is the target's."""
-    replace_folder(folder, lambda fresh: write_model(fresh, drafter_json(), weights))
+    _replace_folder(folder, lambda fresh: write_model(fresh, drafter_json(), weights))
+
+
+def _replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Fill a fresh folder beside `folder` and move it there, so that a half-written one is never seen."""
+    fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    for leftover in (fresh, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    fill(fresh)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(fresh, folder)
+    shutil.rmtree(old, ignore_errors=True)

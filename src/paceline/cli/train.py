@@ -14,7 +14,7 @@ from paceline.quant.recipes import METAVAR
 
 
 def train(
-    target: Annotated[str, typer.Argument(help=f"Whom it drafts for. {opt.MODEL_HELP}", metavar="TARGET")],
+    target: Annotated[str, typer.Argument(help=f"The model to draft for. {opt.MODEL_HELP}", metavar="TARGET")],
     out: Annotated[Path, typer.Argument(help="The folder to create; it must not exist.", metavar="OUT")],
     start: Annotated[
         str, typer.Option("--from", help="A drafter to start from; default: a new one.", metavar="DRAFTER")
@@ -38,7 +38,7 @@ def train(
         ),
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of the target's text to train on.", min=1024)] = 400_000,
-    length: Annotated[int, typer.Option(help="Tokens of each text at most.", min=32, max=8192)] = 512,
+    length: Annotated[int, typer.Option(help="Tokens of each text at most.", min=32, max=2048)] = 512,
     minutes: Annotated[float, typer.Option(help="Time of training, after the target's text is there.", min=0.01)] = 60,
     hidden_size: Annotated[
         int | None, typer.Option(help="Width of a new drafter; default: as official ones.", min=16, show_default=False)
@@ -63,7 +63,7 @@ def train(
     device: Annotated[
         str, typer.Option(help="Where to train: cpu, cuda, or another device of PyTorch.", metavar="DEVICE")
     ] = "cpu",
-    seed: Annotated[int, typer.Option(help="Of all that is random.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Of everything random.", min=0, max=(1 << 32) - 1)] = 0,
     plot: Annotated[
         Path | None,
         typer.Option(help="Write a plot of loss and acceptance by depth to this PNG file.", show_default=False),
@@ -116,7 +116,7 @@ def train(
             out=out,
             lines=[line for line in listed[str(prompts)].splitlines() if line.strip()] if prompts else None,
             documents=list(documents.values()),
-            budget=int(budget * 1e9),
+            budget=budget * 1e9,
             threads=threads,
             device=device,
             notify=opt.note,
@@ -128,6 +128,6 @@ def train(
             depths = ", ".join(f"{share:.0%}" for share in one["by_depth"])
             print(f"{when}, {sampling}: {one['tokens_a_round']:.2f} tokens a round with 4 drafts ({depths})")
     print(f"{out}: use it with --drafter {out}")
+    print(json.dumps(found, ensure_ascii=False))
     if plot:
         report.plot_training(found, plot)
-    print(json.dumps(found, ensure_ascii=False))

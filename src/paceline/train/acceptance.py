@@ -11,7 +11,7 @@ from typing import Any
 from paceline.engine.engine import Engine, Request
 from paceline.train.distill import DEPTH
 from paceline.train.texts import sampling_of
-from paceline.types import GREEDY, Event, SamplingParams
+from paceline.types import Event, SamplingParams
 
 STRETCH = 20  # tokens: a text that repeats as many is a loop, which any drafter is good at
 
@@ -53,8 +53,8 @@ def measure(
         seconds: after which no further text is begun, greedy and sampled each.
         progress: told how many texts are done.
     """
-    found = {}
-    for done, (name, params) in enumerate({"greedy": GREEDY, "sampled": sampling_of(engine)}.items()):
+    found, own = {}, sampling_of(engine)
+    for done, (name, params) in enumerate({"greedy": replace(own, temperature=0.0), "sampled": own}.items()):
 
         def report(count: int, before: int = done * len(prompts)) -> None:
             progress(before + count)

@@ -13,7 +13,6 @@ The last text of a shard is of a held-out prompt. `embeddings.safetensors` has w
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,9 +28,9 @@ from paceline.backends.cpu.backend import CpuBackend
 from paceline.checkpoint.names import EMBEDDING
 from paceline.checkpoint.sizes import cache_bytes
 from paceline.config import TargetConfig
-from paceline.errors import SettingsError
-from paceline.files import atomic_file
+from paceline.decode.constraints import constraint_of
 from paceline.train.shape import sources
+from paceline.train.work import write_bytes
 from paceline.types import Draft, Float32, Int32, SamplingParams, Work
 
 SHARD = 16  # texts
@@ -50,9 +49,9 @@ def position_bytes(config: TargetConfig) -> int:
 
 
 def at_once(config: TargetConfig, length: int) -> int:
-    """How many texts of a length are written together: whole shards, as far as memory goes."""
-    most = CACHE_BYTES // cache_bytes(config, length) // SHARD
-    return SHARD * max(1, min(TOGETHER // SHARD, most))
+    """How many texts of a length are written together, as far as memory goes: whole shards, or a part of one."""
+    most = max(1, min(TOGETHER, CACHE_BYTES // cache_bytes(config, length)))
+    return most // SHARD * SHARD or most
 
 
 @dataclass
@@ -75,10 +74,14 @@ class Recording:
     run: int = 0  # tokens that the target has run
     kept: int = 0  # of which keys and values were read
 
+    def __post_init__(self) -> None:
+        self._constraint = constraint_of(self.params, self.tokens, None)
+
     def work(self) -> Work:
         """What to run next: of the prompt `ROWS` tokens, of the text one."""
         first, *rest = self.tokens[self.run : self.run + ROWS]
-        return Work(self.slot, self.run, [first], self.params, Draft(tuple(rest), simulated=len(rest)))
+        draft = Draft(tuple(rest), simulated=len(rest))  # accepted whole, whatever is sampled
+        return Work(self.slot, self.run, [first], self.params, draft, self._constraint)
 
     def tensors(self, length: int) -> dict[str, Tensor]:
         """What was kept, padded to `length` positions; see above, without the first dimension."""
@@ -115,17 +118,17 @@ class Recorder:
 
     def record(self, texts: Sequence[Recording]) -> None:
         """Run prompts, then continue them together until each has `length` tokens or ends."""
-        for text in texts:
-            text.slot = self.backend.open_slot()
         try:
             for text in texts:
+                text.slot = self.backend.open_slot()
                 while text.run < len(text.tokens) - 1:
                     self._advance([text])
             while running := [text for text in texts if not text.ended]:
                 self._advance(running)
         finally:
             for text in texts:
-                self.backend.close_slot(text.slot)
+                if text.slot >= 0:
+                    self.backend.close_slot(text.slot)
 
     def _advance(self, texts: Sequence[Recording]) -> None:
         works = [text.work() for text in texts]
@@ -182,6 +185,11 @@ class Shards:
             names = list(file.keys())
             return {name: torch.stack([file.get_slice(name)[row] for row in rows]) for name in names}
 
+    def size(self, number: int) -> int:
+        """Tokens of a shard, padding not counted."""
+        with safe_open(self.path(number), "pt") as file:
+            return int(file.get_tensor("lengths").sum())
+
     def tokens(self, count: int) -> Iterator[Tensor]:
         """Of each shard [SHARD, T]."""
         for number in range(count):
@@ -197,20 +205,6 @@ class Shards:
                 seen = torch.arange(ids.shape[1]) < file.get_tensor("lengths")[:, None]
             total.index_add_(0, ids[seen].flatten().long(), logits[seen].float().softmax(-1).flatten())
         return total
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file at once.
-
-    Raises:
-        SettingsError: there is no room, or no leave to write.
-    """
-    try:
-        with atomic_file(path) as file:
-            file.write(data)
-    except OSError as error:
-        cure = "free some, or give a smaller --budget" if error.errno == errno.ENOSPC else "give another OUT"
-        raise SettingsError(f"{path.parent}: cannot be written ({error.strerror}); {cure}") from error
 
 
 def embeddings(backend: CpuBackend, tokens: Int32) -> Float32:

@@ -25,9 +25,9 @@ Proposes tokens that {target} verifies, so that its text comes faster; the text 
 {rows}
 
 ## Training
-{texts} texts that the target wrote itself (weights: {quant}), at most {length} tokens each, after prompts from
-{data}. {positions:,} positions drafted from, four steps unrolled, in {minutes:.0f} minutes. Loss: KL divergence from
-the target's distribution, weighted by the chance that decoding reaches a step. Seed {seed}.
+{texts} texts that the target wrote itself (weights: {quant}), {tokens:,} tokens, at most {length} each, after prompts
+from {data}. {positions:,} positions drafted from, four steps unrolled, in {minutes:.0f} minutes. Loss: KL divergence
+from the target's distribution, weighted by the chance that decoding reaches a step. Seed {seed}.
 """
 
 
@@ -47,6 +47,7 @@ def card(report: Mapping[str, Any]) -> str:
         max_tokens=settings["max_tokens"],
         rows="\n".join(rows),
         texts=report["texts"],
+        tokens=report["tokens"],
         quant=report["weights"],
         length=settings["length"],
         data=", ".join(settings["data"]),

@@ -32,6 +32,7 @@ GROWTH = 0.3  # share of the training over which they become as many: later ones
 LEAST_REACH = 0.1  # weight of a step that is hardly ever reached: at first none is, and it must begin somewhere
 CENTROID_WEIGHT = 0.25  # of the loss of choosing centroids, beside that of tokens
 MOST_SCORED = 1 << 15  # tokens that are scored in training; of larger heads the rest is estimated from a sample
+LEAST_SAMPLED = 4096
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class Batch:
     depth: int = DEPTH  # steps to unroll
 
     def numel(self) -> int:
-        return len(self.tokens) * len(self.positions)
+        """Positions that lie within their texts."""
+        return int((self.positions < self.lengths[:, None]).sum())
 
     def to(self, device: str, dtype: torch.dtype) -> Self:
         rows = {kind: (k.to(device, dtype), v.to(device, dtype)) for kind, (k, v) in self.rows.items()}
@@ -90,7 +92,8 @@ class Data:
         dice = np.random.default_rng((self.seed, step))
         shard = int(dice.integers(self.count))
         rows = sorted(dice.choice(SHARD - 1, min(texts, SHARD - 1), replace=False))
-        return replace(self._read(shard, rows, positions, dice), depth=min(DEPTH, 1 + int(DEPTH * share / GROWTH)))
+        depth = min(DEPTH, 1 + int((DEPTH - 1) * share / GROWTH))
+        return replace(self._read(shard, rows, positions, dice), depth=depth)
 
     def held_out(self, positions: int) -> Iterator[Batch]:
         """The text of a held-out prompt of each shard."""
@@ -99,8 +102,8 @@ class Data:
 
     def _read(self, shard: int, rows: Sequence[int], positions: int, dice: np.random.Generator) -> Batch:
         found = self.shards.read(shard, rows)
-        longest = max(2 + DEPTH, int(found["lengths"].max()))
-        chosen = torch.from_numpy(1 + dice.permutation(longest - 1 - DEPTH)[:positions]).sort().values
+        longest = max(2, int(found["lengths"].max()))
+        chosen = torch.from_numpy(1 + dice.permutation(longest - 1)[:positions]).sort().values
         cut = {name: x[:, :longest] for name, x in found.items() if name in ("tokens", "states", "top_ids")}
         return Batch(
             positions=chosen,
@@ -165,13 +168,14 @@ class Distillation:
         rows = DraftRows(drafter, cache, batch.positions, len(batch.tokens))
         feedback = batch.states[:, batch.positions - 1]
         scored, estimate = self._scored(weights, batch)
+        head = weights[EMBEDDING] if scored.head is None else weights[EMBEDDING][scored.head]
+        last = batch.tokens.shape[1] - 1
         for step in range(batch.depth):
-            newest = batch.positions + step
+            newest = (batch.positions + step).clamp(max=last)  # what is beyond the texts does not count
             state, feedback = rows.step(self.embeddings[batch.tokens[:, newest]].to(feedback.dtype), feedback)
             ids = batch.top_ids[:, newest]  # [B, A, K]
             expected = batch.top_logits[:, newest].softmax(-1)
-            head = weights[EMBEDDING]
-            scores = F.linear(state, head if scored.head is None else head[scored.head]).float() + estimate
+            scores = F.linear(state, head).float() + estimate
             shares = scores.log_softmax(-1)
             column = scored.columns[ids]
             found = shares.gather(-1, column.clamp(min=0)).masked_fill(column < 0, -torch.inf)  # [B, A, K]
@@ -179,7 +183,7 @@ class Distillation:
             if self.config.centroids:
                 loss = loss + CENTROID_WEIGHT * self._centroid_loss(weights, state, ids, expected)
             agreement = torch.minimum(expected, found.exp()).sum(-1)
-            yield DraftStep(loss, agreement, newest < batch.lengths[:, None])
+            yield DraftStep(loss, agreement, batch.positions + step < batch.lengths[:, None])
 
     def _centroid_loss(self, weights: Parameters, state: Tensor, ids: Tensor, expected: Tensor) -> Tensor:
         scores = F.linear(state, weights["masked_embedding.centroids.weight"]).float().log_softmax(-1)
@@ -196,7 +200,9 @@ class Distillation:
         if count <= MOST_SCORED:
             columns[tokens] = torch.arange(count, device=device)
             return Scored(None, columns), 0.0
-        wanted = torch.unique(batch.top_ids)
+        newest = batch.positions[:, None] + torch.arange(batch.depth, device=device)
+        newest = torch.unique(newest.clamp(max=batch.tokens.shape[1] - 1))
+        wanted = torch.unique(batch.top_ids[:, newest])
         generator = torch.Generator().manual_seed(int(batch.positions.sum()))
         row_of = columns.clone()
         row_of[tokens] = torch.arange(count, device=device)
@@ -204,7 +210,7 @@ class Distillation:
         others = torch.ones(count, dtype=torch.bool, device=device)
         others[wanted] = False
         others_rows = others.nonzero()[:, 0]
-        picked = torch.randperm(len(others_rows), generator=generator)[: max(0, MOST_SCORED - len(wanted))]
+        picked = torch.randperm(len(others_rows), generator=generator)[: max(LEAST_SAMPLED, MOST_SCORED - len(wanted))]
         head = torch.cat((wanted, others_rows[picked.to(device)]))
         columns[tokens[head]] = torch.arange(len(head), device=device)
         estimate = torch.zeros(len(head), device=device)

@@ -94,8 +94,10 @@ class Optimizer:
 
     @torch.no_grad()
     def restore(self, state: dict[str, Any]) -> None:
-        self.masters, self.first = state["masters"], state["first"]
-        self.second, self.steps = state["second"], state["steps"]
+        for mine, kept in ((self.masters, "masters"), (self.first, "first"), (self.second, "second")):
+            for name, tensor in mine.items():
+                tensor.copy_(state[kept][name])  # from whatever device
+        self.steps = state["steps"]
         self._publish()
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from paceline.files import atomic_file
 from paceline.train.optimizer import Optimizer
+from paceline.train.work import whole_file
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Progress:
         """Progress of the run stored at `path`, whose optimizer state is put into `optimizer`; a new one if none is."""
         if not path.exists():
             return cls(path)
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         optimizer.restore(state["optimizer"])
         return _from(path, state)
 
@@ -35,13 +35,13 @@ class Progress:
         self.saved = self.seconds
         self.path.parent.mkdir(parents=True, exist_ok=True)
         state = {"optimizer": optimizer.state(), "seconds": self.seconds, "tokens": self.tokens}
-        with atomic_file(self.path) as file:
+        with whole_file(self.path) as file:
             torch.save({**state, "history": self.history}, file)
 
 
 def trained(path: Path) -> Progress:
     """Progress of the run stored at `path`."""
-    return _from(path, torch.load(path, weights_only=True))
+    return _from(path, torch.load(path, map_location="cpu", weights_only=True))
 
 
 def _from(path: Path, state: dict[str, Any]) -> Progress:

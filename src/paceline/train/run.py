@@ -57,6 +57,7 @@ class Run(Generic[Batch]):
         minutes: of training.
         workers: threads, each with a replica.
         decay: of the weights that Muon steps.
+        rate: factor of all steps.
         dtype: of the replicas.
         device: of the replicas.
         compiled: whether the loss is compiled, which needs a C++ compiler and gains on small models.
@@ -68,6 +69,7 @@ class Run(Generic[Batch]):
     minutes: float
     workers: Workers
     decay: float = 0.0
+    rate: float = 1.0
     dtype: torch.dtype = torch.bfloat16
     device: str = "cpu"
     compiled: bool = False
@@ -109,7 +111,7 @@ class Run(Generic[Batch]):
             jobs = [partial(backward, *pair) for pair in zip(replicas, parts, strict=False)]
             losses.append(sum(self.workers.run(jobs, together=not self.compiled or count in sizes)))
             sizes.add(count)
-            optimizer.step(schedule(share, optimizer.steps))
+            optimizer.step(self.rate * schedule(share, optimizer.steps))
             progress.seconds += time.monotonic() - tick
             progress.tokens += count
             self.report(Step(optimizer.steps, progress.seconds, total, progress.tokens, fmean(losses)))

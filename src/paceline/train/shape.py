@@ -6,6 +6,7 @@ Like official drafters it has three sliding layers and a full one, over the K/V 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,10 @@ from paceline.train.optimizer import Parameters
 from paceline.types import Float32, Int32
 
 WIDE = 2560  # of a target's hidden size: up to there official drafters are 256 wide, and 1,024 beyond
-LAYERS = ("sliding_attention",) * 3 + ("full_attention",)
+ARCHITECTURES = {
+    "gemma4_assistant": "Gemma4AssistantForCausalLM",
+    "gemma4_unified_assistant": "Gemma4UnifiedAssistantForCausalLM",
+}
 SAMPLE = 32768  # rows of an embedding that its principal components are computed from
 
 Rows = Callable[[Int32], Float32]
@@ -39,13 +43,13 @@ def sources(target: TargetConfig) -> tuple[int, int]:
     return found[0], found[1]
 
 
-def drafter_json(
+def new_config(
     target: TargetConfig,
     hidden_size: int | None = None,
     intermediate_size: int | None = None,
     draft_vocabulary: int | None = None,
-) -> dict[str, Any]:
-    """`config.json` of a new drafter for a target, in the official spelling.
+) -> DrafterConfig:
+    """Settings of a new drafter for a target.
 
     Args:
         target: its settings.
@@ -55,31 +59,63 @@ def drafter_json(
 
     Raises:
         PairError: the target does not have layers of both kinds.
+        CheckpointError: sizes that no drafter can have.
     """
-    sliding, full = (target.layers[index] for index in sources(target))
     hidden = hidden_size or (256 if target.hidden_size <= WIDE else 1024)
-    vocabulary = {} if draft_vocabulary is None else {"draft_vocab_size": draft_vocabulary}
+    sliding, full = (
+        replace(target.layers[index], intermediate_size=intermediate_size or 8 * hidden, kv_source=-1, has_v_proj=False)
+        for index in sources(target)
+    )
+    unified = target.model_type.startswith("gemma4_unified")
+    return DrafterConfig(
+        vocab_size=target.vocab_size,
+        hidden_size=hidden,
+        heads=_heads(target, hidden),
+        layers=(sliding, sliding, sliding, full),
+        sliding_window=target.sliding_window,
+        rms_eps=target.rms_eps,
+        rope_sliding=target.rope(sliding),
+        rope_full=target.rope(full),
+        query_pre_attn_scalar=1.0,
+        value_norm=True,
+        layer_scalar=True,
+        model_type="gemma4_unified_assistant" if unified else "gemma4_assistant",
+        backbone_hidden_size=target.hidden_size,
+        draft_vocab_size=draft_vocabulary or target.vocab_size,
+        centroids=0,
+        centroid_top_k=0,
+    )
+
+
+def official_json(config: DrafterConfig, target: TargetConfig) -> dict[str, Any]:
+    """`config.json` of a drafter in the official spelling."""
+    kinds = {layer.sliding: layer for layer in config.layers}
+    sliding, full = kinds.get(True, config.layers[0]), kinds.get(False, config.layers[0])
+    head: dict[str, Any] = {"use_ordered_embeddings": bool(config.centroids)}
+    if config.centroids:
+        head |= {"num_centroids": config.centroids, "centroid_intermediate_top_k": config.centroid_top_k}
+    if config.restricted:
+        head["draft_vocab_size"] = config.draft_vocab_size
     return {
-        "architectures": ["Gemma4AssistantForCausalLM"],
-        "model_type": "gemma4_assistant",
+        "architectures": [ARCHITECTURES[config.model_type]],
+        "model_type": config.model_type,
         "dtype": "bfloat16",
-        "backbone_hidden_size": target.hidden_size,
-        "use_ordered_embeddings": False,
+        "backbone_hidden_size": config.backbone_hidden_size,
+        **head,
         "tie_word_embeddings": True,
-        **vocabulary,
         "text_config": {
             "model_type": "gemma4_text",
             "dtype": "bfloat16",
-            "vocab_size": target.vocab_size,
+            "vocab_size": config.vocab_size,
             "vocab_size_per_layer_input": 0,
-            "hidden_size": hidden,
+            "hidden_size": config.hidden_size,
             "hidden_size_per_layer_input": 0,
-            "intermediate_size": intermediate_size or 8 * hidden,
-            "num_hidden_layers": len(LAYERS),
-            "layer_types": list(LAYERS),
-            "num_kv_shared_layers": len(LAYERS),
+            "intermediate_size": sliding.intermediate_size,
+            "num_hidden_layers": len(config.layers),
+            "layer_types": [f"{'sliding' if layer.sliding else 'full'}_attention" for layer in config.layers],
+            "num_kv_shared_layers": len(config.layers),
             "use_double_wide_mlp": False,
-            "num_attention_heads": _heads(target, hidden),
+            "num_attention_heads": config.heads,
             "num_key_value_heads": sliding.kv_heads,
             "head_dim": sliding.head_dim,
             "global_head_dim": full.head_dim,
@@ -88,12 +124,12 @@ def drafter_json(
             "attention_bias": False,
             "enable_moe_block": False,
             "hidden_activation": "gelu_pytorch_tanh",
-            "sliding_window": target.sliding_window,
+            "sliding_window": config.sliding_window,
             "max_position_embeddings": target.max_positions,
-            "rms_norm_eps": target.rms_eps,
+            "rms_norm_eps": config.rms_eps,
             "rope_parameters": {
-                "sliding_attention": _rope_json(target.rope(sliding)),
-                "full_attention": _rope_json(target.rope(full)),
+                "sliding_attention": _rope_json(config.rope_sliding),
+                "full_attention": _rope_json(config.rope_full),
             },
             "tie_word_embeddings": True,
         },

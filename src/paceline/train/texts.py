@@ -5,7 +5,7 @@ A prompt is a line of a file, or the beginning of a stretch of a text. One in `H
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,8 +13,8 @@ import numpy as np
 
 import paceline
 from paceline.engine.engine import Engine
-from paceline.errors import PromptError
-from paceline.types import GREEDY, SamplingParams
+from paceline.errors import ContextError, PromptError
+from paceline.types import SamplingParams
 
 HELD_OUT = 10  # one prompt in so many
 GREEDY_SHARE = 4  # one text in so many is greedy
@@ -35,22 +35,40 @@ class Prompts:
         return prompts[number % len(prompts)]
 
 
-def read_prompts(engine: Engine, lines: Sequence[str], texts: Sequence[str], length: int, seed: int) -> Prompts:
+def read_prompts(
+    engine: Engine,
+    lines: Sequence[str],
+    texts: Sequence[str],
+    length: int,
+    seed: int,
+    notify: Callable[[str], None] = lambda _: None,
+) -> Prompts:
     """Prompts in an order of chance.
 
     Args:
         engine: its tokenizer, and its chat template for lines, if it has one.
-        lines: prompts.
+        lines: prompts; those that leave less than a half of a text to the target are left out.
         texts: they are cut into stretches of `length` tokens, of which up to a half is given to the target.
         length: tokens of a text that is trained on.
         seed: of the order, and of how much of each stretch is given.
+        notify: is told how many lines are left out.
 
     Raises:
         PromptError: fewer than two prompts.
     """
     dice = np.random.default_rng(seed)
-    raw = engine.chat_template is None
-    prompts = [engine.encode(line, raw=raw)[: length // 2] for line in lines]
+    prompts, long = [], 0
+    for line in lines:
+        try:
+            tokens = engine.encode(line, raw=engine.chat_template is None)
+        except ContextError:
+            long += 1
+            continue
+        long += len(tokens) > length // 2
+        if len(tokens) <= length // 2:
+            prompts.append(tokens)
+    if long:
+        notify(f"prompts: {long} of {len(lines)} are left out because they are longer than half of --length {length}")
     first = [] if engine.tokenizer.bos_id is None else [engine.tokenizer.bos_id]
     for text in texts:
         tokens = engine.tokenizer.encode(text)
@@ -75,6 +93,7 @@ def sampling_of(engine: Engine) -> SamplingParams:
     return engine.sampling if engine.sampling.temperature else OFFICIAL
 
 
-def params_of(engine: Engine, number: int) -> SamplingParams:
-    """How a text is sampled: its number is the seed."""
-    return replace(sampling_of(engine), seed=number) if number % GREEDY_SHARE else GREEDY
+def params_of(engine: Engine, number: int, seed: int) -> SamplingParams:
+    """How a text is sampled: one in `GREEDY_SHARE` greedily, each with a seed of its own."""
+    own = sampling_of(engine)
+    return replace(own, seed=(seed << 20) + number) if number % GREEDY_SHARE else replace(own, temperature=0.0)

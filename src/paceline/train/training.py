@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,25 +24,24 @@ from torch import Tensor
 
 import paceline
 from paceline.backends.cpu.backend import CpuBackend
-from paceline.backends.cpu.processors import default_threads
+from paceline.backends.cpu.processors import default_threads, processors
 from paceline.backends.torch.load import open_device
 from paceline.checkpoint import Checkpoint, Tensors, locate, resolve
-from paceline.checkpoint.config_json import drafter_config
 from paceline.checkpoint.names import DRAFT_TOKENS, TOKEN_ORDERING, drafter_tensors
 from paceline.checkpoint.tensors import BLOCKS
 from paceline.config import DrafterConfig, TargetConfig, check_pair
 from paceline.engine.engine import Engine
-from paceline.errors import CheckpointError, SettingsError
-from paceline.files import read_json
+from paceline.errors import BackendError, CheckpointError, SettingsError
 from paceline.models.matrix import pack
 from paceline.train import acceptance, capture, texts
 from paceline.train.card import card
-from paceline.train.distill import Batch, Data, Distillation, embeddings_path
-from paceline.train.export import replace_folder, write_model
+from paceline.train.distill import DEPTH, MOST_SCORED, Batch, Data, Distillation, embeddings_path
+from paceline.train.export import write_model
 from paceline.train.optimizer import Parameters
 from paceline.train.progress import trained
 from paceline.train.run import Run, Step
-from paceline.train.shape import drafter_json, new_drafter, sources
+from paceline.train.shape import new_config, new_drafter, official_json, sources
+from paceline.train.work import WorkFolder, digest, identity, write_bytes
 from paceline.train.workers import Workers
 
 LEAST_SHARDS = 2
@@ -49,6 +49,9 @@ TEXTS, POSITIONS = 4, 96  # of a worker's part of a batch
 EXAMINED = 32  # held-out texts, at every save
 MEASURED = 100  # held-out prompts, at the end
 REPLICA_BYTES = 2 << 30
+STATE_BYTES = 30  # of disk a parameter: the training state, twice while it is saved, and the first weights
+RATE_FROM = 0.25  # of the rates: what a trained drafter knows is not to be forgotten
+FIRST, STATE = "first.safetensors", "state.pt"
 
 Progress = Callable[[str, int, int], None]  # what is done, how much of it, of how much
 
@@ -87,6 +90,8 @@ class Settings:
 
     def check(self) -> None:
         """Raises `SettingsError` for what no run can have."""
+        if not math.isfinite(self.minutes):
+            raise SettingsError(f"--minutes is {self.minutes}; give a number of minutes")
         if self.start and (self.hidden_size or self.intermediate_size or self.draft_vocabulary):
             raise SettingsError("a drafter to start from has its own sizes; leave them out, or leave out --from")
 
@@ -111,13 +116,14 @@ class Training:
     out: Path
     lines: Sequence[str] | None
     documents: Sequence[str]
-    budget: int
+    budget: float
     threads: int | None = None
     device: str = "cpu"
     notify: Callable[[str], None] = lambda _: None
     progress: Progress = lambda what, done, total: None
     _engine: Engine | None = field(default=None, init=False)
     _weights: str = field(default="", init=False)  # format of the target's
+    _tokens: int = field(default=0, init=False)  # captured
 
     def run(self) -> dict[str, Any]:
         """Train, or go on where a run was stopped; returns a report for JSON.
@@ -126,35 +132,28 @@ class Training:
             PacelineError: a model that cannot be loaded, settings or texts that cannot be used, no room.
         """
         self.settings.check()
-        if self.out.exists():
+        if (report := self.work.finished()) is not None:
+            return report
+        if os.path.lexists(self.out):
             raise SettingsError(f"{self.out}: exists already; give a folder that does not")
         open_device(self.device)
         sources(self.target)
-        shards = self._shards()
-        self._open_folder(shards)
-        self._capture(shards)
+        self._begin()
+        shards = self._capture()
         self._first_weights(shards)
         self._release()
         weights = self._distil(shards)
-        write = self._writer(weights)
-        replace_folder(self.folder / "drafter", write)
-        found = self._measure()
-        about = self._report(shards, found)
-
-        def fill(fresh: Path) -> None:
-            write(fresh)
-            (fresh / "README.md").write_text(card(about))
-
-        replace_folder(self.out, fill)
-        shutil.rmtree(self.folder)
-        return about
+        self._write(weights)
+        report = self._report(shards, self._measure())
+        (self.work.drafter / "README.md").write_text(card(report), encoding="utf-8")
+        self.work.finish(report)
+        return report
 
     # -- what it works on ----------------------------------------------------------------------------------------------
 
     @property
-    def folder(self) -> Path:
-        """Where everything in between is kept."""
-        return self.out.with_name(self.out.name + ".train")
+    def work(self) -> WorkFolder:
+        return WorkFolder(self.out)
 
     @cached_property
     def target(self) -> TargetConfig:
@@ -169,64 +168,60 @@ class Training:
         return found
 
     @cached_property
-    def config_json(self) -> Mapping[str, Any]:
-        """`config.json` of the drafter."""
+    def drafter(self) -> DrafterConfig:
         s = self.settings
         if s.start:
-            return self._start_files.config
-        return drafter_json(self.target, s.hidden_size, s.intermediate_size, s.draft_vocabulary)
-
-    @cached_property
-    def drafter(self) -> DrafterConfig:
-        config = drafter_config(self.config_json)
+            config = self._start_files.drafter_config()
+        else:
+            config = new_config(self.target, s.hidden_size, s.intermediate_size, s.draft_vocabulary)
         check_pair(self.target, config)
         return config
 
-    def _shards(self) -> int:
-        """How many shards hold the tokens asked for, or as many as the budget allows."""
+    @property
+    def _parameters(self) -> int:
+        return sum(math.prod(shape) for shape in drafter_tensors(self.drafter).values())
+
+    @property
+    def _shard_bytes(self) -> int:
+        return capture.SHARD * self.settings.length * capture.position_bytes(self.target)
+
+    @property
+    def _most_shards(self) -> int:
+        """How many fit the budget."""
+        if not 0 <= self.budget < math.inf:
+            raise SettingsError(f"--budget is {self.budget / 1e9}; give a number of gigabytes")
         if self.settings.length > self.target.max_positions:
             raise SettingsError(f"--length is more than the {self.target.max_positions} tokens that the model can take")
-        size = capture.SHARD * self.settings.length
-        wanted = max(LEAST_SHARDS, -(-self.settings.tokens // size))
-        most = self.budget // (size * capture.position_bytes(self.target))
+        most = int(self.budget // self._shard_bytes)
         if most < LEAST_SHARDS:
-            needed = LEAST_SHARDS * size * capture.position_bytes(self.target) / 1e9
-            raise SettingsError(f"--budget {self.budget / 1e9:g} holds too few texts; {needed:.1f} is the least here")
-        if most < wanted:
-            self.notify(f"budget: {most * size:,} tokens of text, {self.budget / 1e9:g} GB; --budget allows more")
-        return min(wanted, most)
+            needed = LEAST_SHARDS * self._shard_bytes / 1e9
+            raise SettingsError(f"--budget {self.budget / 1e9:g} is too small; this run needs at least {needed:.2g}")
+        return most
 
-    def _open_folder(self, shards: int) -> None:
-        """A new folder, or that of a run with the same settings."""
-        path = self.folder / "settings.json"
-        mine = json.loads(json.dumps({**asdict(self.settings), "shards": shards}))
-        if path.exists():
-            theirs = read_json(path)
-            odd = next((key for key in mine if mine[key] != theirs.get(key)), None)
-            if odd is not None:
-                raise SettingsError(
-                    f"{self.folder}: was begun with {odd} {theirs.get(odd)!r}, which is now {mine[odd]!r}; "
-                    "give the same settings to go on, or delete the folder"
-                )
-            self.notify(f"{self.folder}: going on with what is there")
+    def _begin(self) -> None:
+        """Make the work folder, or find that of a run with the same settings."""
+        most, models = self._most_shards, [self.settings.target, *filter(None, [self.settings.start])]
+        settings = {
+            **asdict(self.settings),
+            "files": [identity(locate(model, self.notify)) for model in models],
+            "texts": digest(*(self.lines or ()), "", *self.documents),
+        }
+        settings = json.loads(json.dumps(settings))
+        if self.work.begun(settings):
+            self.work.remove_parts()
+            self.notify(f"{self.work.path}: going on with what is there")
             return
         drafter, _ = self.drafter, self._prompts  # what is wrong with them is told before anything is written
-        free = shutil.disk_usage(next(p for p in self.folder.absolute().parents if p.exists())).free
-        needed = shards * capture.SHARD * self.settings.length * capture.position_bytes(self.target)
-        if free < needed:
-            raise SettingsError(
-                f"{self.folder}: {needed / 1e9:.1f} GB of captured texts do not fit; {free / 1e9:.1f} GB are free; "
-                "give a smaller --budget or fewer --tokens"
-            )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        capture.write_bytes(path, json.dumps(mine).encode())
+        wanted = -(-self.settings.tokens // (capture.SHARD * self.settings.length))
+        kept = STATE_BYTES * self._parameters
+        self.work.begin(settings, min(most, max(LEAST_SHARDS, wanted)) * self._shard_bytes + kept)
         self.notify(f"drafter: {drafter.hidden_size} wide, head of {drafter.draft_vocab_size:,} tokens")
 
     # -- the steps -----------------------------------------------------------------------------------------------------
 
     @property
     def _texts(self) -> capture.Shards:
-        return capture.Shards(self.folder)
+        return capture.Shards(self.work.path)
 
     def _open_engine(self) -> Engine:
         if self._engine is None:
@@ -253,36 +248,50 @@ class Training:
         lines = self.lines
         if lines is None:
             lines = [] if self.documents else texts.bundled_prompts(engine)
-        return texts.read_prompts(engine, lines, self.documents, self.settings.length, self.settings.seed)
+        return texts.read_prompts(engine, lines, self.documents, self.settings.length, self.settings.seed, self.notify)
 
-    def _capture(self, shards: int) -> None:
-        """Let the target write texts, and keep what it did."""
-        missing = [number for number in range(shards) if not self._texts.path(number).exists()]
-        if not missing:
-            return
+    def _capture(self) -> int:
+        """Let the target write texts, and keep what it did, up to the tokens asked for; returns how many shards."""
+        done = tokens = 0
+        while done < self._most_shards and (done < LEAST_SHARDS or tokens < self.settings.tokens):
+            self.progress("writing texts", tokens, self.settings.tokens)
+            if not self._texts.path(done).exists():
+                self._record(done)
+            tokens += self._texts.size(done)
+            done += 1
+        if tokens < self.settings.tokens:
+            self.notify(f"budget: {tokens:,} tokens of text, {self.budget / 1e9:g} GB; --budget allows more")
+        self._tokens = tokens
+        return done
+
+    def _record(self, first: int) -> None:
+        """Write a shard, or as many as are recorded together."""
         engine = self._open_engine()
         backend, length = engine.backend, self.settings.length
         assert isinstance(backend, CpuBackend)
         recorder = capture.Recorder(backend, self.target, engine.stop_ids, length)
-        together = backend.info.slots // capture.SHARD
-        for first in range(0, len(missing), together):
-            group = missing[first : first + together]
-            self.progress("writing texts", capture.SHARD * (shards - len(missing) + first), capture.SHARD * shards)
-            recordings = [self._recording(engine, shard, place) for shard in group for place in range(capture.SHARD)]
+        together = backend.info.slots
+        shards = range(first, min(first + max(1, together // capture.SHARD), self._most_shards))
+        places = [(shard, place) for shard in shards for place in range(capture.SHARD)]
+        kept: list[dict[str, Tensor]] = []
+        for start in range(0, len(places), together):
+            recordings = [self._recording(engine, *place) for place in places[start : start + together]]
             recorder.record(recordings)
-            for number, shard in enumerate(group):
-                kept = recordings[capture.SHARD * number : capture.SHARD * (number + 1)]
-                self._texts.write(shard, [recording.tensors(length) for recording in kept])
+            while recordings:
+                kept.append(recordings.pop(0).tensors(length))
+        for shard in shards:
+            self._texts.write(shard, kept[: capture.SHARD])
+            del kept[: capture.SHARD]
 
     def _recording(self, engine: Engine, shard: int, place: int) -> capture.Recording:
         """A text of a shard, whose last one is of a held-out prompt."""
         number, held_out = capture.SHARD * shard + place, place == capture.SHARD - 1
         prompt = self._prompts.text(shard if held_out else number - shard, held_out=held_out)
-        return capture.Recording(list(prompt), texts.params_of(engine, number))
+        return capture.Recording(list(prompt), texts.params_of(engine, number, self.settings.seed))
 
     def _first_weights(self, shards: int) -> None:
         """The drafter's first weights, and what the texts' tokens are to the target."""
-        path, table = self.folder / "first.safetensors", embeddings_path(self.folder)
+        path, table = self.work.path / FIRST, embeddings_path(self.work.path)
         if path.exists() and table.exists():
             return
         engine = self._open_engine()
@@ -290,9 +299,9 @@ class Training:
         assert isinstance(backend, CpuBackend)
         tokens = torch.unique(torch.cat([torch.unique(part) for part in self._texts.tokens(shards)]))
         rows = torch.from_numpy(capture.embeddings(backend, tokens.numpy().astype(np.int32))).bfloat16()
-        capture.write_bytes(table, save({"tokens": tokens.int(), "embeddings": rows}))
+        write_bytes(table, save({"tokens": tokens.int(), "embeddings": rows}))
         weights = self._start(backend, shards)
-        capture.write_bytes(path, save({name: tensor.contiguous() for name, tensor in weights.items()}))
+        write_bytes(path, save({name: tensor.contiguous() for name, tensor in weights.items()}))
 
     def _start(self, backend: CpuBackend, shards: int) -> Parameters:
         config = self.drafter
@@ -330,32 +339,47 @@ class Training:
             return {"agreement": [round(float(x), 4) for x in sums / counts.clamp(min=1)]}
 
         run = Run[Batch](
-            path=self.folder / "state.pt",
+            path=self.work.path / STATE,
             minutes=self.settings.minutes,
             workers=workers,
+            rate=RATE_FROM if self.settings.start else 1.0,
             dtype=dtype,
             device=self.device,
             report=self._report_step,
             examine=examine,
         )
-        return run.train(load_file(self.folder / "first.safetensors"), loss.loss, batch)
+        try:
+            return run.train(load_file(self.work.path / FIRST), loss.loss, batch)
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            if "memory" not in str(error):
+                raise
+            raise BackendError(
+                "not enough memory to train; use fewer --threads, a shorter --length, or a smaller drafter"
+            ) from error
 
     def _workers(self) -> Workers:
         """A replica for each thread, as far as memory goes; the threads that are left work inside of them."""
         if self.device != "cpu":
             return Workers(1)
-        threads = self.threads or default_threads()
-        size = 4 * sum(math.prod(shape) for shape in drafter_tensors(self.drafter).values())  # with gradients, bfloat16
+        threads, drafter = min(self.threads or default_threads(), processors()), self.drafter
+        scores = len(drafter.layers) * drafter.heads * self.settings.length + min(drafter.draft_vocab_size, MOST_SCORED)
+        # weights and gradients in bfloat16; scores, their softmax and its gradient in float32
+        size = 4 * self._parameters + 12 * DEPTH * TEXTS * POSITIONS * scores
         count = max(1, min(threads, REPLICA_BYTES // size))
         return Workers(count, threads // count)
 
     def _report_step(self, step: Step) -> None:
         self.progress(f"training, loss {step.loss:.3f}", int(step.seconds), int(step.total))
 
-    def _writer(self, weights: Parameters) -> Callable[[Path], None]:
+    def _write(self, weights: Parameters) -> None:
+        """The drafter as a model folder, with the `config.json` of what it was started from, if that is official."""
         whole = (DRAFT_TOKENS, TOKEN_ORDERING)
         kept = {name: w if name in whole else w.detach().bfloat16() for name, w in weights.items()}
-        return lambda folder: write_model(folder, self.config_json, kept)
+        as_published = self.settings.start and self._start_files.path.is_dir()
+        config = self._start_files.config if as_published else official_json(self.drafter, self.target)
+        shutil.rmtree(self.work.drafter, ignore_errors=True)
+        self.work.drafter.mkdir()
+        write_model(self.work.drafter, config, kept)
 
     @property
     def _measuring(self) -> float:
@@ -367,32 +391,40 @@ class Training:
         found, prompts = {}, self._prompts.held_out[:MEASURED]
         self._release()
         drafters = {"before": self.settings.start} if self.settings.start else {}
-        for name, drafter in {**drafters, "after": str(self.folder / "drafter")}.items():
-            engine = paceline.load(
-                self.settings.target,
-                drafter=drafter,
-                quant=self.settings.quant,
-                threads=self.threads,
-                context=min(self.settings.length + self.settings.max_tokens, self.target.max_positions),
-            )
-            self._weights = engine.backend.info.quant
-
-            def report(done: int, name: str = name, total: int = 2 * len(prompts)) -> None:
-                self.progress(f"measuring, {name}", done, total)
-
-            measured = acceptance.measure(engine, prompts, self.settings.max_tokens, self._measuring, report)
+        for name, drafter in {**drafters, "after": str(self.work.drafter)}.items():
+            measured = self._acceptance(name, drafter, prompts)
+            gc.collect()  # of a model's weights only one copy
             found[name] = {sampling: one.report() for sampling, one in measured.items()}
             prompts = prompts[: min(one.texts for one in measured.values())]
+        before, after = found.get("before", {}), found["after"]
+        if before and all(after[way]["tokens_a_round"] <= one["tokens_a_round"] for way, one in before.items()):
+            self.notify("the drafter did not get better; keep the one you have, or train on more --tokens")
         return found
 
+    def _acceptance(self, name: str, drafter: str, prompts: Sequence[list[int]]) -> dict[str, acceptance.Acceptance]:
+        engine = paceline.load(
+            self.settings.target,
+            drafter=drafter,
+            quant=self.settings.quant,
+            threads=self.threads,
+            context=min(self.settings.length + self.settings.max_tokens, self.target.max_positions),
+        )
+        self._weights = engine.backend.info.quant
+
+        def report(done: int) -> None:
+            self.progress(f"measuring, {name}", done, 2 * len(prompts))
+
+        return acceptance.measure(engine, prompts, self.settings.max_tokens, self._measuring, report)
+
     def _report(self, shards: int, found: Mapping[str, Any]) -> dict[str, Any]:
-        progress = trained(self.folder / "state.pt")
+        progress = trained(self.work.path / STATE)
         return {
             "command": "train",
             "version": paceline.__version__,
             "settings": asdict(self.settings),
             "weights": self._weights,
             "texts": shards * capture.SHARD,
+            "tokens": self._tokens,
             "drafted_positions": progress.tokens,
             "training_seconds": round(progress.seconds),
             "history": progress.history,
