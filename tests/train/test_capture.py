@@ -176,6 +176,13 @@ def test_the_best_of_a_large_vocabulary() -> None:
         np.testing.assert_array_equal(ids, np.argsort(-result.logits, axis=-1, kind="stable")[:, :64])
 
 
+def test_logits_that_are_no_numbers() -> None:
+    native = wide_model(600, np.nan)
+    native.run([Work(native.open_slot(), 0, [1], GREEDY)])
+    with pytest.raises(BackendError, match="are no numbers"):
+        native.best(3)
+
+
 def wide_model(vocabulary: int, spread: float) -> CpuBackend:
     """A random target of so many tokens; with a spread of 0 all have the same logit."""
     settings = TEXT | {"vocab_size": vocabulary, "vocab_size_per_layer_input": vocabulary}

@@ -225,22 +225,36 @@ Floats Decoder::states() const {
   return Floats(target_->hidden(), target_->hidden() + sampled_rows_ * target_->weights().config.hidden);
 }
 
+// The largest of n numbers; NaNs are passed over.
+static float largest(const float* x, int64_t n) {
+  constexpr int lanes = 16;  // independent, so that compilers use vectors
+  float tops[lanes];
+  std::fill_n(tops, lanes, -std::numeric_limits<float>::infinity());
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes)
+    for (int lane = 0; lane < lanes; ++lane) tops[lane] = x[i + lane] > tops[lane] ? x[i + lane] : tops[lane];
+  for (; i < n; ++i) tops[0] = x[i] > tops[0] ? x[i] : tops[0];
+  return *std::max_element(tops, tops + lanes);
+}
+
 // Of one row. The maxima of disjoint blocks are logits, too, so the best of all are no worse than the best of them: few
 // are left to sort. Returns whether there were as many numbers.
 static bool best_of(const float* logits, int64_t vocab, int64_t count, int32_t* ids, float* values) {
   constexpr int64_t blocks = 1024;
   const int64_t width = std::max(int64_t(1), vocab / std::max(blocks, count));
   std::vector<float> maxima;
-  for (int64_t first = 0; first + width <= vocab; first += width) {
-    float top = -std::numeric_limits<float>::infinity();
-    for (int64_t t = first; t < first + width; ++t) top = logits[t] > top ? logits[t] : top;  // passes over NaNs
-    maxima.push_back(top);
-  }
-  std::nth_element(maxima.begin(), maxima.begin() + (count - 1), maxima.end(), std::greater<>());
-  const float least = maxima[size_t(count - 1)];
+  for (int64_t first = 0; first < vocab; first += width)
+    maxima.push_back(largest(logits + first, std::min(width, vocab - first)));
+  std::vector<float> sorted = maxima;
+  std::nth_element(sorted.begin(), sorted.begin() + (count - 1), sorted.end(), std::greater<>());
+  const float least = sorted[size_t(count - 1)];
   std::vector<int32_t> found;
-  for (int64_t t = 0; t < vocab; ++t)
-    if (logits[t] >= least) found.push_back(int32_t(t));
+  for (size_t block = 0; block < maxima.size(); ++block) {
+    if (maxima[block] < least) continue;
+    const int64_t first = int64_t(block) * width;
+    for (int64_t t = first; t < std::min(first + width, vocab); ++t)
+      if (logits[t] >= least) found.push_back(int32_t(t));
+  }
   if (int64_t(found.size()) < count) return false;
   std::partial_sort(found.begin(), found.begin() + count, found.end(),
                     [&](int32_t a, int32_t b) { return logits[a] != logits[b] ? logits[a] > logits[b] : a < b; });
