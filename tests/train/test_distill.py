@@ -60,7 +60,7 @@ def captured(folder: Path, shape: str, head: str) -> Case:
     checkpoint = Checkpoint.open(drafter)
     found = resolve(checkpoint, checkpoint.drafter_config())
     weights = {name: torch.from_numpy(np.array(found.refs[name].read())) for name in found.refs}
-    return Case(config, checkpoint.drafter_config(), weights, Data(shards, 1))
+    return Case(config, checkpoint.drafter_config(), weights, Data.open(shards, 1))
 
 
 def loss_of(case: Case, config: DrafterConfig | None = None) -> Distillation:

@@ -338,17 +338,22 @@ def test_shapes_of_official_targets(shape: str) -> None:
 
 
 def test_acceptance_counts(pair: tuple[Path, Path]) -> None:
-    """Against the rounds of one text, counted by hand; a text that loops is left out."""
+    """Against the rounds of two texts, counted by hand; a text that loops is left out."""
     engine = paceline.load(str(pair[0]), drafter=str(pair[1]), threads=1)
-    prompt, params = [2, 30, 40], SamplingParams(temperature=1)
-    found = acceptance(engine, [prompt], params, 40)
-    with engine.stream(prompt, sampling=SamplingParams(temperature=1, seed=0), max_tokens=40, draft_tokens=4) as stream:
-        rounds = [event.accepted for event in stream if event.drafted == 4]
-    assert found.rounds == len(rounds)
+    prompts, params = [[2, 30, 40], [2, 50]], SamplingParams(temperature=1)
+    found = acceptance(engine, prompts, params, 40)
+    rounds = []
+    for seed, prompt in enumerate(prompts):
+        sampling = SamplingParams(temperature=1, seed=seed)
+        with engine.stream(prompt, sampling=sampling, max_tokens=40, draft_tokens=4) as stream:
+            rounds += [event.accepted for event in list(stream)[1:]]
+    assert (found.texts, found.loops, found.rounds) == (2, 0, len(rounds))
     assert found.accepted == tuple(sum(accepted > depth for accepted in rounds) for depth in range(4))
     assert found.length == 1 + sum(rounds) / len(rounds)
+    looping = acceptance(engine, prompts, SamplingParams(bias=((7, 100.0),)), 40)
+    assert (looping.texts, looping.loops, looping.rounds) == (2, 2, 0)
     with pytest.raises(SettingsError):
-        acceptance(engine, [prompt], params, 0)
+        acceptance(engine, prompts, params, 0)
 
 
 def test_what_repeats() -> None:

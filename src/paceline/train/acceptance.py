@@ -6,39 +6,54 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any
 
-from paceline.engine.engine import Engine, Request
+from paceline.engine.engine import Engine
 from paceline.train.distill import DEPTH
 from paceline.train.texts import sampling_of
-from paceline.types import Event, SamplingParams
+from paceline.types import Generation, SamplingParams
 
 STRETCH = 20  # tokens: a text that repeats as many is a loop, which any drafter is good at
 
 
 @dataclass(frozen=True)
 class Acceptance:
-    """Counts over several texts."""
+    """Sums over several texts."""
 
-    texts: int
-    loops: int  # texts left out because they repeat themselves
-    rounds: int  # in which DEPTH tokens were drafted
-    accepted: tuple[int, ...]  # [DEPTH] rounds in which the draft at that depth was accepted
+    texts: int = 0
+    loops: int = 0  # texts left out because they repeat themselves
+    rounds: int = 0
+    tokens: int = 0  # that the rounds gave
+    accepted: tuple[int, ...] = (0,) * DEPTH  # rounds in which the draft at depth 1, 2, ... was accepted
+
+    def __add__(self, text: Generation) -> Acceptance:
+        """With another text."""
+        if repeats(text.tokens):
+            return replace(self, texts=self.texts + 1, loops=self.loops + 1)
+        found = text.statistics
+        return Acceptance(
+            texts=self.texts + 1,
+            loops=self.loops,
+            rounds=self.rounds + found.rounds,
+            tokens=self.tokens + max(0, found.tokens - 1),
+            accepted=tuple(map(sum, zip_longest(self.accepted, found.accepted_at_depth, fillvalue=0))),
+        )
 
     @property
     def length(self) -> float:
         """Tokens a round, the target's own included."""
-        return 1 + sum(self.accepted) / self.rounds if self.rounds else 1.0
+        return self.tokens / self.rounds if self.rounds else 1.0
 
     @property
     def by_depth(self) -> list[float]:
         """Share of the rounds in which the draft at depth 1, 2, ... was accepted."""
-        return [round(count / self.rounds, 4) if self.rounds else 0.0 for count in self.accepted]
+        return [count / self.rounds if self.rounds else 0.0 for count in self.accepted]
 
     def report(self) -> dict[str, Any]:
         """For JSON."""
         counts = {"texts": self.texts, "loops_left_out": self.loops, "rounds": self.rounds}
-        return {"tokens_a_round": round(self.length, 4), "by_depth": self.by_depth, **counts}
+        return {"tokens_a_round": round(self.length, 4), "by_depth": [round(x, 4) for x in self.by_depth], **counts}
 
 
 def measure(
@@ -72,32 +87,14 @@ def acceptance(
     progress: Callable[[int], None] = lambda _: None,
 ) -> Acceptance:
     """Acceptance over the continuations of prompts, each with its number as seed; see `measure`."""
-    texts, loops, rounds, accepted = 0, 0, 0, [0] * DEPTH
-    end = time.monotonic() + seconds
+    found, end = Acceptance(), time.monotonic() + seconds
     for number, prompt in enumerate(prompts):
         if number and time.monotonic() > end:
             break
-        mine, at_depth = 0, [0] * DEPTH
-        events: list[Event | Exception] = []
-        request = Request(replace(params, seed=number), max_tokens, draft_tokens=DEPTH)
-        sequence = engine.submit(prompt, request, events.append)
-        while not sequence.finish:
-            engine.scheduler.tick()
-        for event in events:
-            if isinstance(event, Exception):
-                raise event
-            if event.drafted == DEPTH:
-                mine += 1
-                for depth in range(event.accepted):
-                    at_depth[depth] += 1
-        texts += 1
-        if repeats(sequence.generated):
-            loops += 1
-        else:
-            rounds += mine
-            accepted = [a + b for a, b in zip(accepted, at_depth, strict=True)]
+        settings = {"sampling": replace(params, seed=number), "max_tokens": max_tokens}
+        found += engine.generate(prompt, **settings, draft_tokens=DEPTH)
         progress(number + 1)
-    return Acceptance(texts, loops, rounds, tuple(accepted))
+    return found
 
 
 def repeats(tokens: Sequence[int], stretch: int = STRETCH) -> bool:

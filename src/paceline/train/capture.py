@@ -71,7 +71,7 @@ class Recording:
     ids: list[Int32] = field(default_factory=list)  # [rows, K] each, as are the next
     logits: list[Float32] = field(default_factory=list)
     rows: dict[str, list[Float32]] = field(default_factory=lambda: {kind: [] for kind in KINDS})  # keys and values
-    run: int = 0  # tokens that the target has run
+    cached: int = 0  # tokens in the KV cache
     kept: int = 0  # of which keys and values were read
 
     def __post_init__(self) -> None:
@@ -79,9 +79,9 @@ class Recording:
 
     def work(self) -> Work:
         """What to run next: of the prompt `ROWS` tokens, of the text one."""
-        first, *rest = self.tokens[self.run : self.run + ROWS]
+        first, *rest = self.tokens[self.cached : self.cached + ROWS]
         draft = Draft(tuple(rest), simulated=len(rest))  # accepted whole, whatever is sampled
-        return Work(self.slot, self.run, [first], self.params, draft, self._constraint)
+        return Work(self.slot, self.cached, [first], self.params, draft, self._constraint)
 
     def tensors(self, length: int) -> dict[str, Tensor]:
         """What was kept, padded to `length` positions; see above, without the first dimension."""
@@ -121,7 +121,7 @@ class Recorder:
         try:
             for text in texts:
                 text.slot = self.backend.open_slot()
-                while text.run < len(text.tokens) - 1:
+                while text.cached < len(text.tokens) - 1:
                     self._advance([text])
             while running := [text for text in texts if not text.ended]:
                 self._advance(running)
@@ -141,8 +141,8 @@ class Recorder:
             text.states.append(states[mine])
             text.ids.append(ids[mine])
             text.logits.append(logits[mine])
-            text.run += len(result.sampled)
-            if text.run == len(text.tokens):
+            text.cached += len(result.sampled)
+            if text.cached == len(text.tokens):
                 token = result.sampled[-1]
                 text.ended = token in self.stop_ids or len(text.tokens) >= self.length
                 if not text.ended:
@@ -151,12 +151,12 @@ class Recorder:
 
     def _keep(self, text: Recording) -> None:
         """Read keys and values now and then: sliding rings forget."""
-        count = text.run - text.kept
+        count = text.cached - text.kept
         if count < ROWS and not text.ended:
             return
         for kind, layer in zip(KINDS, sources(self.config), strict=True):
             text.rows[kind].append(self.backend.keys_values(layer, text.slot, text.kept, count))
-        text.kept = text.run
+        text.kept = text.cached
 
 
 def _padded(x: Tensor, dim: int, padding: int) -> Tensor:

@@ -9,7 +9,7 @@ where a step is accepted with the probability that both distributions share.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -74,18 +74,21 @@ class Data:
         shards: where they are.
         count: of shards.
         seed: of the choice.
+        embeddings: what tokens are to the target [n, H].
+        numbers: the tokens of those rows [n], ascending.
     """
 
     shards: Shards
     count: int
-    seed: int = 0
-    embeddings: Tensor = field(init=False)  # [n, H]
-    numbers: Tensor = field(init=False)  # [n] tokens of those rows, ascending
+    seed: int
+    embeddings: Tensor
+    numbers: Tensor
 
-    def __post_init__(self) -> None:
-        file = load_file(embeddings_path(self.shards.folder))
-        object.__setattr__(self, "embeddings", file["embeddings"])
-        object.__setattr__(self, "numbers", file["tokens"])
+    @classmethod
+    def open(cls, shards: Shards, count: int, seed: int = 0) -> Self:
+        """With the embeddings beside the shards."""
+        file = load_file(embeddings_path(shards.folder))
+        return cls(shards, count, seed, file["embeddings"], file["tokens"])
 
     def batch(self, step: int, texts: int, positions: int, share: float = 1.0) -> Batch:
         """Texts of training prompts, by the number of the step and the share of the training that is done."""

@@ -321,7 +321,7 @@ class Training:
 
     def _distil(self, shards: int) -> Parameters:
         self.progress("training", 0, int(60 * self.settings.minutes))
-        data = Data(self._texts, shards, self.settings.seed)
+        data = Data.open(self._texts, shards, self.settings.seed)
         dtype = training_dtype(self.device)
         workers = self._workers()
         loss = Distillation(self.drafter, self.target, data.embeddings.to(self.device))
