@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from paceline.checkpoint.gguf import Gguf
+from paceline.checkpoint.names import DRAFT_TOKENS
 from paceline.checkpoint.tensors import READABLE, TensorRef
 from paceline.config import LIMITS
 from paceline.errors import CheckpointError
@@ -56,6 +57,7 @@ GLOBAL = {
     "masked_embd_ordering.weight": "masked_embedding.token_ordering",
     "mtp.token_ordering.weight": "masked_embedding.token_ordering",
     "mtp_token_ordering.weight": "masked_embedding.token_ordering",
+    DRAFT_TOKENS: DRAFT_TOKENS,  # paceline's own: a head with a part of the vocabulary, whose size is `vocab_size`
 }
 LAYER = {
     "attn_norm.weight": "input_layernorm.weight",
@@ -175,6 +177,9 @@ class _Settings:
             "use_ordered_embeddings": ordered,
             "text_config": dict(text),
         }
+        if DRAFT_TOKENS in names:
+            config["draft_vocab_size"] = text["vocab_size"]
+            config["text_config"] = {**text, "vocab_size": self._integer("vocab_size")}
         if ordered and centroids is not None:
             config |= {
                 "num_centroids": centroids.rows,
