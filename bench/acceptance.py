@@ -24,8 +24,8 @@ from typing import Any
 
 import paceline
 from paceline.bench.machine import ReadBandwidth
+from paceline.sampling_params import or_official
 from paceline.train.acceptance import acceptance
-from paceline.train.texts import sampling_of
 from paceline.types import SamplingParams
 
 PROSE = ("dialogue", "facts", "licence", "story")
@@ -97,7 +97,7 @@ def main() -> None:
         bandwidth.measure()
     half = arguments.prompts // 2
     prompts = [engine.encode(text, raw=True) for text in prose(half) + code(arguments.prompts - half)]
-    info, own = engine.backend.info, sampling_of(engine)
+    info, own = engine.backend.info, or_official(engine.sampling)
     report: dict[str, Any] = {
         "benchmark": "acceptance",
         "model": arguments.model,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from paceline.errors import SettingsError
@@ -98,10 +98,16 @@ class SamplingParams:
 
 
 GREEDY = SamplingParams()
+OFFICIAL: Mapping[str, Any] = {"temperature": 1.0, "top_k": 64, "top_p": 0.95}  # of all Gemma 4 models
 PARAMETERS: Mapping[str, Parameter] = {
     one.name: one.metadata["parameter"] for one in fields(SamplingParams) if one.metadata
 }
 """The numeric parameters by name."""
+
+
+def or_official(own: SamplingParams) -> SamplingParams:
+    """A model's own settings, with the official sampling where its files ask for none: GGUF files seldom do."""
+    return own if own.temperature else replace(own, **OFFICIAL)
 
 
 def check_sampling_params(params: SamplingParams, vocab_size: int) -> SamplingParams:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,8 +97,9 @@ def test_steps_against_one_position_at_a_time(case: Case) -> None:
                     owner = {int(token): row // size for row, token in enumerate(drafter.tokens.flatten())}
                     chosen = torch.tensor([owner[int(token)] for token in ids])
                     divergence -= distill.CENTROID_WEIGHT * float((top * centroid[chosen]).sum())
-                assert float(step.loss[text, place]) == pytest.approx(divergence, rel=1e-3, abs=1e-3)
                 shared = float(torch.minimum(top, shares[ids]).sum())
+                loss = divergence - distill.ACCEPTANCE_WEIGHT * math.log(shared)
+                assert float(step.loss[text, place]) == pytest.approx(loss, rel=1e-3, abs=1e-3)
                 assert float(step.agreement[text, place]) == pytest.approx(shared, rel=1e-3, abs=1e-4)
 
 

@@ -21,7 +21,7 @@ from paceline.checkpoint import Checkpoint
 from paceline.checkpoint.config_json import drafter_config, target_config
 from paceline.cli.main import run
 from paceline.config import check_pair
-from paceline.errors import PairError, SettingsError
+from paceline.errors import PairError, PromptError, SettingsError
 from paceline.train import capture, work
 from paceline.train.acceptance import acceptance, repeats
 from paceline.train.shape import new_config, official_json
@@ -285,6 +285,17 @@ def test_prompts_that_are_too_long(pair: tuple[Path, Path]) -> None:
     found = read_prompts(engine, lines, [], 48, 0, notices.append)
     assert sorted(found.training + found.held_out) == sorted(engine.encode(line) for line in lines[:2])
     assert notices == ["prompts: 2 of 4 are left out because they are longer than half of --length 48"]
+
+
+def test_a_prompt_that_is_given_often_is_held_out_as_a_whole(target: str) -> None:
+    engine = paceline.load(target, drafter="none", threads=1)
+    lines = [f"prompt {number}" for number in range(20)]
+    found = read_prompts(engine, lines * 8, [], 48, 0)
+    assert len(found.held_out) == 2
+    assert len(found.training) == 18 * 8
+    assert not [prompt for prompt in found.held_out if prompt in found.training]
+    with pytest.raises(PromptError, match="too little text"):
+        read_prompts(engine, lines[:1] * 8, [], 48, 0)
 
 
 @pytest.mark.parametrize("shape", ["e2b", "12b"])

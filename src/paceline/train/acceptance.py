@@ -10,8 +10,8 @@ from itertools import zip_longest
 from typing import Any
 
 from paceline.engine.engine import Engine
+from paceline.sampling_params import or_official
 from paceline.train.distill import DEPTH
-from paceline.train.texts import sampling_of
 from paceline.types import Generation, SamplingParams
 
 STRETCH = 20  # tokens: a text that repeats as many is a loop, which any drafter is good at
@@ -68,7 +68,7 @@ def measure(
         seconds: after which no further text is begun, greedy and sampled each.
         progress: told how many texts are done.
     """
-    found, own = {}, sampling_of(engine)
+    found, own = {}, or_official(engine.sampling)
     for done, (name, params) in enumerate({"greedy": replace(own, temperature=0.0), "sampled": own}.items()):
 
         def report(count: int, before: int = done * len(prompts)) -> None:

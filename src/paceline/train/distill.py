@@ -2,8 +2,8 @@
 
 From positions of each text several draft steps are unrolled on the drafter's own hidden states, with the position and
 the visible part of the target's cache held constant, as in decoding. Each step is fitted to the target's distribution
-(Kullback-Leibler divergence), weighted by the chance that decoding reaches it: that the steps before were accepted,
-where a step is accepted with the probability that both distributions share.
+(Kullback-Leibler divergence, and the logarithm of the probability that both distributions share, with which a draft is
+accepted), weighted by the chance that decoding reaches it: that the steps before were accepted.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from paceline.train.shape import sources
 DEPTH = 4  # draft steps unrolled
 GROWTH = 0.3  # share of the training over which they become as many: later ones are of no use before
 LEAST_REACH = 0.1  # weight of a step that is hardly ever reached: at first none is, and it must begin somewhere
+ACCEPTANCE_WEIGHT = 1.0  # of the logarithm of the probability that a draft is accepted, beside the divergence
+LEAST_AGREEMENT = 1e-3  # below, only the divergence leads there
 CENTROID_WEIGHT = 0.25  # of the loss of choosing centroids, beside that of tokens
 MOST_SCORED = 1 << 15  # tokens that are scored in training; of larger heads the rest is estimated from a sample
 LEAST_SAMPLED = 4096
@@ -186,6 +188,7 @@ class Distillation:
             if self.config.centroids:
                 loss = loss + CENTROID_WEIGHT * self._centroid_loss(weights, state, ids, expected)
             agreement = torch.minimum(expected, found.exp()).sum(-1)
+            loss = loss - ACCEPTANCE_WEIGHT * agreement.clamp(min=LEAST_AGREEMENT).log()
             yield DraftStep(loss, agreement, batch.positions + step < batch.lengths[:, None])
 
     def _centroid_loss(self, weights: Parameters, state: Tensor, ids: Tensor, expected: Tensor) -> Tensor:

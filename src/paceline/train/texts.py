@@ -14,11 +14,11 @@ import numpy as np
 import paceline
 from paceline.engine.engine import Engine
 from paceline.errors import ContextError, PromptError
+from paceline.sampling_params import or_official
 from paceline.types import SamplingParams
 
 HELD_OUT = 10  # one prompt in so many
 GREEDY_SHARE = 4  # one text in so many is greedy
-OFFICIAL = SamplingParams(temperature=1.0, top_k=64, top_p=0.95)  # of all Gemma 4 models; for files that say nothing
 SHORTEST = 4  # tokens of a prompt that is cut from a text
 
 
@@ -76,10 +76,12 @@ def read_prompts(
             given = int(dice.integers(SHORTEST, length // 2))
             prompts.append(first + tokens[start : start + given])
     prompts = [prompts[i] for i in dice.permutation(len(prompts)) if prompts[i]]
-    if len(prompts) < 2:
+    distinct = list(dict.fromkeys(map(tuple, prompts)))  # a prompt given twice is held out as a whole
+    if len(distinct) < 2:
         raise PromptError("there is too little text; give two prompts or more, or a longer text")
-    held_out = max(1, len(prompts) // HELD_OUT)
-    return Prompts(prompts[held_out:], prompts[:held_out])
+    held_out = distinct[: max(1, len(distinct) // HELD_OUT)]
+    known = set(held_out)
+    return Prompts([prompt for prompt in prompts if tuple(prompt) not in known], [list(one) for one in held_out])
 
 
 def bundled_prompts(engine: Engine) -> list[str]:
@@ -88,12 +90,7 @@ def bundled_prompts(engine: Engine) -> list[str]:
     return (Path(paceline.__file__).parent / "assets" / "prompts" / name).read_text(encoding="utf-8").splitlines()
 
 
-def sampling_of(engine: Engine) -> SamplingParams:
-    """The model's own settings, if it has any."""
-    return engine.sampling if engine.sampling.temperature else OFFICIAL
-
-
 def params_of(engine: Engine, number: int, seed: int) -> SamplingParams:
     """How a text is sampled: one in `GREEDY_SHARE` greedily, each with a seed of its own."""
-    own = sampling_of(engine)
+    own = or_official(engine.sampling)
     return replace(own, seed=(seed << 20) + number) if number % GREEDY_SHARE else replace(own, temperature=0.0)
