@@ -1,6 +1,6 @@
 """Writes a drafter's folder as one GGUF file with matrices in Q8_0, which is half as large.
 
-    python -m tools.drafter_gguf FOLDER FILE.gguf
+    python -m tools.drafter_gguf FOLDER FILE.gguf [--licence NAME]
 
 In llama.cpp's form (architecture `gemma4-assistant`), except for a head with a part of the vocabulary: its tokens are a
 tensor `draft_token_ids`, and the vocabulary's size is a key. Needs llama.cpp's package gguf.
@@ -8,7 +8,8 @@ tensor `draft_token_ids`, and the vocabulary's size is a key. Needs llama.cpp's 
 
 from __future__ import annotations
 
-import sys
+import argparse
+import os
 from pathlib import Path
 
 import gguf
@@ -16,20 +17,23 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 
 from paceline.checkpoint import Checkpoint, resolve
-from paceline.checkpoint.gguf_model import GLOBAL, LAYER, ROPE_FREQS
+from paceline.checkpoint.gguf_model import DRAFTERS, GLOBAL, LAYER, NEVER, ROPE_FREQS
 from paceline.checkpoint.names import TOKEN_IDS
 from paceline.config import DrafterConfig
 
-ARCHITECTURE = "gemma4-assistant"
-STILL = 1e30  # what llama.cpp divides frequencies by that do not turn
+ARCHITECTURE = DRAFTERS[0]
 
 
-def write_drafter(folder: Path, out: Path) -> None:
-    """Write it; vectors stay in float32."""
+def write_drafter(folder: Path, out: Path, licence: str = "") -> None:
+    """Write it; vectors stay in float32. The licence is named in the file."""
     checkpoint = Checkpoint.open(folder)
     config = checkpoint.drafter_config()
     tensors = resolve(checkpoint, config)
-    writer = gguf.GGUFWriter(out, ARCHITECTURE)
+    part = out.with_name(out.name + ".part")
+    writer = gguf.GGUFWriter(part, ARCHITECTURE)
+    writer.add_name(out.stem)
+    if licence:
+        writer.add_license(licence)
     add_settings(writer, config, int(checkpoint.config["text_config"]["max_position_embeddings"]))
     writer.add_tensor(ROPE_FREQS, divisors(config))
     for name, ref in tensors.refs.items():
@@ -42,6 +46,7 @@ def write_drafter(folder: Path, out: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    os.replace(part, out)
 
 
 def add_settings(writer: gguf.GGUFWriter, config: DrafterConfig, context: int) -> None:
@@ -77,7 +82,7 @@ def divisors(config: DrafterConfig) -> np.ndarray:
     """What frequencies of full-attention layers are divided by [head_dim / 2]."""
     full = next(layer for layer in config.layers if not layer.sliding)
     pairs = np.arange(full.head_dim // 2)
-    return np.where(pairs < config.rope_full.rotating_pairs(full.head_dim), 1, STILL).astype(np.float32)
+    return np.where(pairs < config.rope_full.rotating_pairs(full.head_dim), 1, NEVER).astype(np.float32)
 
 
 def gguf_name(name: str) -> str:
@@ -89,4 +94,9 @@ def gguf_name(name: str) -> str:
 
 
 if __name__ == "__main__":
-    write_drafter(Path(sys.argv[1]), Path(sys.argv[2]))
+    parser = argparse.ArgumentParser(description="Write a drafter as a GGUF file.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--licence", default="", help="to name in the file")
+    given = parser.parse_args()
+    write_drafter(given.folder, given.file, given.licence)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tools.dequantise import values_of
 from tools.drafter_gguf import write_drafter
 
 import paceline
@@ -48,6 +49,10 @@ def assert_alike(folder: Path, file: Path) -> None:
             np.testing.assert_array_equal(found.vector(name), expected.vector(name))
         else:
             assert found[name].dtype == "Q8_0"
+            values = expected.vector(name)
+            blocks = np.abs(values.reshape(len(values), -1, 32)).max(2, keepdims=True)
+            missed = np.abs(values_of(found, name) - values).reshape(len(values), -1, 32)
+            assert (missed <= 0.57 * blocks / 127 + 1e-9).all()  # half a step, and its size is a float16
 
 
 @pytest.mark.parametrize("part", [None, 48])
@@ -57,13 +62,11 @@ def test_a_new_drafter(tmp_path: Path, part: int | None) -> None:
     write_drafter(folder, file)
     assert_alike(folder, file)
     settings = {"sampling": SamplingParams(temperature=1, seed=3), "max_tokens": 30}
-    drafts = []
-    for drafter in (folder, file):
-        engine = paceline.load(str(target), drafter=str(drafter), quant="f32", threads=1)
-        found = engine.generate("Hello", **settings, draft_tokens=4)
-        assert found.tokens == engine.generate("Hello", **settings, draft_tokens=0).tokens
-        drafts.append(found.statistics)
-    assert abs(drafts[0].rounds - drafts[1].rounds) <= 3  # rounding to 8 bits may change a draft
+    engine = paceline.load(str(target), drafter=str(file), quant="f32", threads=1)
+    plain, drafted = (engine.generate("Hello", **settings, draft_tokens=count) for count in (0, 4))
+    assert plain.tokens == drafted.tokens
+    assert drafted.statistics.drafted
+    assert [path.name for path in tmp_path.iterdir() if "part" in path.name] == []
 
 
 def test_centroids(tmp_path: Path) -> None:
