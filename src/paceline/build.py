@@ -73,7 +73,7 @@ def load(
 
     Args:
         model: a folder, a GGUF, a hub id (downloaded when it is not in the cache), a name of another program's such as
-            `ollama:gemma4:e2b`, or `tiny-python` for the bundled pair; `checkpoint.locate` says more.
+            `ollama:gemma4:e2b`, or `tiny-python`, which comes with paceline; `checkpoint.locate` says more.
         drafter: "auto" for one beside the model (see `checkpoint.locate_drafter`), "none", or a model's name.
         device: "cpu" for the native kernels; "cuda" for those of a GPU, which need the extra `cuda`; "mps" or another
             device of PyTorch ("torch:cpu" for PyTorch on the processor), which is slow.

@@ -1,4 +1,4 @@
-"""Locates a model: a folder, a GGUF, a hub id, a name of another program's, or the bundled pair."""
+"""Locates a model: a folder, a GGUF, a hub id, a name of another program's, or a bundled pair."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
-from paceline.checkpoint import hub, local_stores
+from paceline.checkpoint import demo_model, hub, local_stores
 from paceline.checkpoint.checkpoint import PACKED_NAME
 from paceline.checkpoint.choice import TAG, Wanted, choose_drafter
 from paceline.checkpoint.foreign import foreign_file
@@ -17,7 +17,11 @@ from paceline.checkpoint.ollama import OLLAMA, ollama_file
 from paceline.errors import CheckpointError, PairError
 
 ASSETS = Path(__file__).parents[1] / "assets"
-BUNDLED = ("tiny-python", "tiny-python-assistant")
+BUNDLED = {
+    "tiny-python": ASSETS / "tiny-python",
+    "tiny-python-assistant": ASSETS / "tiny-python-assistant",
+    "gemma3-270m-assistant": ASSETS / "gemma3-270m-assistant" / "gemma3-270m-assistant-Q8_0.gguf",
+}
 DRAFTER_FOLDER = "assistant"  # where `paceline convert` puts a drafter, inside its target's folder
 MAGIC = b"GGUF"
 FORMS = "give a model folder, a GGUF, or a hub id such as org/name"
@@ -32,7 +36,8 @@ def locate(model: str, notify: Callable[[str], None] = _quiet) -> Path:
 
     A model is looked for in this order; the first that is there is taken.
 
-    1. `tiny-python` and `tiny-python-assistant` always mean the bundled pair; write `./tiny-python` for a folder.
+    1. `tiny-python`, `tiny-python-assistant` and `gemma3-270m-assistant` always mean what comes with paceline, and
+       `gemma3-270m` the model of another package (see `demo_model.path`); write `./tiny-python` for a folder.
     2. A prefix names another program's store: `ollama:gemma4:e2b`, `lmstudio:publisher/repository[/file]`,
        `llama.cpp:file` (its older, flat cache).
     3. A path: a GGUF, or a folder. A folder without safetensors is its GGUF; of several, the one of the tag
@@ -108,6 +113,8 @@ def unless_asked(choice: str, notify: Callable[[str], None]) -> Iterator[None]:
 
 
 def _find_drafter(model: str, place: Path, wanted: Wanted) -> Path | None:
+    if bundled := BUNDLED.get(model + hub.DRAFTER_SUFFIX):
+        return bundled
     beside = _beside_file(place, wanted) if place.is_file() else _beside_folder(place, wanted)
     if beside or model in BUNDLED or _local(model):
         return beside
@@ -120,8 +127,10 @@ def is_qat(name: str) -> bool:
 
 
 def _locate(model: str, wanted: Wanted) -> Path:
+    if model == demo_model.NAME:
+        return demo_model.path(wanted.notify)
     if model in BUNDLED:
-        return ASSETS / model
+        return BUNDLED[model]
     blob = ollama_file(model.removeprefix(OLLAMA)) if model.startswith(OLLAMA) else None
     if blob:
         return blob

@@ -80,7 +80,7 @@ def paceline(
 
     \b
     Start with:
-      paceline demo                             (offline, with the bundled pair)
+      paceline demo                             (with a pair that comes with paceline)
       paceline inspect google/gemma-4-E2B-it    (memory needs of a model)
       paceline generate -m google/gemma-4-E2B-it "Why is the sky blue?"
     """

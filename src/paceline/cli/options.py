@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "tiny-python"
 MODEL_HELP = (
-    "Model folder, GGUF, hub id such as google/gemma-4-E2B-it or org/repository:Q4_K_M, ollama:NAME, or tiny-python, "
-    "which comes with paceline."
+    "Model folder, GGUF, hub id such as google/gemma-4-E2B-it or org/repository:Q4_K_M, ollama:NAME, or what comes "
+    "with paceline: tiny-python, and gemma3-270m with the extra demo."
 )
 
 ModelOption = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP, metavar="MODEL")]

@@ -67,7 +67,7 @@ def serve(
 
     \b
     Examples:
-      paceline serve                            (the bundled pair; open http://127.0.0.1:8000)
+      paceline serve                            (tiny-python; open http://127.0.0.1:8000)
       paceline serve google/gemma-4-E2B-it --quant q4
       paceline serve ./gemma-4-E4B-it --host 0.0.0.0 --api-key secret
     """
