@@ -1,6 +1,6 @@
 """How much a pair gains on real text: acceptance by depth on 100 prompts, and the speed of auto against plain decoding.
 
-    python bench/acceptance.py ./gemma-3-270m.gguf --drafter ./gemma3-270m-assistant
+    python bench/acceptance.py gemma3-270m
 
 Half of the prompts are stretches of the texts that `paceline eval` measures on (English ones), half are from the middle
 of modules of this interpreter's standard library. Acceptance is counted with four drafts a round, greedily and at the
