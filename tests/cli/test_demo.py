@@ -29,21 +29,22 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_demo(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["demo", "-m", str(model), "--max-tokens", "12", "--quant", "bf16", "--draft-tokens", "2"]) == 0
+    """A random model may stop at once."""
+    assert run(["demo", "-m", str(model), "--max-tokens", "12", "--quant", "f32", "--draft-tokens", "2"]) == 0
     out, err = capsys.readouterr()
     assert err == ""
     assert "lighthouse" in out  # this model has no chat template, so it goes on with beginnings
-    gain = r"[\d.]+ times as fast"
+    gain = r"\d+ passes instead of \d+, [\d.]+ times as fast"
     for task in demo.TASKS:
-        assert re.search(rf"^{task.title}: \d+ passes instead of 11, {gain} \(\d+ -> \d+ tokens/s\)$", out, re.M)
-    assert re.fullmatch(rf"\d+ passes instead of 33, {gain}; same text: yes", out.splitlines()[-1])
+        assert re.search(rf"^{task.title}: ({gain} \(\d+ -> \d+ tokens/s\)|the model stopped at once)$", out, re.M)
+    assert re.fullmatch(rf"{gain}; same text: yes", out.splitlines()[-1])
 
 
 def test_it_fits_a_small_terminal(
     model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    assert run(["demo", "-m", str(model), "--quant", "bf16"]) == 0
+    assert run(["demo", "-m", str(model), "--quant", "f32"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) < 24
     assert max(map(len, lines[1:])) <= 80  # the first has the folder
@@ -102,7 +103,7 @@ def test_a_model_that_stops_at_once(
 ) -> None:
     monkeypatch.setattr(demo, "_show", lambda *_: ("", ()))
     assert run(["demo", "-m", str(model), "--max-tokens", "4", "--quant", "f32"]) == 2
-    assert "stopped after fewer than two tokens of prose" in capsys.readouterr().err.splitlines()[-1]
+    assert "stopped at once, so there is no speed to compare" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_demo_needs_some_text(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
